@@ -1,0 +1,223 @@
+"""Running calibration batches inside a fit, leaving no trace of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from tqdm.auto import tqdm
+
+from lit_prune.errors import CalibrationError, RankMismatchError
+from lit_prune.plan import PruningPlan
+
+
+def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, limit: int) -> Iterator[Any]:
+    """Batches for calibration, on the device, as the user's ``training_step`` expects them.
+
+    The train dataloaders are iterated by iterators of their own, so that the position of the running epoch stays.
+
+    Args:
+        trainer: The trainer, in the middle of a fit.
+        dataloader: A dataloader for calibration, or ``None`` for the train dataloaders.
+        limit: Number of batches at most.
+    """
+    loader = CombinedLoader(trainer.train_dataloader if dataloader is None else dataloader, "max_size_cycle")
+    loader.flattened = [_Fresh(item) for item in loader.flattened]
+    module = trainer.lightning_module
+    iterator = iter(loader)
+    total = min(limit, len(loader)) if all(_sized(item) for item in loader.flattened) else limit
+    with _bar(trainer, "Calibration", total=total) as bar:
+        for _ in range(limit):
+            try:
+                batch = next(iterator)[0]
+            except StopIteration:
+                return
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+            bar.update()
+
+
+def progress_bar(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """A function that shows how far an iteration has come: on rank zero, and only if the trainer shows progress at all."""
+    return lambda items: _bar(trainer, description, iterable=items)
+
+
+def _bar(trainer: pl.Trainer, description: str, **arguments: Any) -> tqdm:
+    silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    return tqdm(desc=description, leave=False, dynamic_ncols=True, disable=silent, **arguments)
+
+
+class _Fresh:
+    """Iterates a dataloader by a new iterator even where the dataloader would hand out its persistent one."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.loader, DataLoader) and self.loader.persistent_workers:
+            return self.loader._get_iterator()
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+
+def _sized(loader: _Fresh) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
+    """A function that runs the user's ``training_step`` on a batch and returns its loss.
+
+    The step is called on the LightningModule itself, past any wrapper of the strategy, so that gradients stay local.
+    """
+    module = trainer.lightning_module
+    number = -1
+
+    def loss(batch: Any) -> Tensor | None:
+        nonlocal number
+        number += 1
+        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number)
+        with trainer.precision_plugin.train_step_context():
+            output = module.training_step(*arguments.values())
+        return output["loss"] if isinstance(output, Mapping) and "loss" in output else output  # type: ignore[return-value]
+
+    return loss
+
+
+@contextlib.contextmanager
+def untouched(trainer: pl.Trainer) -> Iterator[None]:
+    """Run something inside a fit as if it had not happened.
+
+    Random number generators (also those of the dataloaders and samplers), buffers, torchmetrics' states, logged metrics,
+    loggers and the other callbacks are as before afterwards, also when an error is raised.
+    """
+    module = trainer.lightning_module
+    connector = trainer._logger_connector
+    generators = {id(g): (g, g.get_state()) for loader in _loaders(trainer) for g in _generators(loader)}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    metrics = [(m, copy.deepcopy(m.__getstate__())) for m in module.modules() if isinstance(m, Metric)]
+    values = {
+        name: dict(getattr(connector, name))
+        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    }
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        for name, value in values.items():
+            setattr(connector, name, value)
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+        for metric, attributes in metrics:
+            metric.__setstate__(attributes)
+        for generator, state in generators.values():
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def silent_logging(module: pl.LightningModule) -> Iterator[None]:
+    """Let the module's ``log`` and ``log_dict`` do nothing."""
+    for name in ("log", "log_dict"):
+        setattr(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            delattr(module, name)
+
+
+def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """Run the trainer's own validation loop in the middle of a fit and return what it would have logged."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    progress, restarting = copy.deepcopy(loop.batch_progress.state_dict()), loop._restarting
+    first = trainer._logger_connector._first_loop_iter
+    with untouched(trainer):
+        trainer._logger_connector._callback_metrics = {}
+        trainer.validating = True
+        try:
+            with torch.no_grad():
+                loop.run()
+            metrics = trainer.callback_metrics
+        finally:
+            trainer.training = True
+            trainer._logger_connector._first_loop_iter = first
+            loop.batch_progress.load_state_dict(progress)
+            loop._restarting = restarting
+    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
+
+
+def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
+    """A function that sums a tensor over the processes of the run, or ``None`` if there is only one."""
+    if trainer.world_size == 1:
+        return None
+
+    def total(tensor: Tensor) -> Tensor:
+        summed = tensor.detach().clone().to(trainer.strategy.root_device)
+        torch.distributed.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    return total
+
+
+def check_same_on_all_ranks(trainer: pl.Trainer, plan: PruningPlan) -> None:
+    """Refuse to cut if the processes do not agree on the plan; every process raises, none hangs.
+
+    Raises:
+        RankMismatchError: If the digests differ.
+    """
+    if trainer.world_size == 1:
+        return
+    digests: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(digests, plan.digest())
+    if len(set(digests)) > 1:
+        raise RankMismatchError(
+            f"The processes came to different plans: {[d[:12] for d in digests]} by rank. Do they hold the same weights, and"
+            " does a criterion of your own depend on the rank? Nothing was pruned."
+        )
+
+
+def check_calibration_loader(dataloader: Iterable[Any] | None) -> None:
+    """Refuse an empty calibration dataloader.
+
+    Raises:
+        CalibrationError: If it has a length of 0.
+    """
+    if dataloader is not None and _sized(_Fresh(dataloader)) and len(dataloader) == 0:  # type: ignore[arg-type]
+        raise CalibrationError("The calibration dataloader is empty; expected at least one batch.")
+
+
+def _loaders(trainer: pl.Trainer) -> Iterator[Any]:
+    for loader in (trainer.train_dataloader, trainer.val_dataloaders):
+        if loader is not None:
+            yield from CombinedLoader(loader, "sequential").flattened
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    for owner in (loader, sampler, getattr(loader, "batch_sampler", None), getattr(sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator

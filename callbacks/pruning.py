@@ -1,0 +1,380 @@
+"""The callback that prunes a model in the middle of a fit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from lit_prune import (
+    PruningConfig,
+    PruningPlan,
+    apply_plan,
+    calibrate,
+    find_group_sets,
+    find_model,
+    make_plan,
+    pipeline,
+)
+from lit_prune.callbacks.calibration import (
+    calibration_batches,
+    check_calibration_loader,
+    check_same_on_all_ranks,
+    progress_bar,
+    silent_logging,
+    sum_over_ranks,
+    training_loss,
+    untouched,
+    validation_metrics,
+)
+from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
+from lit_prune.errors import PlanError, UnsupportedStrategyError
+from lit_prune.pipeline import masked_loss
+from lit_prune.selection import Limits, check_ratio
+from lit_prune.surgery import get_plan
+from lit_prune.table import GroupTable
+
+log = logging.getLogger(__name__)
+
+
+class StructuredPruning(Callback):
+    r"""Prune the model for real in the middle of ``fit``, at once or gradually, and let the same run heal it.
+
+    At the start of the scheduled epoch (or before the batch of the scheduled step) the callback runs calibration batches
+    through the module's own ``training_step`` without an optimizer step, ranks every attention group and MLP channel of
+    the model in one global table by importance / cost, cuts the lowest until ``pruning_ratio`` is reached, and carries
+    the optimizer's state over. Calibration leaves no trace: random numbers, dropout, the dataloader's position, logged
+    metrics, gradients and ``global_step`` are as if it had not happened.
+
+    Every checkpoint written later carries the plan in this callback's state, and ``ckpt_path=`` rebuilds the smaller model
+    from it before weights load.
+
+    Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
+    calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
+
+    Args:
+        importance: Name of the criterion, see :func:`lit_prune.criteria`; a mix of several, ``{name: weight}``; or
+            ``"auto"``, which chooses between several by the loss on held-back calibration batches.
+        pruning_ratio: Fraction of parameters to remove, strictly between 0 and 1.
+        epoch: Prune at the start of this epoch (0 is the first). The default, with no ``step`` and ``schedule``, is 1.
+        step: Prune before the first batch after this many optimizer steps, in place of ``epoch``.
+        schedule: Prune gradually, in place of ``epoch`` and ``step``: a list of :class:`Stage`, the last of which says the
+            ratio in place of ``pruning_ratio``, or a :class:`CubicSchedule` that leads to ``pruning_ratio``. Every stage
+            calibrates anew, and their plans compose into one against the model that the run began with.
+        calibration_batches: Number of calibration batches.
+        calibration_dataloader: Where they come from; the train dataloader if ``None``. Its batches must suit
+            ``training_step``.
+        ratio_of: Whether the ratio is of ``"all"`` parameters of the model or of the ``"prunable"`` ones.
+        normalize: Normalisation of the importance before the global ranking: ``"mean"``, ``None`` for raw sums, or
+            ``"default"`` for the criterion's own.
+        statistics: How gradients are gathered: ``"streaming"`` keeps a number a group where the criterion allows it,
+            ``"elementwise"`` keeps whole tensors in CPU memory.
+        repair: How the projections that read what leaves make up for it: ``"least_squares"`` refits them on the calibration
+            batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds the mean of what
+            leaves into their biases, ``None`` leaves them.
+        min_groups: At least so many groups stay in every attention and every MLP.
+        min_fraction: At least this fraction of the groups stays in every attention and every MLP.
+        protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions searched in
+            module names.
+        uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
+        mlp_multiple_of: Keep MLP widths at multiples of this number.
+        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``; all if ``None``.
+        model_path: Where the model is inside the LightningModule, if that holds several.
+        dry_run: Compute table and plan, and cut nothing.
+        validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
+            ``metrics["dense"]`` and ``metrics["pruned"]``.
+        output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``.
+        seed: Seed of ``importance="random"``.
+
+    Attributes:
+        plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
+        table: The group table of the last stage.
+        stages: The schedule.
+        stages_done: How many of its stages are done.
+        metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one).
+
+    Raises:
+        ValueError: If an argument is unknown or out of its range.
+
+    Example::
+
+        from lit_prune.callbacks import StructuredPruning
+
+        trainer = L.Trainer(max_epochs=3, callbacks=[StructuredPruning("taylor_2nd", pruning_ratio=0.2, epoch=1)])
+        trainer.fit(my_module, my_datamodule)
+    """
+
+    def __init__(
+        self,
+        importance: str | dict[str, float] = "taylor",
+        pruning_ratio: float = 0.2,
+        epoch: int | None = None,
+        step: int | None = None,
+        schedule: list[Stage] | CubicSchedule | None = None,
+        calibration_batches: int = 64,
+        calibration_dataloader: Iterable[Any] | None = None,
+        ratio_of: Literal["all", "prunable"] = "all",
+        normalize: str | None = "default",
+        statistics: Literal["streaming", "elementwise"] = "streaming",
+        repair: Literal["least_squares", "bias"] | None = "least_squares",
+        min_groups: int = 1,
+        min_fraction: float = 0.2,
+        protect: Sequence[int | str] = (),
+        mlp_multiple_of: int = 1,
+        uniform: bool = False,
+        kinds: Sequence[str] | None = None,
+        model_path: str | None = None,
+        dry_run: bool = False,
+        validate: bool = True,
+        output_dir: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if schedule is not None and (epoch is not None or step is not None):
+            raise ValueError(f"Give a schedule, or epoch or step; found {schedule}, epoch={epoch} and step={step}.")
+        check_ratio(pruning_ratio, ratio_of)
+        if isinstance(schedule, CubicSchedule):
+            self.stages = schedule.resolve(pruning_ratio)
+        elif schedule is not None:
+            self.stages = check_stages(schedule)
+        else:
+            self.stages = (Stage(pruning_ratio, 1 if epoch is None and step is None else epoch, step),)
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be 1 or more; found {calibration_batches}.")
+        check_calibration_loader(calibration_dataloader)
+        self.config = PruningConfig(
+            importance=importance,
+            pruning_ratio=self.stages[-1].ratio,
+            ratio_of=ratio_of,
+            normalize=normalize,
+            statistics=statistics,
+            limits=Limits(
+                min_groups=min_groups,
+                min_fraction=min_fraction,
+                protect=tuple(protect),
+                multiple_of={"mlp": mlp_multiple_of} if mlp_multiple_of > 1 else {},
+                kinds=kinds,
+                uniform=uniform,
+            ),
+            repair=repair,
+            seed=seed,
+        )
+        self.calibration_batches = calibration_batches
+        self.calibration_dataloader = calibration_dataloader
+        self.model_path = model_path
+        self.dry_run = dry_run
+        self.validate = validate
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.plan: PruningPlan | None = None
+        self.table: GroupTable | None = None
+        self.stages_done = 0
+        self.metrics: dict[str, dict[str, float]] = {}
+        self._reference: tuple[int, int] | None = None
+        self._digests: dict[str, str | None] = {"start": None, "now": None}
+
+    def model(self, pl_module: pl.LightningModule) -> torch.nn.Module:
+        """The model inside the LightningModule that is pruned."""
+        return find_model(pl_module, self.model_path)[1]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arrange that a checkpoint's plan is applied before its weights load."""
+        del trainer, stage
+        if not isinstance(pl_module.__dict__.get("on_load_checkpoint"), _RebuildOnLoad):
+            pl_module.__dict__["on_load_checkpoint"] = _RebuildOnLoad(self, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Undo :meth:`setup`."""
+        del trainer, stage
+        if isinstance(pl_module.__dict__.get("on_load_checkpoint"), _RebuildOnLoad):
+            del pl_module.__dict__["on_load_checkpoint"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the model and the budget before any work is done."""
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise UnsupportedStrategyError(
+                f"StructuredPruning works on one device and with DDP; found {type(trainer.strategy).__name__}, which shards"
+                " or holds the parameters in a way of its own. Use Trainer(strategy='auto') or strategy='ddp'."
+            )
+        if self.stages_done < len(self.stages):
+            model = self.model(pl_module)
+            group_sets = find_group_sets(model)
+            if self._reference is None:
+                self._reference = pipeline.model_size(model, group_sets)
+                self._digests = {"start": _digest(model), "now": _digest(model)}
+            self._config().check(model, group_sets)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune if a stage is due at this epoch."""
+        self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune if a stage is due at this step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the run ended before the whole schedule was done."""
+        if self.stages_done < len(self.stages):
+            rank_zero_warn(
+                f"StructuredPruning was scheduled for {self.stages[self.stages_done]}, but training ended after epoch"
+                f" {trainer.current_epoch} and step {trainer.global_step}: {self.stages_done} of {len(self.stages)} stages"
+                " were done."
+            )
+
+    def _prune_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str, now: int) -> None:
+        due = [k for k, s in enumerate(self.stages) if (point := getattr(s, unit)) is not None and point <= now]
+        if due and due[-1] >= self.stages_done:
+            self.prune(trainer, pl_module, due[-1])
+
+    def _config(self, stage: int = -1) -> PruningConfig:
+        return replace(self.config, pruning_ratio=self.stages[stage].ratio, reference=self._reference)
+
+    def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int = -1) -> None:
+        """Calibrate, plan and, unless it is a dry run, cut; called by the schedule.
+
+        Args:
+            trainer: The trainer, in the middle of a fit.
+            pl_module: The module that holds the model.
+            stage: Index of the stage of the schedule.
+
+        Raises:
+            CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
+            BudgetError: If the ratio cannot be reached.
+        """
+        self._notify(trainer, pl_module, "on_pruning_start")
+        if self.validate and "dense" not in self.metrics:
+            self.metrics["dense"] = validation_metrics(trainer)
+        config = self._config(stage)
+        model = self.model(pl_module)
+        group_sets = find_group_sets(model)
+        with self._batches(trainer) as (batches, loss):
+            statistics = calibrate(model, group_sets, batches, loss, config, root=pl_module)
+        total = sum_over_ranks(trainer)
+        if total is not None:
+            statistics.reduce(total)
+
+        def measure(plan: PruningPlan) -> float:
+            with self._batches(trainer) as (batches, loss):
+                value = masked_loss(model, group_sets, plan, batches, loss, config, root=pl_module)
+            return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
+
+        self.table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
+        if not self.dry_run:
+            with self._batches(trainer) as (batches, loss):
+                bar = progress_bar(trainer, "Repair")
+                plan, weights = pipeline.repair(
+                    model,
+                    group_sets,
+                    plan,
+                    statistics,
+                    batches,
+                    loss,
+                    config,
+                    root=pl_module,
+                    progress=bar,
+                    total=total,
+                )
+            check_same_on_all_ranks(trainer, plan)
+            self._cut(trainer, pl_module, plan, weights)
+            del weights
+            if self.validate:
+                self.metrics["pruned"] = validation_metrics(trainer)
+        self.plan = plan if self.plan is None or self.dry_run else self.plan.then(plan)
+        self.stages_done = stage % len(self.stages) + 1
+        self._digests["now"] = _digest(model)
+        before, after = plan.info["parameters_before"], plan.info["parameters_after"]
+        rank_zero_info(
+            f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
+            f" ({(before - after) / before:.2%}) by {plan.info['importance']}."
+        )
+        self._write()
+        self._notify(trainer, pl_module, "on_pruning_end")
+
+    @contextlib.contextmanager
+    def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
+        """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
+        with untouched(trainer), silent_logging(trainer.lightning_module):
+            batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
+            yield batches, training_loss(trainer)
+
+    def _cut(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan, weights: dict[str, torch.Tensor]
+    ) -> None:
+        apply_plan(self.model(pl_module), plan, trainer.optimizers, weights=weights)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # the reducer holds buckets of the old parameters: wrap anew
+            trainer.strategy.model = pl_module
+            trainer.strategy.configure_ddp()
+
+    def _notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callable(function := getattr(callback, hook, None)):
+                function(trainer, pl_module, self)
+
+    @rank_zero_only
+    def _write(self) -> None:
+        if self.output_dir is not None and self.plan is not None and self.table is not None:
+            self.plan.save(self.output_dir / "plan.json")
+            self.table.to_csv(self.output_dir / "group_table.csv")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and the metrics, as plain data."""
+        return {
+            "plan": None if self.plan is None or self.dry_run else self.plan.to_dict(),
+            "stages_done": 0 if self.dry_run else self.stages_done,
+            "reference": None if self._reference is None else list(self._reference),
+            "digests": dict(self._digests),
+            "metrics": {stage: dict(values) for stage, values in self.metrics.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the plan and the metrics of a checkpoint."""
+        plan = state_dict["plan"]
+        self.plan = None if plan is None else PruningPlan.from_dict(plan)
+        self.stages_done = state_dict["stages_done"]
+        self._reference = None if state_dict["reference"] is None else tuple(state_dict["reference"])
+        self._digests = dict(state_dict["digests"])
+        self.metrics = {stage: dict(values) for stage, values in state_dict["metrics"].items()}
+
+
+class _RebuildOnLoad:
+    """Stands in for a module's ``on_load_checkpoint``: cuts as the checkpoint's plan says, then calls the module's own."""
+
+    def __init__(self, callback: StructuredPruning, pl_module: pl.LightningModule) -> None:
+        self._callback = callback
+        self._module = pl_module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        callback, module = self._callback, self._module
+        state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
+        if state.get("plan") is not None:
+            model = callback.model(module)
+            if _digest(model) == state["digests"]["start"]:
+                apply_plan(model, PruningPlan.from_dict(state["plan"]))
+            elif _digest(model) != state["digests"]["now"]:
+                raise PlanError(
+                    "The checkpoint belongs to a model that was cut in another way: it was saved with the plan"
+                    f" {_short(state['digests']['now'])}, from a run that began with {_short(state['digests']['start'])};"
+                    f" the model given has {_short(_digest(model))}. Give the model that the run began with."
+                )
+        type(module).on_load_checkpoint(module, checkpoint)
+
+
+def _digest(model: torch.nn.Module) -> str | None:
+    plan = get_plan(model)
+    return None if plan is None else plan.digest()
+
+
+def _short(digest: str | None) -> str:
+    return "no plan (dense)" if digest is None else digest[:12]

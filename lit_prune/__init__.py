@@ -1,0 +1,37 @@
+"""Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too."""
+
+from lit_prune.architectures import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
+from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.importance import criteria, register_criterion
+from lit_prune.pipeline import PruningConfig, calibrate, make_plan, repair
+from lit_prune.plan import PruningPlan
+from lit_prune.selection import Limits
+from lit_prune.surgery import apply_plan, get_plan
+from lit_prune.table import GroupTable
+from lit_prune.version import __version__
+
+__all__ = [
+    "MLP",
+    "Architecture",
+    "Attention",
+    "BudgetError",
+    "CalibrationError",
+    "GroupTable",
+    "Limits",
+    "PlanError",
+    "PruningConfig",
+    "PruningError",
+    "PruningPlan",
+    "UnsupportedModelError",
+    "__version__",
+    "apply_plan",
+    "calibrate",
+    "criteria",
+    "find_group_sets",
+    "find_model",
+    "get_plan",
+    "make_plan",
+    "register_architecture",
+    "register_criterion",
+    "repair",
+]

@@ -1,0 +1,157 @@
+"""What can leave together: group sets, the data that every later step (scoring, cost, repair, surgery) loops over.
+
+A *group* is the smallest set of weights that can only leave together: a key/value head with the query heads that share
+it, or one channel of an MLP. A :class:`GroupSet` holds all groups of one kind in one place of the model and describes,
+as index matrices, which slices of which parameters belong to each of them. Nothing here knows an architecture; the
+descriptions that produce group sets live in :mod:`lit_prune.architectures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The part of one parameter that belongs to each group of a set.
+
+    Args:
+        parameter: Qualified name of the parameter, relative to the model.
+        dim: Dimension of the parameter along which the groups lie.
+        index: Integer tensor of shape ``(groups, width)``: ``index[g]`` are the positions along ``dim`` that leave
+            when group ``g`` leaves.
+        input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
+            weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
+    """
+
+    parameter: str
+    dim: int
+    index: Tensor
+    input_dim: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def consumes(self) -> bool:
+        """Whether the slice reads what the group produces (columns of ``o_proj`` and ``down_proj``)."""
+        return self.dim == self.input_dim
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum values that have the parameter's shape to one number a group.
+
+        Args:
+            values: Tensor of the parameter's shape.
+
+        Returns:
+            Tensor of shape ``(groups,)`` in float32 (float64 if ``values`` is).
+        """
+        dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+        other = [d for d in range(values.dim()) if d != self.dim]
+        line = values.sum(dim=other, dtype=dtype) if other else values.to(dtype)
+        return line[self.index.to(line.device)].sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer of a module that counts something per group and has to follow the number of kept groups.
+
+    Args:
+        module: Qualified name of the module.
+        name: Name of the attribute; ``config.NAME`` stands for a field that the module's forward reads from its
+            config, which the module then sees through a view of its own, so that other layers keep theirs.
+        per_group: The attribute's value is ``per_group`` times the number of kept groups.
+    """
+
+    module: str
+    name: str
+    per_group: int
+
+
+@dataclass(frozen=True, eq=False)
+class GroupSet:
+    """All groups of one kind in one place of the model.
+
+    Args:
+        name: Qualified name of the module that the groups are parts of; unique together with ``kind``.
+        layer: Index of the layer.
+        kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it.
+        size: Number of groups.
+        cost: Parameters that leave with one group.
+        slices: The parameter slices that the groups couple.
+        attributes: Module attributes that depend on the number of groups.
+        block: Qualified name of the block of the model (a decoder layer) that the set is in.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    size: int
+    cost: int
+    slices: tuple[Slice, ...]
+    attributes: tuple[Attribute, ...] = ()
+    block: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the set within its model: its name and kind."""
+        return self.name, self.kind
+
+    @property
+    def consumers(self) -> tuple[Slice, ...]:
+        """The slices that read what the groups produce."""
+        return tuple(s for s in self.slices if s.consumes)
+
+    def kept_to_removed(self, kept: Iterable[int]) -> Tensor:
+        """The sorted indices of the groups that are not in ``kept``."""
+        mask = torch.ones(self.size, dtype=torch.bool)
+        mask[torch.as_tensor(list(kept), dtype=torch.long)] = False
+        return mask.nonzero().flatten()
+
+
+def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:
+    """Number of parameters of ``model`` that one group of these slices holds."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return sum(
+        s.index.shape[1] * parameters[s.parameter].numel() // parameters[s.parameter].shape[s.dim] for s in slices
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of the model, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+    """Refuse weights that cannot be scored or sliced.
+
+    Raises:
+        UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set.
+    """
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for group_set in group_sets:
+        names = {s.parameter for s in group_set.slices}
+        for name in names:
+            parameter = parameters[name]
+            if not parameter.is_floating_point() or parameter.element_size() < 2:
+                raise UnsupportedModelError(
+                    f"{name!r} holds quantised weights ({parameter.dtype}). Pruning needs float32, bfloat16 or float16"
+                    " weights: load the model without a quantization_config, prune it, and quantise afterwards."
+                )
+            elsewhere = set(places[id(parameter)]) - names
+            if elsewhere:
+                raise UnsupportedModelError(
+                    f"{name!r} is the same parameter as {sorted(elsewhere)}, which belongs to another place of the"
+                    " model: cutting one would cut the other. Untie them first."
+                )

@@ -1,0 +1,351 @@
+"""Criteria of importance: small pure functions, tensors in, tensor out, and the registry that names them.
+
+Every function takes a parameter and one statistic of the calibration and returns the importance of each element; the
+importance of a group is the sum over its elements (:meth:`lit_prune.groups.Slice.reduce`). A criterion is a sum of such
+functions, so a mixed one, like ``taylor_2nd``, needs no code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.groups import GroupSet, Slice
+from lit_prune.statistics import ELEMENTWISE, STATISTICS, Statistics
+
+NORMALIZATIONS = ("mean", "kind", "standard")
+
+
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    r"""First-order Taylor importance :math:`|\theta g|` of each element.
+
+    With the mean gradient over the calibration batches this is the criterion ``taylor``; with the mean absolute
+    gradient it is ``taylor_batch``, :math:`\frac1N\sum_i|\theta g_i|`.
+
+    Args:
+        weight: A parameter, any shape.
+        gradient: Its gradient, same shape.
+
+    Reference: Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017.
+    """
+    return (weight * gradient).abs()
+
+
+def second_order(weight: Tensor, squared_gradient: Tensor) -> Tensor:
+    r"""Second-order term :math:`\tfrac12|\theta^2 h|` with the empirical-Fisher diagonal :math:`h=\frac1N\sum_i g_i^2`.
+
+    Args:
+        weight: A parameter, any shape.
+        squared_gradient: Mean over batches of its squared gradient, same shape.
+
+    Reference: LeCun et al., Optimal Brain Damage, NeurIPS 1989.
+    """
+    return 0.5 * (weight.square() * squared_gradient).abs()
+
+
+def taylor_2nd(weight: Tensor, gradient: Tensor, squared_gradient: Tensor) -> Tensor:
+    r"""Second-order Taylor importance :math:`|\theta g| + \tfrac12|\theta^2 h|` of each element.
+
+    At a batch size of one the second term is far smaller than the first (it is a mean of squares of small numbers), and
+    the ranking is nearly that of :func:`taylor`; ``second_order`` offers the second term alone.
+
+    Args:
+        weight: A parameter, any shape.
+        gradient: Its mean gradient, same shape.
+        squared_gradient: Mean over batches of its squared gradient, same shape.
+    """
+    return taylor(weight, gradient) + second_order(weight, squared_gradient)
+
+
+def wanda(weight: Tensor, activation: Tensor) -> Tensor:
+    r"""Wanda importance :math:`|\theta|A` of each element, A the magnitude of the input feature that it multiplies.
+
+    Args:
+        weight: A parameter, any shape.
+        activation: Magnitude of each input feature (mean absolute value, L1 or L2 norm over the calibration tokens),
+            of a shape that broadcasts against ``weight``. A bias multiplies the constant 1.
+
+    Reference: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024.
+    """
+    return weight.abs() * activation
+
+
+def output_wanda(weight: Tensor, activation: Tensor) -> Tensor:
+    r"""Output-side Wanda :math:`\|W_{:,j}\|_2 A_j` of each input feature j of a consumer: what removing it does to the output.
+
+    Args:
+        weight: A projection's weight, shape ``(out_features, in_features)``.
+        activation: L2 norm of each input feature over the calibration tokens, shape ``(in_features,)``.
+
+    Returns:
+        Tensor of shape ``(in_features,)``.
+
+    Reference: Wanda-sp in An et al., Fluctuation-based Adaptive Structured Pruning for LLMs, AAAI 2024.
+    """
+    return weight.norm(dim=0) * activation
+
+
+def fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
+    r"""FLAP's metric :math:`\mathrm{Var}(x_j)\,\|W_{:,j}\|_2^2` of each input feature j of a consumer.
+
+    What the feature does beyond its mean, which a bias can make up for (``repair="bias"``).
+
+    Args:
+        weight: A projection's weight, shape ``(out_features, in_features)``.
+        variance: Variance of each input feature over the calibration tokens, shape ``(in_features,)``.
+
+    Returns:
+        Tensor of shape ``(in_features,)``.
+
+    Reference: An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024.
+    """
+    return weight.square().sum(dim=0) * variance
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    r"""Magnitude :math:`|\theta|` of each element, a baseline that needs no data.
+
+    Args:
+        weight: A parameter, any shape.
+    """
+    return weight.abs()
+
+
+def random(groups: int, generator: torch.Generator) -> Tensor:
+    """Uniform random importance of each group, the baseline that every criterion has to beat.
+
+    Args:
+        groups: Number of groups.
+        generator: Source of the numbers, on the CPU.
+
+    Returns:
+        Tensor of shape ``(groups,)``.
+    """
+    return torch.rand(groups, generator=generator)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a criterion.
+
+    Args:
+        function: Maps a parameter, and the statistic if there is one, to the importance of each element.
+        statistic: Name of the statistic that ``function`` takes as its second argument, one of
+            :data:`lit_prune.statistics.STATISTICS`, or ``None``.
+        consumers_only: Whether only the slices that read the groups count (``o_proj``, ``down_proj``).
+        per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
+            an input feature, in place of one an element.
+    """
+
+    function: Callable[..., Tensor]
+    statistic: str | None = None
+    consumers_only: bool = False
+    per_input: bool = False
+
+    def applies(self, part: Slice) -> bool:
+        """Whether the term counts this slice."""
+        return part.consumes or not self.consumers_only
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to compute the importance of groups.
+
+    Args:
+        name: The name a user gives.
+        terms: The summands.
+        normalize: ``"mean"`` divides the importance of a group by the mean score of its (layer, kind), so that the
+            mean score (importance / cost) is 1 everywhere and a global ranking compares each group with its own kind;
+            ``"kind"`` does so for each kind over all layers; ``"standard"`` subtracts the mean score of its (layer, kind)
+            and divides by the standard deviation, as FLAP does; ``None`` leaves the sums as they are, which is right for
+            the criteria that estimate the loss.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    normalize: str | None = None
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics that calibration has to provide."""
+        return frozenset(t.statistic for t in self.terms if t.statistic is not None)
+
+
+_REGISTRY: dict[str, Criterion] = {
+    c.name: c
+    for c in (
+        Criterion("taylor", (Term(taylor, "gradient"),)),
+        Criterion("taylor_2nd", (Term(taylor, "gradient"), Term(second_order, "squared_gradient"))),
+        Criterion("taylor_batch", (Term(taylor, "absolute_gradient"),)),
+        Criterion("second_order", (Term(second_order, "squared_gradient"),)),
+        Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
+        Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
+        Criterion("flap", (Term(fluctuation, "activation_variance", True, True),), normalize="standard"),
+        Criterion("magnitude", (Term(magnitude),)),
+        Criterion("random", ()),
+    )
+}
+
+
+def register_criterion(
+    name: str,
+    function: Callable[..., Tensor],
+    statistic: str | None = None,
+    *,
+    consumers_only: bool = False,
+    normalize: str | None = None,
+) -> Criterion:
+    """Make a criterion of your own known under a name.
+
+    Args:
+        name: The name, which must be free.
+        function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
+            the parameter's shape.
+        statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``.
+        consumers_only: Whether only the projections that read the groups count.
+        normalize: See :class:`Criterion`.
+
+    Raises:
+        ValueError: If the name is taken, or the statistic or normalisation is unknown.
+
+    Example::
+
+        register_criterion("variance", lambda w, var: w.square() * var, "activation_variance", consumers_only=True)
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"There is a criterion named {name!r} already.")
+    if statistic is not None and statistic not in STATISTICS:
+        raise ValueError(f"Unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}.")
+    check_normalization(normalize)
+    criterion = Criterion(name, (Term(function, statistic, consumers_only),), normalize)
+    _REGISTRY[name] = criterion
+    return criterion
+
+
+def criteria() -> tuple[str, ...]:
+    """Names of the known criteria."""
+    return tuple(_REGISTRY)
+
+
+def get_criterion(name: str) -> Criterion:
+    """The criterion of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists the known ones.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"Unknown importance criterion {name!r}; known are {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
+def check_normalization(normalize: str | None) -> None:
+    """Refuse an unknown normalisation.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor one of :data:`NORMALIZATIONS`.
+    """
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        raise ValueError(f"Unknown normalisation {normalize!r}; expected None or one of {', '.join(NORMALIZATIONS)}.")
+
+
+@torch.no_grad()
+def group_importance(
+    criterion: Criterion,
+    parameters: Mapping[str, Tensor],
+    group_sets: Sequence[GroupSet],
+    statistics: Statistics | None,
+    *,
+    normalize: str | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Importance of every group.
+
+    Args:
+        criterion: The criterion.
+        parameters: The model's parameters by qualified name.
+        group_sets: The group sets to score.
+        statistics: What calibration collected for them; may be ``None`` if the criterion needs nothing.
+        normalize: Normalisation, see :class:`Criterion`.
+        seed: Seed of ``random``.
+
+    Returns:
+        For every group set a float32 tensor of shape ``(groups,)`` on the CPU.
+    """
+    if not criterion.terms:
+        generator = torch.Generator().manual_seed(seed)
+        return [random(s.size, generator) for s in group_sets]
+    result = []
+    for group_set in group_sets:
+        total = torch.zeros(group_set.size)
+        for position, part in enumerate(group_set.slices):
+            for term in criterion.terms:
+                if term.applies(part):
+                    total += _term_importance(term, parameters[part.parameter], group_set, position, statistics).cpu()
+        result.append(total)
+    return _normalized(result, group_sets, normalize)
+
+
+def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normalize: str | None) -> list[Tensor]:
+    if normalize is None:
+        return importance
+    members: dict[tuple[int, str], list[int]] = {}
+    for position, group_set in enumerate(group_sets):
+        members.setdefault((0 if normalize == "kind" else group_set.layer, group_set.kind), []).append(position)
+    result = list(importance)
+    for positions in members.values():
+        cost = sum(group_sets[p].cost * group_sets[p].size for p in positions)
+        mean = sum(float(importance[p].sum()) for p in positions) / cost
+        scores = torch.cat([importance[p] / group_sets[p].cost for p in positions])
+        deviation = float(scores.std(unbiased=False))
+        for p in positions:
+            if normalize == "standard" and deviation > 0:
+                result[p] = (importance[p] / group_sets[p].cost - mean) / deviation * group_sets[p].cost
+            elif normalize != "standard" and mean > 0:
+                result[p] = importance[p] / mean
+    return result
+
+
+def mixed_importance(parts: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
+    """A weighted mix of importances, each scaled to sum to 1 over the model so that the weights mean something.
+
+    Args:
+        parts: Weight and importance of the groups (as from :func:`group_importance`) of every criterion.
+
+    Returns:
+        For every group set a tensor of shape ``(groups,)``.
+
+    Raises:
+        ValueError: If an importance does not have a positive sum (a ``"standard"`` normalisation has none).
+    """
+    result: list[Tensor] = []
+    for weight, importance in parts:
+        total = float(sum(float(i.double().sum()) for i in importance))
+        if not total > 0:
+            raise ValueError(f"An importance to be mixed must have a positive sum over the model; found {total}.")
+        scaled = [i * (weight / total) for i in importance]
+        result = scaled if not result else [a + b for a, b in zip(result, scaled, strict=True)]
+    return result
+
+
+def _term_importance(
+    term: Term, weight: Tensor, group_set: GroupSet, position: int, statistics: Statistics | None
+) -> Tensor:
+    part = group_set.slices[position]
+    if term.statistic is None:
+        return part.reduce(term.function(weight))
+    assert statistics is not None
+    if term.per_input:
+        value = statistics.activation_of(part, term.statistic, weight).flatten()
+        columns = term.function(weight.float().T if part.input_dim == 0 else weight.float(), value)
+        return columns[part.index.to(columns.device)].sum(dim=1)
+    streamed = statistics.reduced.get((term, group_set.key, position))
+    if streamed is not None:
+        return streamed
+    if term.statistic in ELEMENTWISE:
+        value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
+    else:
+        value = statistics.activation_of(part, term.statistic, weight)
+    return part.reduce(term.function(weight.float(), value))

@@ -1,0 +1,313 @@
+"""From statistics to a plan in one call: what the callback, the command line and a notebook share."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import CalibrationError, UnsupportedModelError
+from lit_prune.groups import GroupSet, count_parameters
+from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
+from lit_prune.plan import PruningPlan
+from lit_prune.repair import REPAIRS, bias_fold, least_squares
+from lit_prune.selection import Limits, check_ratio, parameter_budget, select
+from lit_prune.statistics import MODES, Statistics, collect_statistics, evaluation_mode
+from lit_prune.surgery import get_plan
+from lit_prune.table import GroupTable
+
+DEFAULT = "default"
+AUTO = "auto"
+
+# what importance="auto" chooses from; plain taylor is among them, so that it cannot lose to it but by noise
+CANDIDATES: dict[str, dict[str, float]] = {
+    "taylor": {"taylor": 1.0},
+    "taylor_batch": {"taylor_batch": 1.0},
+    "second_order": {"second_order": 1.0},
+    "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
+}
+HELD_BACK = 8
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How to prune.
+
+    Args:
+        importance: Name of a criterion; a mix of several, ``{name: weight}``, each scaled to sum to 1 over the model; or
+            ``"auto"``, which ranks by each of :data:`CANDIDATES` from one calibration, holds every eighth calibration
+            batch back, and takes the plan whose masked model has the lowest loss on those.
+        pruning_ratio: Fraction of parameters to remove, strictly between 0 and 1.
+        ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
+        normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
+        statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
+        limits: Floors, protections and rounding.
+        repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
+            :mod:`lit_prune.repair`.
+        seed: Seed of the criterion ``random``.
+        reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
+            (the later stages of a schedule): what is gone already counts towards the ratio.
+    """
+
+    importance: str | Mapping[str, float] = "taylor"
+    pruning_ratio: float = 0.2
+    ratio_of: str = "all"
+    normalize: str | None = DEFAULT
+    statistics: str = "streaming"
+    limits: Limits = field(default_factory=Limits)
+    repair: str | None = "least_squares"
+    seed: int = 0
+    reference: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without a model.
+
+        Raises:
+            ValueError: If a value is unknown or out of its range.
+        """
+        for weights in self.candidates.values():
+            if not weights or not all(weight > 0 for weight in weights.values()):
+                raise ValueError(f"A mix of criteria needs positive weights by name; found {dict(weights)}.")
+            for name in weights:
+                get_criterion(name)
+        check_ratio(self.pruning_ratio, self.ratio_of)
+        if self.normalize != DEFAULT:
+            check_normalization(self.normalize)
+        if self.repair is not None and self.repair not in REPAIRS:
+            raise ValueError(f"Unknown repair {self.repair!r}; expected None or one of {', '.join(REPAIRS)}.")
+        if self.statistics not in MODES:
+            raise ValueError(f"Unknown statistics mode {self.statistics!r}; expected one of {', '.join(MODES)}.")
+
+    @property
+    def candidates(self) -> dict[str, Mapping[str, float]]:
+        """The mixes of criteria to choose from, by what they are called; one, unless ``importance`` is ``"auto"``."""
+        if self.importance == AUTO:
+            return dict(CANDIDATES)
+        if isinstance(self.importance, str):
+            return {self.importance: {self.importance: 1.0}}
+        return {" + ".join(self.importance): self.importance}
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms that calibration has to collect for."""
+        return tuple(
+            term for weights in self.candidates.values() for name in weights for term in get_criterion(name).terms
+        )
+
+    def holds_back(self, batch: int) -> bool:
+        """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
+        return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
+
+    def check(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+        """Check against a model that the ratio can be reached, before any calibration.
+
+        Raises:
+            BudgetError: If it cannot.
+            ValueError: If the limits name something the model does not have.
+        """
+        table = GroupTable.build(group_sets, [torch.zeros(s.size) for s in group_sets])
+        select(table, self.budget(model, group_sets), self.limits, _original_sizes(model))
+
+    def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
+        """Parameters to remove from the model.
+
+        The ratio is of the model as it is, or, with ``reference``, of what it was, less what is gone already.
+        """
+        total, prunable = model_size(model, group_sets)
+        reference = self.reference or (total, prunable)
+        return parameter_budget(self.pruning_ratio, self.ratio_of, *reference) - (reference[0] - total)
+
+
+def model_size(model: nn.Module, group_sets: Sequence[GroupSet]) -> tuple[int, int]:
+    """Parameters of the model, and how many of them belong to groups."""
+    return count_parameters(model), sum(s.cost * s.size for s in group_sets)
+
+
+def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
+    plan = get_plan(model)
+    return {} if plan is None else {e.key: e.size for e in plan.entries}
+
+
+def calibrate(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    config: PruningConfig,
+    *,
+    root: nn.Module | None = None,
+) -> Statistics:
+    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`."""
+    return collect_statistics(
+        model,
+        group_sets,
+        (batch for number, batch in enumerate(batches) if not config.holds_back(number)),
+        loss_fn,
+        config.terms,
+        mode=config.statistics,
+        activations=config.repair == "bias",
+        root=root,
+    )
+
+
+def make_plan(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    statistics: Statistics | None,
+    config: PruningConfig,
+    *,
+    measure: Callable[[PruningPlan], float] | None = None,
+) -> tuple[GroupTable, PruningPlan]:
+    """Score, rank and select: the global table with the rows that stay, and the plan that says the same.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        statistics: What :func:`calibrate` collected; may be ``None`` for a criterion that needs nothing.
+        config: The configuration.
+        measure: What a plan costs, its masked loss for instance (:func:`masked_loss`); asked only where there are
+            several candidates.
+
+    Raises:
+        BudgetError: If the ratio cannot be reached under the limits.
+        CalibrationError: If an importance is not finite.
+        ValueError: If there are several candidates and no ``measure``.
+    """
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    before = count_parameters(model)
+    results: list[tuple[GroupTable, PruningPlan]] = []
+    measured: dict[str, float] = {}
+    if len(config.candidates) > 1 and measure is None:
+        raise ValueError(
+            f"importance={config.importance!r} chooses between plans and needs a measure of them; found None."
+        )
+    for label, weights in config.candidates.items():
+        parts = []
+        for name, weight in weights.items():
+            criterion = get_criterion(name)
+            normalize = criterion.normalize if config.normalize == DEFAULT else config.normalize
+            importance = group_importance(
+                criterion, parameters, group_sets, statistics, normalize=normalize, seed=config.seed
+            )
+            parts.append((weight, importance))
+        table = GroupTable.build(group_sets, parts[0][1] if len(parts) == 1 else mixed_importance(parts))
+        table.kept = select(table, config.budget(model, group_sets), config.limits, _original_sizes(model))
+        info = {
+            "importance": label,
+            "weights": dict(weights),
+            "normalize": config.normalize,
+            "repair": config.repair,
+            "pruning_ratio": config.pruning_ratio,
+            "ratio_of": config.ratio_of,
+            "calibration_batches": statistics.batches if statistics is not None else 0,
+            "parameters_before": before,
+            "parameters_after": before - table.removed_cost,
+        }
+        plan = PruningPlan.from_kept(group_sets, [k.tolist() for k in table.kept_groups()], info)
+        results.append((table, plan))
+        if measure is not None and len(config.candidates) > 1:
+            measured[label] = measure(plan)
+    if not measured:
+        return results[0]
+    best = min(measured, key=measured.__getitem__)
+    table, plan = results[list(measured).index(best)]
+    return table, replace(plan, info={**plan.info, "candidates": measured})
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> Iterator[None]:
+    """Let the model compute what it would after the cut: its consumers do not read what is to leave. Undone at the end."""
+    by_key = {s.key: s for s in group_sets}
+    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for entry in plan.entries:
+                group_set = by_key[entry.key]
+                removed = group_set.kept_to_removed(entry.kept)
+                for part in group_set.consumers:
+                    weight = model.get_parameter(part.parameter)
+                    columns = part.index[removed].flatten().to(weight.device)
+                    before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
+                    weight.index_fill_(part.dim, columns, 0.0)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, dim, columns, values in before:
+                tensor.index_copy_(dim, columns, values)
+
+
+@torch.no_grad()
+def masked_loss(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    config: PruningConfig,
+    *,
+    root: nn.Module | None = None,
+) -> float:
+    """Mean loss of the model, cut as planned, over the calibration batches that were held back (all, if none were).
+
+    Raises:
+        CalibrationError: If there is no batch.
+    """
+    losses: list[Tensor] = []
+    with evaluation_mode(model if root is None else root), masked(model, group_sets, plan):
+        chosen = list(batches)
+        held = [b for number, b in enumerate(chosen) if config.holds_back(number)]
+        for batch in held or chosen:
+            loss = loss_fn(batch)
+            if isinstance(loss, Tensor):
+                losses.append(loss.float())
+    if not losses:
+        raise CalibrationError("No calibration batch gave a loss to choose a plan by.")
+    return float(torch.stack(losses).mean())
+
+
+def repair(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    plan: PruningPlan,
+    statistics: Statistics,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    config: PruningConfig,
+    *,
+    root: nn.Module | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[PruningPlan, dict[str, Tensor]]:
+    """Compute new weights for the consumers of what leaves, as configured; the model is not changed.
+
+    Args:
+        model: The dense model.
+        group_sets: Its group sets.
+        plan: The plan.
+        statistics: What calibration collected.
+        batches: The calibration batches once more; read only by ``"least_squares"``.
+        forward: Runs one batch through the model.
+        config: The configuration.
+        root: The module that holds the model, if ``forward`` runs more than the model.
+        progress: Wraps the sequence of blocks.
+        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+
+    Returns:
+        The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
+        whose blocks cannot be run one after the other gets a warning and no new weights.
+    """
+    if config.repair == "bias":
+        return bias_fold(model, group_sets, plan, statistics)
+    if config.repair == "least_squares":
+        try:
+            return plan, least_squares(
+                model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
+            )
+        except UnsupportedModelError as error:
+            warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)
+    return plan, {}

@@ -1,0 +1,343 @@
+"""Repairs the consumers (``o_proj``, ``down_proj``) of what leaves, from calibration data, before the cut.
+
+``least_squares`` walks through the blocks of the model in order and follows two streams of hidden states: that of the
+dense model, and that of the model as pruned and repaired so far. Every consumer is refitted by ridge regression so that,
+on the pruned stream, the hidden states behind it come as near as they can to the dense ones; it thereby also makes up
+for what earlier blocks got wrong. One copy of one block and a few hidden states of the calibration tokens are held at a
+time, and a block runs about as often as in four forward passes over the calibration batches.
+
+``bias`` only adds the mean of what leaves to the consumer's bias (An et al., FLAP, AAAI 2024).
+
+The refit is that of reconstruction-based pruning (He et al., Channel Pruning, ICCV 2017; Ling et al., SlimGPT, NeurIPS
+2024; Meng et al., OSSCAR, ICML 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.groups import GroupSet
+from lit_prune.plan import PruningPlan
+from lit_prune.statistics import Statistics, attention_mask_of, evaluation_mode
+from lit_prune.surgery import cut_block, parameter_cuts
+
+log = logging.getLogger(__name__)
+
+REPAIRS = ("least_squares", "bias")
+DAMPING = 0.01
+
+
+def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = DAMPING) -> Tensor:
+    r"""Solve :math:`\min_W \|Y - XW^T\|^2 + \lambda\|W - W_0\|^2`, λ = ``damping`` times the mean of the Gram's diagonal.
+
+    Args:
+        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
+        cross: :math:`Y^TX`, shape ``(outputs, inputs)``.
+        prior: :math:`W_0`, shape ``(outputs, inputs)``.
+        damping: λ relative to the mean of the diagonal of ``gram``, at least 0.
+
+    Returns:
+        W, of the prior's dtype and shape; the prior itself, with a warning, if the system cannot be solved or the
+        solution is not finite or fits worse than the prior.
+    """
+    g, c, w = gram.double(), cross.double(), prior.double()
+    scale = float(g.diagonal().mean())
+    # the floor keeps a rank-deficient system solvable; the boosts are for those that fail all the same
+    for boost in (1.0, 1e3, 1e6):
+        strength = max(damping, 1e-12) * boost * scale
+        system = g.clone()
+        system.diagonal().add_(strength)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if int(info) != 0:
+            continue
+        solution = torch.cholesky_solve((c + strength * w).T, factor).T
+        before, after = _misfit(w, g, c), _misfit(solution, g, c)
+        if bool(solution.isfinite().all()) and after <= before + 1e-9 * abs(before):
+            return solution.to(prior.dtype)
+    log.warning("A consumer could not be refitted: its calibration inputs are ill-conditioned. It keeps its weights.")
+    return prior
+
+
+def _misfit(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """``|Y - X W^T|^2`` less the constant ``|Y|^2``."""
+    return float((weight @ gram * weight).sum() - 2 * (weight * cross).sum())
+
+
+@torch.no_grad()
+def bias_fold(
+    model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan, statistics: Statistics
+) -> tuple[PruningPlan, dict[str, Tensor]]:
+    """Add what the removed groups give on average to the biases of their consumers; those without a bias get one.
+
+    Args:
+        model: The dense model; it is not changed.
+        group_sets: Its group sets.
+        plan: The plan.
+        statistics: Statistics with the mean inputs of the consumers.
+
+    Returns:
+        The plan with the biases that it adds, and the new biases by parameter name, for :func:`lit_prune.apply_plan`.
+    """
+    by_key = {s.key: s for s in group_sets}
+    biases: dict[str, Tensor] = {}
+    for entry in plan.entries:
+        group_set = by_key[entry.key]
+        removed = group_set.kept_to_removed(entry.kept)
+        for part in group_set.consumers:
+            module = model.get_submodule(part.module)
+            weight = model.get_parameter(part.parameter)
+            columns = part.index[removed].flatten().to(weight.device)
+            mean = statistics.activations[part.module].mean[columns].to(weight.device)
+            lost = weight.index_select(part.dim, columns).double()
+            lost = lost.T @ mean if part.dim == 0 else lost @ mean
+            present = getattr(module, "bias", None)
+            biases[f"{part.module}.bias"] = (lost if present is None else lost + present).to(weight.dtype)
+    added = [
+        name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
+    ]
+    return replace(plan, biases=tuple(sorted({*plan.biases, *added}))), biases
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class _Stream:
+    """The blocks of one stack (an encoder, a decoder) with the calls that calibration made of them."""
+
+    blocks: list[str]
+    inputs: list[Tensor] = field(default_factory=list)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+
+@torch.no_grad()
+def least_squares(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    *,
+    damping: float = DAMPING,
+    root: nn.Module | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Refit every consumer of the blocks that a plan touches, and of those after them.
+
+    Args:
+        model: The dense model; it is not changed.
+        group_sets: Its group sets.
+        plan: The plan.
+        batches: Calibration batches.
+        forward: Runs one batch through the model.
+        damping: See :func:`ridge`.
+        root: The module that holds the model, if ``forward`` runs more than the model.
+        progress: Wraps the sequence of block names, for a progress bar.
+        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+
+    Returns:
+        New weights, in the shape after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
+
+    Raises:
+        UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
+    """
+    cuts = parameter_cuts(model, plan, group_sets)
+    touched = {e.key for e in plan.entries}
+    weights: dict[str, Tensor] = {}
+    with evaluation_mode(model if root is None else root):
+        for stream in _record(model, group_sets, batches, forward):
+            dense, pruned = stream.inputs, stream.inputs
+            started = False
+            for name in progress(stream.blocks):
+                members = [s for s in group_sets if s.block == name]
+                started = started or any(s.key in touched for s in members)
+                block = model.get_submodule(name)
+                if not started:
+                    dense = pruned = _run(block, dense, stream.calls[name])
+                    continue
+                smaller = copy.deepcopy(block)
+                cut_block(smaller, name, plan, group_sets, cuts)
+                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.consumers}
+                following, wanted = _dense_pass(block, list(parts), dense, stream.calls[name])
+                # in the order of the calls: what repairs one consumer changes the inputs of the next
+                order = list(wanted[0])
+                residual = _adds_up(dense[0], wanted[0], following[0])
+                for path in order:
+                    gram, cross = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+                    if total is not None:
+                        gram, cross = total(gram), total(cross)
+                    weight = smaller.get_parameter(f"{path}.weight")
+                    transposed = parts[path].input_dim == 0
+                    solved = ridge(gram, cross, weight.T if transposed else weight, damping)
+                    weight.copy_(solved.T if transposed else solved)
+                    weights[parts[path].parameter] = weight.detach().clone()
+                dense, pruned = following, _run(smaller, pruned, stream.calls[name])
+    return weights
+
+
+@torch.no_grad()
+def _record(
+    model: nn.Module, group_sets: Sequence[GroupSet], batches: Iterable[Any], forward: Callable[[Any], Any]
+) -> list[_Stream]:
+    """Run the batches once and note what every block is called with; check that blocks follow each other."""
+    stacks: dict[str, list[str]] = {}
+    for group_set in group_sets:
+        blocks = stacks.setdefault(group_set.block.rpartition(".")[0], [])
+        if group_set.block not in blocks:
+            blocks.append(group_set.block)
+    streams = [_Stream(blocks, calls={b: [] for b in blocks}) for blocks in stacks.values()]
+    mask: Tensor | None = None
+    last: dict[str, Tensor] = {}
+
+    def hook(stream: _Stream, name: str) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, rest, named = _split(args, kwargs)
+            if name == stream.blocks[0]:
+                stream.inputs.append(hidden.detach())
+                stream.masks.append(mask if mask is not None and mask.shape == hidden.shape[:-1] else None)
+            elif not torch.equal(last[stream.blocks[0]], hidden):
+                raise UnsupportedModelError(
+                    f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
+                    " after the other. Use repair='bias' or repair=None."
+                )
+            stream.calls[name].append((rest, named))
+
+        return before
+
+    def after(stream: _Stream) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            last[stream.blocks[0]] = _hidden(output)
+
+        return hook
+
+    handles = []
+    try:
+        for stream in streams:
+            for name in stream.blocks:
+                block = model.get_submodule(name)
+                handles.append(block.register_forward_pre_hook(hook(stream, name), with_kwargs=True))
+                handles.append(block.register_forward_hook(after(stream)))
+        for batch in batches:
+            mask = attention_mask_of(batch)
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return streams
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a block is called with, and everything else. Caches are left out: they would remember."""
+    named = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+    if args:
+        return args[0], args[1:], named
+    hidden = named.pop("hidden_states")
+    return hidden, (), named
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _run(block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
+    return [_hidden(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
+
+
+class _Reached(Exception):
+    """Ends a forward once everything that was wanted of it is known."""
+
+
+def _trace(
+    block: nn.Module, paths: Sequence[str], x: Tensor, call: Call, until: str | None = None
+) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+    """Run a block; give its output, and the input and output of some projections in it, in the order of their calls.
+
+    With ``until`` the forward ends behind that projection, and there is no output.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            found[path] = (args[0], output)
+            if path == until:
+                raise _Reached
+
+        return after
+
+    handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        return _hidden(block(x, *call[0], **call[1])), found
+    except _Reached:
+        return None, found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _dense_pass(
+    block: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor], calls: Sequence[Call]
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """What the dense block and its consumers give for every batch."""
+    outputs, wanted = [], []
+    for x, call in zip(inputs, calls, strict=True):
+        output, traced = _trace(block, paths, x, call)
+        assert output is not None
+        outputs.append(output)
+        wanted.append({path: produced for path, (_, produced) in traced.items()})
+    return outputs, wanted
+
+
+def _adds_up(x: Tensor, consumed: Mapping[str, Tensor], output: Tensor) -> bool:
+    """Whether a block gives its input plus what its consumers give, so that a later one can make up for an error."""
+    total = x + sum(consumed.values())
+    return bool(torch.allclose(output, total, rtol=1e-2, atol=1e-2 * float(output.abs().mean())))
+
+
+def _normal_equations(
+    smaller: nn.Module,
+    order: Sequence[str],
+    path: str,
+    residual: bool,
+    dense: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    wanted: Sequence[Mapping[str, Tensor]],
+    stream: _Stream,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of a consumer's inputs in the pruned stream, and their products with what it should give.
+
+    It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
+    """
+    gram = cross = None
+    bias = getattr(smaller.get_submodule(path), "bias", None)
+    earlier = order[: order.index(path)]
+    for number, (x_dense, x_pruned, call, mask) in enumerate(
+        zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
+    ):
+        given = _trace(smaller, order, x_pruned, call, until=path)[1]
+        inputs, target = given[path][0], wanted[number][path]
+        if residual:
+            target = target + (x_dense - x_pruned)
+            for before in earlier:
+                target = target + (wanted[number][before] - given[before][1])
+        if bias is not None:
+            target = target - bias
+        select = mask.bool() if mask is not None else slice(None)
+        precision = torch.promote_types(inputs.dtype, torch.float32)
+        a = inputs[select].reshape(-1, inputs.shape[-1]).to(precision)
+        b = target[select].reshape(-1, target.shape[-1]).to(precision)
+        gram = a.T @ a if gram is None else gram + a.T @ a
+        cross = b.T @ a if cross is None else cross + b.T @ a
+    assert gram is not None
+    assert cross is not None
+    return gram, cross

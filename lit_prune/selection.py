@@ -1,0 +1,251 @@
+"""Which groups leave under a budget: a fractional-knapsack view of the whole model.
+
+The rows of the group table leave in the order of their score (importance / cost) until the removed cost reaches the
+budget. Floors, protected layers and rounding only restrict which rows may leave: within a group set the groups leave
+in the order of their score, so a floor is a limit on the length of that order and rounding a grouping of it into steps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from lit_prune.errors import BudgetError
+from lit_prune.table import GroupTable
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What selection must respect.
+
+    Args:
+        min_groups: At least so many groups stay in every group set.
+        min_fraction: At least this fraction of the groups of every set stays, in [0, 1].
+        protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
+            are searched in the names of the group sets.
+        multiple_of: By kind, a number that the kept groups of a set must be a multiple of. A set that starts out
+            uneven may stay as it is.
+        kinds: The kinds that may leave; ``None`` for all.
+        uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
+    """
+
+    min_groups: int = 1
+    min_fraction: float = 0.2
+    protect: Sequence[int | str] = ()
+    multiple_of: Mapping[str, int] = field(default_factory=dict)
+    kinds: Sequence[str] | None = None
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one is out of its range.
+        """
+        if self.min_groups < 0:
+            raise ValueError(f"min_groups must be 0 or more; found {self.min_groups}.")
+        if not 0 <= self.min_fraction <= 1:
+            raise ValueError(f"min_fraction must lie in [0, 1]; found {self.min_fraction}.")
+        for kind, multiple in self.multiple_of.items():
+            if multiple < 1:
+                raise ValueError(f"multiple_of[{kind!r}] must be 1 or more; found {multiple}.")
+
+    def floor(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
+        """The number of groups that must stay in every group set, int array of shape ``(sets,)``.
+
+        Args:
+            table: The group table.
+            original: Sizes of group sets before earlier cuts, by key; ``min_fraction`` is of these.
+
+        Raises:
+            ValueError: If ``protect`` or ``kinds`` name something that the model does not have.
+        """
+        sizes = table.sizes
+        whole = np.array([(original or {}).get(key, size) for key, size in zip(table.keys, sizes, strict=True)])
+        fraction = np.ceil(self.min_fraction * whole - 1e-9)
+        floor = np.minimum(np.maximum(self.min_groups, fraction), sizes).astype(np.int64)
+        known = sorted({kind for _, kind in table.keys})
+        for kind in (*(self.kinds or ()), *self.multiple_of):
+            if kind not in known:
+                raise ValueError(f"The model has no groups of kind {kind!r}; its kinds are {', '.join(known)}.")
+        for position, (_, kind) in enumerate(table.keys):
+            if self.kinds is not None and kind not in self.kinds:
+                floor[position] = sizes[position]
+        layers = int(table.layers.max()) + 1
+        for entry in self.protect:
+            if isinstance(entry, int):
+                chosen = table.layers == (entry + layers if entry < 0 else entry)
+            else:
+                chosen = np.array([re.search(entry, name) is not None for name, _ in table.keys])
+            if not chosen.any():
+                raise ValueError(
+                    f"protect names {entry!r}, but no prunable layer matches: there are layers 0 to {layers - 1}, with"
+                    f" names like {table.keys[0][0]!r}."
+                )
+            floor[chosen] = sizes[chosen]
+        return floor
+
+
+def select(
+    table: GroupTable,
+    budget: int,
+    limits: Limits | None = None,
+    original: Mapping[tuple[str, str], int] | None = None,
+) -> np.ndarray:
+    """Choose which rows stay so that about ``budget`` parameters leave.
+
+    Rows leave by ascending score, ties in the order of the table. Where the next row in that order would overshoot, it
+    is passed over and smaller ones further on are taken, so that the removed cost ends below the budget by less than
+    the cost of the smallest step that may still leave.
+
+    Args:
+        table: The group table.
+        budget: Parameters that should leave.
+        limits: Floors, protections and rounding; the default limits if ``None``.
+        original: Sizes of group sets before earlier cuts, by key, for floors that are fractions.
+
+    Returns:
+        Bool array of shape ``(rows,)``: whether each row stays.
+
+    Raises:
+        BudgetError: If the limits do not let so many parameters leave, or the budget is smaller than one step.
+    """
+    limits = limits or Limits()
+    step_of_row, step_score, step_cost = _steps(table, limits, original)
+    available = int(step_cost.sum())
+    if budget > available:
+        total = int(table.cost.sum())
+        raise BudgetError(
+            f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may leave"
+            f" under the floors (min_groups={limits.min_groups}, min_fraction={limits.min_fraction}), protections"
+            f" {list(limits.protect)}, rounding {dict(limits.multiple_of)} and kinds {limits.kinds}. Lower the ratio or"
+            " relax one of these."
+        )
+    if len(step_cost) == 0 or budget < step_cost.min():
+        smallest = int(step_cost.min()) if len(step_cost) else None
+        raise BudgetError(
+            f"The budget of {budget:,} parameters is less than the smallest removable group ({smallest})."
+        )
+    order_of_step = table.set_of_row[_first_row(step_of_row, len(step_cost))]
+    if limits.uniform:
+        kinds = list(dict.fromkeys(kind for _, kind in table.keys))
+        order_of_step = np.array([kinds.index(kind) for _, kind in table.keys])[order_of_step]
+    chosen = _fill(step_score, step_cost, order_of_step, budget)
+    removed = np.zeros(len(table), dtype=bool)
+    inside = step_of_row >= 0
+    removed[inside] = chosen[step_of_row[inside]]
+    return ~removed
+
+
+def _first_row(step_of_row: np.ndarray, steps: int) -> np.ndarray:
+    first = np.empty(steps, dtype=np.int64)
+    rows = np.flatnonzero(step_of_row >= 0)[::-1]
+    first[step_of_row[rows]] = rows
+    return first
+
+
+def _steps(
+    table: GroupTable, limits: Limits, original: Mapping[tuple[str, str], int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group the rows that may leave into steps that leave together (single rows unless widths are rounded).
+
+    Returns:
+        The step of every row (-1 for rows that stay), and the score and cost of every step. The steps of a set are
+        numbered in the order in which they must leave.
+    """
+    sets, sizes, score = table.set_of_row, table.sizes, table.score
+    order = np.lexsort((score, sets))
+    rank = np.empty(len(table), dtype=np.int64)
+    rank[order] = np.arange(len(table)) - np.repeat(table.offsets[:-1], sizes)
+    multiple = np.array([limits.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
+    floor = -(-limits.floor(table, original) // multiple) * multiple
+    removable = np.maximum(sizes - floor, 0)
+    # the first step takes what is over the last whole multiple, so that every later state is a whole multiple
+    surplus = sizes % multiple
+    in_set = np.where(rank < surplus[sets], 0, (rank - surplus[sets]) // multiple[sets] + (surplus[sets] > 0))
+    steps_per_set = np.where(removable > 0, (removable - surplus) // multiple + (surplus > 0), 0)
+    starts = np.concatenate([[0], steps_per_set.cumsum()])
+    step_of_row = np.where(rank < removable[sets], starts[:-1][sets] + in_set, -1)
+    if limits.uniform:
+        step_of_row, starts = _merge_uniform(table, step_of_row, starts)
+    inside = step_of_row >= 0
+    cost = np.bincount(step_of_row[inside], weights=table.cost[inside], minlength=starts[-1]).astype(np.int64)
+    importance = np.bincount(step_of_row[inside], weights=table.importance[inside], minlength=starts[-1])
+    step_score = importance / np.maximum(cost, 1)
+    for start, stop in pairwise(starts):
+        # means of ascending scores ascend but for rounding, and the order of leaving must not depend on that
+        np.maximum.accumulate(step_score[start:stop], out=step_score[start:stop])
+    return step_of_row, step_score, cost
+
+
+def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Let the n-th steps of all group sets of a kind leave together.
+
+    Raises:
+        BudgetError: If the sets of a kind differ in size, or in what the limits let leave.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind in table.keys))
+    kind_of_set = np.array([kinds.index(kind) for _, kind in table.keys])
+    steps, offset = np.diff(starts), [0]
+    for number, kind in enumerate(kinds):
+        members = kind_of_set == number
+        if len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1:
+            raise BudgetError(
+                f"A uniform plan needs {kind} group sets of one size and with the same limits; found sizes"
+                f" {sorted(set(table.sizes[members].tolist()))} and removable steps {sorted(set(steps[members].tolist()))}."
+            )
+        offset.append(offset[-1] + int(steps[members][0]))
+    merged = np.array(offset[:-1])[kind_of_set][table.set_of_row] + step_of_row - starts[:-1][table.set_of_row]
+    return np.where(step_of_row >= 0, merged, -1), np.array(offset)
+
+
+def _fill(score: np.ndarray, cost: np.ndarray, sets: np.ndarray, budget: int) -> np.ndarray:
+    """Take steps by ascending score; skip those that overshoot, and with one of them the later steps of its set."""
+    chosen = np.zeros(len(cost), dtype=bool)
+    order = np.argsort(score, kind="stable")
+    left = budget
+    while len(order):
+        total = cost[order].cumsum()
+        taken = int(np.searchsorted(total, left, side="right"))
+        chosen[order[:taken]] = True
+        if taken:
+            left -= int(total[taken - 1])
+        if taken == len(order):
+            break
+        blocked = sets[order[taken]]
+        order = order[taken + 1 :]
+        order = order[(sets[order] != blocked) & (cost[order] <= left)]
+    return chosen
+
+
+def parameter_budget(ratio: float, ratio_of: str, total: int, prunable: int) -> int:
+    """Parameters to remove for a pruning ratio.
+
+    Args:
+        ratio: The fraction to remove, strictly between 0 and 1.
+        ratio_of: ``"all"`` parameters of the model, or the ``"prunable"`` ones.
+        total: Parameters of the model.
+        prunable: Parameters that belong to groups.
+
+    Raises:
+        ValueError: If the ratio or ``ratio_of`` is out of its range.
+    """
+    check_ratio(ratio, ratio_of)
+    return math.floor(ratio * (total if ratio_of == "all" else prunable))
+
+
+def check_ratio(ratio: float, ratio_of: str) -> None:
+    """Refuse a ratio that is not strictly between 0 and 1, or is of something unknown.
+
+    Raises:
+        ValueError: In these cases.
+    """
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+        raise ValueError(f"pruning_ratio must lie strictly between 0 and 1; found {ratio!r}.")
+    if ratio_of not in ("all", "prunable"):
+        raise ValueError(f"ratio_of must be 'all' or 'prunable'; found {ratio_of!r}.")

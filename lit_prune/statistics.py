@@ -1,0 +1,417 @@
+"""Statistics gathered while calibration batches run: gradients, squared gradients and input activations.
+
+Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parameter's shape in CPU memory. ``streaming``
+reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
+criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
+under an absolute value is not and stays elementwise, on the parameter's own device).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import CalibrationError
+from lit_prune.groups import GroupSet, Slice
+
+if TYPE_CHECKING:
+    from lit_prune.importance import Term
+
+ELEMENTWISE = ("gradient", "absolute_gradient", "squared_gradient")
+ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
+STATISTICS = (*ELEMENTWISE, *ACTIVATION)
+MODES = ("streaming", "elementwise")
+
+_PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradient": lambda g: g,
+    "absolute_gradient": torch.abs,
+    "squared_gradient": torch.square,
+}
+
+
+@dataclass
+class ActivationStatistics:
+    """Running sums over the tokens that a projection saw, one number an input feature, in float64.
+
+    Args:
+        count: Number of tokens.
+        sum: Sum of the values, shape ``(in_features,)``.
+        sum_abs: Sum of the absolute values.
+        sum_squares: Sum of the squares.
+    """
+
+    count: int
+    sum: Tensor
+    sum_abs: Tensor
+    sum_squares: Tensor
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens of shape ``(tokens, in_features)``."""
+        inputs = inputs.float()
+        self.count += inputs.shape[0]
+        self.sum += inputs.sum(dim=0)
+        self.sum_abs += inputs.abs().sum(dim=0)
+        self.sum_squares += inputs.square().sum(dim=0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each feature."""
+        return self.sum / self.count
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean absolute value of each feature."""
+        return self.sum_abs / self.count
+
+    @property
+    def l1(self) -> Tensor:
+        """L1 norm of each feature over all tokens."""
+        return self.sum_abs
+
+    @property
+    def l2(self) -> Tensor:
+        """L2 norm of each feature over all tokens."""
+        return self.sum_squares.sqrt()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each feature."""
+        return (self.sum_squares / self.count - self.mean.square()).clamp_min(0)
+
+
+@dataclass
+class Statistics:
+    """What a calibration collected.
+
+    Args:
+        batches: Number of calibration batches.
+        tokens: Number of tokens that the first observed projection saw (0 without activation statistics).
+        elementwise: By statistic and parameter, a float32 tensor of the parameter's shape, a mean over the batches.
+        reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,
+            a mean over the batches.
+        activations: By module, the statistics of its inputs.
+        loss: Mean calibration loss, if losses were computed.
+    """
+
+    batches: int = 0
+    elementwise: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = field(default_factory=dict)
+    activations: dict[str, ActivationStatistics] = field(default_factory=dict)
+    loss: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen, 0 without activation statistics."""
+        return max((a.count for a in self.activations.values()), default=0)
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Combine the statistics that several processes collected on their own batches, in place.
+
+        Args:
+            total: Sums a tensor over the processes; every process gets the same sum. All processes must have collected
+                the same statistics, in the same order; numbers of batches may differ.
+        """
+        batches = total(torch.tensor(float(self.batches)))
+        share = self.batches / float(batches)
+        for store in (self.reduced, *self.elementwise.values()):
+            for key, value in store.items():  # type: ignore[attr-defined]
+                store[key] = total(value * share)  # type: ignore[index]
+        for activation in self.activations.values():
+            activation.count = int(total(torch.tensor(float(activation.count), dtype=torch.float64)))
+            activation.sum = total(activation.sum)
+            activation.sum_abs = total(activation.sum_abs)
+            activation.sum_squares = total(activation.sum_squares)
+        if self.loss is not None:
+            self.loss = float(total(torch.tensor(self.loss * share)))
+        self.batches = int(batches)
+
+    def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
+        """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
+
+        A bias or a norm's scale multiplies the constant 1 in every token.
+        """
+        name = statistic.removeprefix("activation_")
+        module = self.activations.get(part.module)
+        if part.input_dim is None or module is None:
+            constant = {"mean_abs": 1.0, "l1": float(self.tokens), "l2": float(self.tokens) ** 0.5, "variance": 0.0}
+            return torch.full((), constant[name], device=weight.device)
+        shape = [1] * weight.dim()
+        shape[part.input_dim] = -1
+        return getattr(module, name).to(device=weight.device, dtype=torch.float32).view(shape)
+
+
+def attention_mask_of(batch: Any) -> Tensor | None:
+    """The mask of real tokens in a batch, of shape ``(batch, tokens)``, if it is a mapping that has one."""
+    if isinstance(batch, Mapping) or hasattr(batch, "get"):
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+    return None
+
+
+def collect_statistics(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    terms: Iterable[Term],
+    *,
+    mode: str = "streaming",
+    activations: bool = False,
+    root: nn.Module | None = None,
+) -> Statistics:
+    """Run calibration batches and collect what the terms of a criterion need.
+
+    The model is put in eval mode, only the parameters of the group sets require gradients meanwhile, and everything
+    (modes, flags, gradients that were there, hooks) is put back, also when an error is raised.
+
+    Args:
+        model: The model that ``group_sets`` describe.
+        group_sets: The group sets to collect for.
+        batches: The calibration batches; each is one micro-batch of the mean over batches.
+        loss_fn: Runs one batch through the model and returns its loss, a scalar. Without gradient statistics it may
+            return ``None``.
+        terms: The terms whose statistics are needed.
+        mode: ``"streaming"`` or ``"elementwise"``.
+        activations: Observe the inputs of the projections even if no term asks for it.
+        root: The module that holds the model and computes the loss, if there is more to it than the model: its modes
+            and gradients are guarded as well.
+
+    Raises:
+        CalibrationError: If there is no batch, the loss is missing or does not depend on the parameters, or a loss or
+            gradient is not finite; the message names the batch and the parameter.
+        ValueError: For an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown statistics mode {mode!r}; expected one of {', '.join(MODES)}.")
+    terms = list(dict.fromkeys(terms))
+    root = model if root is None else root
+    needed = {t.statistic for t in terms if t.statistic is not None}
+    gradients = bool(needed & set(ELEMENTWISE))
+    statistics = Statistics()
+    losses: list[Tensor] = []
+    collector = _GradientCollector(model, root, group_sets, terms, mode) if gradients else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(root))
+        observer = None
+        if activations or needed & set(ACTIVATION):
+            observer = stack.enter_context(_ActivationObserver(model, group_sets))
+        if collector is not None:
+            stack.enter_context(collector)
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for number, batch in enumerate(batches):
+            if observer is not None:
+                observer.mask = attention_mask_of(batch)
+            loss = loss_fn(batch)
+            if collector is not None:
+                losses.append(_checked_loss(loss, number).detach())
+                collector.start_batch()
+                loss.backward()  # type: ignore[union-attr]
+                collector.end_batch()
+            elif isinstance(loss, Tensor):
+                losses.append(loss.detach().float().mean())
+            statistics.batches += 1
+            del loss
+    if statistics.batches == 0:
+        raise CalibrationError("The calibration dataloader gave no batch; expected at least one.")
+    if losses:
+        stacked = torch.stack([loss.float() for loss in losses]).cpu()
+        if not bool(stacked.isfinite().all()):
+            number = int((~stacked.isfinite()).nonzero()[0])
+            raise CalibrationError(
+                f"The loss of calibration batch {number} is {float(stacked[number])}; expected a finite number."
+                " Nothing was pruned."
+            )
+        statistics.loss = float(stacked.mean())
+    if collector is not None:
+        collector.finish(statistics)
+    if observer is not None:
+        statistics.activations = observer.statistics
+        for name, activation in observer.statistics.items():
+            if not bool(activation.sum_squares.isfinite().all()):
+                raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
+        missing = sorted(
+            {s.module for g in group_sets for s in g.slices if s.input_dim is not None} - set(observer.statistics)
+        )
+        if missing:
+            raise CalibrationError(f"No calibration batch went through {missing[:5]}; their inputs cannot be measured.")
+    return statistics
+
+
+def _checked_loss(loss: Tensor | None, number: int) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise CalibrationError(f"Calibration batch {number} gave no scalar loss; found {found}.")
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
+            " unknown. Was it detached, or computed under no_grad?"
+        )
+    return loss
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off; modules that checkpoint activations keep the flag that makes them do so."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in modes:
+            module.training = training and bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _ActivationObserver:
+    """Forward hooks that keep running sums of every projection's input."""
+
+    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+        self._modules = {
+            s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices if s.input_dim is not None
+        }
+        self._handles: list[Any] = []
+        self.statistics: dict[str, ActivationStatistics] = {}
+        self.mask: Tensor | None = None
+
+    def __enter__(self) -> _ActivationObserver:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        @torch.no_grad()
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0].detach()
+            if self.mask is not None and self.mask.shape == inputs.shape[:-1]:
+                inputs = inputs[self.mask.bool()]
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+            if name not in self.statistics:
+                zeros = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
+                self.statistics[name] = ActivationStatistics(0, zeros, zeros.clone(), zeros.clone())
+            self.statistics[name].update(inputs)
+
+        return hook
+
+
+class _GradientCollector:
+    """Takes each parameter's gradient the moment it is ready, adds it to what the terms need, and frees it."""
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, group_sets: Sequence[GroupSet], terms: Sequence[Term], mode: str
+    ) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._root = root
+        self._mode = mode
+        self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
+        self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
+        for group_set in group_sets:
+            for position, part in enumerate(group_set.slices):
+                if any(t.applies(part) for t in self._terms):
+                    self._uses.setdefault(part.parameter, []).append((group_set, position))
+        self._parameters = {name: parameters[name] for name in self._uses}
+        frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+        if frozen:
+            raise CalibrationError(
+                f"{len(frozen)} parameters to be scored by their gradients are frozen (requires_grad=False), the first"
+                f" {frozen[:3]}. Unfreeze them, or use a criterion that needs no gradient, such as importance='wanda'."
+            )
+        self._elementwise: dict[str, dict[str, Tensor]] = {}
+        self._reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = {}
+        self._finite: list[Tensor] = []
+        self._batch_finite: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._batches = 0
+
+    def __enter__(self) -> _GradientCollector:
+        scored = {id(p) for p in self._parameters.values()}
+        everything = list(self._root.parameters())
+        self._flags = [(p, p.requires_grad) for p in everything]
+        self._gradients = [(p, p.grad) for p in everything]
+        for parameter in everything:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in scored)
+        for name, parameter in self._parameters.items():
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, requires_grad in self._flags:
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+    def start_batch(self) -> None:
+        self._batch_finite = {}
+
+    def end_batch(self) -> None:
+        missing = [name for name in self._parameters if name not in self._batch_finite]
+        if missing:
+            raise CalibrationError(
+                f"No gradient reached {missing[:3]} ({len(missing)} parameters) in calibration batch {self._batches};"
+                " the loss does not depend on them."
+            )
+        # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
+        self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
+        self._batches += 1
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def hook(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.grad = None
+            self._batch_finite[name] = gradient.sum(dtype=torch.float32).isfinite()
+            gradient = gradient.float()
+            weight = parameter.detach().float()
+            elementwise = set()
+            for term in self._terms:
+                assert term.statistic is not None
+                if self._mode == "elementwise" or term.statistic == "gradient":
+                    elementwise.add(term.statistic)
+                    continue
+                value = term.function(weight, _PER_BATCH[term.statistic](gradient))
+                for group_set, position in self._uses[name]:
+                    if term.applies(group_set.slices[position]):
+                        self._add(
+                            self._reduced, (term, group_set.key, position), group_set.slices[position].reduce(value)
+                        )
+            for statistic in elementwise:
+                value = _PER_BATCH[statistic](gradient)
+                if self._mode == "elementwise":
+                    value = value.cpu()
+                self._add(self._elementwise.setdefault(statistic, {}), name, value)
+
+        return hook
+
+    @staticmethod
+    def _add(store: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+        if key in store:
+            store[key] += value
+        else:
+            store[key] = value.clone()
+
+    def finish(self, statistics: Statistics) -> None:
+        """Turn sums into means, and refuse gradients that were not finite."""
+        finite = torch.stack(self._finite).cpu()
+        if not bool(finite.all()):
+            batch, position = (int(i) for i in (~finite).nonzero()[0])
+            raise CalibrationError(
+                f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
+                " Nothing was pruned."
+            )
+        for value in (*self._reduced.values(), *(v for s in self._elementwise.values() for v in s.values())):
+            value /= self._batches
+        statistics.reduced = self._reduced
+        statistics.elementwise = self._elementwise

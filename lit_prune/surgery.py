@@ -1,0 +1,362 @@
+"""Applies a plan to a model and to its optimizers: smaller parameters, sliced optimizer state, consistent attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_prune.architectures import find_group_sets
+from lit_prune.errors import PlanError, PruningError
+from lit_prune.groups import GroupSet
+from lit_prune.plan import PruningPlan
+
+_PLAN = "_lit_prune_plan"
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What stays and what leaves along one dimension of a parameter.
+
+    Args:
+        dim: The dimension.
+        kept: Positions that stay, ascending.
+        removed: Positions that leave, ascending.
+    """
+
+    dim: int
+    kept: Tensor
+    removed: Tensor
+
+
+def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]) -> dict[str, list[Cut]]:
+    """What a plan means for every parameter that it touches.
+
+    Args:
+        model: The model.
+        plan: A plan that fits the model.
+        group_sets: The model's group sets.
+
+    Returns:
+        By parameter name, one cut for every dimension that loses something.
+
+    Raises:
+        PlanError: If the plan does not fit.
+    """
+    plan.validate(group_sets)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    by_key = {s.key: s for s in group_sets}
+    masks: dict[tuple[str, int], Tensor] = {}
+    for entry in plan.entries:
+        group_set = by_key[entry.key]
+        removed = group_set.kept_to_removed(entry.kept)
+        for part in group_set.slices:
+            length = parameters[part.parameter].shape[part.dim]
+            mask = masks.setdefault((part.parameter, part.dim), torch.ones(length, dtype=torch.bool))
+            mask[part.index[removed].flatten()] = False
+    cuts: dict[str, list[Cut]] = {}
+    for (name, dim), mask in masks.items():
+        cuts.setdefault(name, []).append(Cut(dim, mask.nonzero().flatten(), (~mask).nonzero().flatten()))
+    return cuts
+
+
+def get_plan(model: nn.Module) -> PruningPlan | None:
+    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense."""
+    return getattr(model, _PLAN, None)
+
+
+@torch.no_grad()
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Optimizer] = (),
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Cut the model for real.
+
+    Every touched parameter is replaced by a smaller one, one at a time; of the old ones only what leaves is kept until the
+    end, so that an error anywhere puts model and optimizers back as they were, without a second copy of the model.
+    The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
+    the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
+
+    Args:
+        model: The model; changed in place.
+        plan: A plan that fits it.
+        optimizers: Optimizers over its parameters; changed in place.
+        weights: New values, in the shape after the cut, for some parameters (from :mod:`lit_prune.repair`); biases that
+            the plan adds among them.
+
+    Raises:
+        PlanError: If the plan or ``weights`` do not fit the model.
+        PruningError: If an optimizer's state cannot be cut.
+    """
+    group_sets = find_group_sets(model)
+    cuts = parameter_cuts(model, plan, group_sets)
+    weights = dict(weights or {})
+    optimizers = list(optimizers)
+    previous = get_plan(model)
+    composed = plan if previous is None else previous.then(plan)
+    unknown = (
+        set(weights)
+        - set(cuts)
+        - {f"{module}.bias" for module in plan.biases}
+        - {n for n, _ in model.named_parameters()}
+    )
+    if unknown:
+        raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
+    journal: list[Callable[[], None]] = []
+    try:
+        for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
+            _replace_parameter(model, name, cuts.get(name, []), weights.get(name), optimizers, journal)
+        for module in plan.biases:
+            _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
+        _set_attributes(model, group_sets, plan, journal)
+        _set_attribute(model, _PLAN, composed, journal)
+    except BaseException:
+        for undo in reversed(journal):
+            undo()
+        raise
+
+
+@torch.no_grad()
+def cut_block(
+    block: nn.Module, name: str, plan: PruningPlan, group_sets: Sequence[GroupSet], cuts: Mapping[str, Sequence[Cut]]
+) -> None:
+    """Cut one block on its own, a copy of a decoder layer for instance, as a plan cuts it within its model.
+
+    Args:
+        block: The block; changed in place.
+        name: Its qualified name within the model.
+        plan: The plan for the model.
+        group_sets: The model's group sets.
+        cuts: The plan's cuts by parameter name, see :func:`parameter_cuts`.
+    """
+    prefix = f"{name}."
+    journal: list[Callable[[], None]] = []
+    for parameter, parameter_cuts in cuts.items():
+        if parameter.startswith(prefix):
+            _replace_parameter(block, parameter.removeprefix(prefix), parameter_cuts, None, (), journal)
+    _set_attributes(block, [s for s in group_sets if s.block == name], plan, journal, prefix)
+
+
+def _set_attributes(
+    root: nn.Module,
+    group_sets: Sequence[GroupSet],
+    plan: PruningPlan,
+    journal: list[Callable[[], None]],
+    prefix: str = "",
+) -> None:
+    kept = {e.key: len(e.kept) for e in plan.entries}
+    for group_set in group_sets:
+        if group_set.key in kept:
+            for attribute in group_set.attributes:
+                module = root.get_submodule(attribute.module.removeprefix(prefix))
+                _set_attribute(module, attribute.name, attribute.per_group * kept[group_set.key], journal)
+
+
+def _is_added(name: str, plan: PruningPlan) -> bool:
+    return name.removesuffix(".bias") in plan.biases
+
+
+def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[Tensor]]:
+    """Cut a tensor; also return what left, from which :func:`_paste` restores it bit for bit."""
+    left = []
+    for cut in cuts:
+        left.append(tensor.index_select(cut.dim, cut.removed.to(tensor.device)))
+        tensor = tensor.index_select(cut.dim, cut.kept.to(tensor.device))
+    return tensor, left
+
+
+def _paste(tensor: Tensor, cuts: Sequence[Cut], left: Sequence[Tensor]) -> Tensor:
+    for cut, removed in zip(reversed(cuts), reversed(left), strict=True):
+        shape = list(tensor.shape)
+        shape[cut.dim] = len(cut.kept) + len(cut.removed)
+        full = tensor.new_empty(shape)
+        full.index_copy_(cut.dim, cut.kept.to(tensor.device), tensor)
+        full.index_copy_(cut.dim, cut.removed.to(tensor.device), removed)
+        tensor = full
+    return tensor
+
+
+def _replace_parameter(
+    model: nn.Module,
+    name: str,
+    cuts: Sequence[Cut],
+    values: Tensor | None,
+    optimizers: Sequence[Optimizer],
+    journal: list[Callable[[], None]],
+) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old: nn.Parameter = getattr(module, attribute)
+    data, left = _cut(old.data, cuts)
+    original = data
+    if values is not None:
+        if values.shape != data.shape:
+            raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(data.shape)}.")
+        data = values.to(dtype=data.dtype, device=data.device, copy=True)
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    gradient = old.grad
+    places = [
+        (owner_module, key)
+        for owner_module in model.modules()
+        for key, parameter in owner_module._parameters.items()
+        if parameter is old
+    ]
+    shape = old.shape
+
+    def undo() -> None:
+        old.data = _paste(original, cuts, left) if cuts else original
+        old.grad = gradient
+        for owner_module, key in places:
+            owner_module._parameters[key] = old
+            _sync_features(owner_module)
+
+    journal.append(undo)
+    for owner_module, key in places:
+        owner_module._parameters[key] = new
+        _sync_features(owner_module)
+    if cuts:
+        old.data = old.data.new_empty(0)
+    old.grad = None
+    for optimizer in optimizers:
+        _replace_in_optimizer(optimizer, name, old, new, shape, cuts, journal)
+
+
+def _sync_features(module: nn.Module) -> None:
+    """Make the size attributes of a layer agree with its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
+        module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
+    elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+
+
+def _replace_in_optimizer(
+    optimizer: Optimizer,
+    name: str,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    shape: torch.Size,
+    cuts: Sequence[Cut],
+    journal: list[Callable[[], None]],
+) -> None:
+    for group in optimizer.param_groups:
+        for position, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][position] = new
+                journal.append(lambda group=group, position=position: group["params"].__setitem__(position, old))  # type: ignore[misc]
+    if old not in optimizer.state:
+        return
+    state = optimizer.state.pop(old)
+    before = dict(state)
+    replaced: list[tuple[str, Tensor, Sequence[Cut], list[Tensor]]] = []
+
+    def undo() -> None:
+        optimizer.state.pop(new, None)
+        for key, tensor, applied, left in replaced:
+            before[key] = _paste(tensor, applied, left)
+        state.update(before)
+        optimizer.state[old] = state
+
+    journal.append(undo)
+    for key in list(state):
+        value = state[key]
+        if isinstance(value, Tensor) and value.dim() > 0:
+            applied = _state_cuts(value, shape, cuts, f"{type(optimizer).__name__} state {key!r} of {name!r}")
+            state[key], left = _cut(value, applied)
+            replaced.append((key, state[key], applied, left))
+            before[key] = None
+    optimizer.state[new] = state
+
+
+def _state_cuts(value: Tensor, shape: torch.Size, cuts: Sequence[Cut], what: str) -> list[Cut]:
+    """The cuts that apply to a state tensor: of the parameter's shape, or of that shape with some dimensions of size 1."""
+    if value.numel() == 1:
+        return []
+    if value.dim() != len(shape) or any(v not in (1, s) for v, s in zip(value.shape, shape, strict=True)):
+        raise PruningError(
+            f"{what} has shape {tuple(value.shape)}, the parameter {tuple(shape)}; expected the same shape, or 1 in some"
+            " dimensions. This optimizer's state cannot be cut: prune before training, or use another optimizer."
+        )
+    return [cut for cut in cuts if value.shape[cut.dim] == shape[cut.dim]]
+
+
+def _add_bias(
+    model: nn.Module,
+    name: str,
+    values: Tensor | None,
+    optimizers: Sequence[Optimizer],
+    journal: list[Callable[[], None]],
+) -> None:
+    """Give a linear layer a bias, beside its weight in the optimizers' param_groups."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear) or module.bias is not None:
+        raise PlanError(
+            f"The plan adds a bias to {name!r}, which is a {type(module).__name__} that has one or takes none."
+        )
+    data = torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+    if values is not None:
+        data.copy_(values)
+    bias = nn.Parameter(data, requires_grad=module.weight.requires_grad)
+
+    def undo() -> None:
+        module.bias = None
+
+    journal.append(undo)
+    module.bias = bias
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(p is module.weight for p in group["params"]):
+                group["params"].append(bias)
+                journal.append(lambda group=group: group["params"].pop())
+
+
+def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Callable[[], None]]) -> None:
+    if name.startswith("config."):
+        field_name = name.removeprefix("config.")
+        config: Any = module.config
+        overrides = {**config.overrides, field_name: value} if isinstance(config, ConfigView) else {field_name: value}
+        name, value = "config", ConfigView(config.shared if isinstance(config, ConfigView) else config, overrides)
+    missing = object()
+    before = getattr(module, name, missing)
+
+    def undo() -> None:
+        if before is missing:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+    journal.append(undo)
+    setattr(module, name, value)
+
+
+class ConfigView:
+    """One module's view of a config that it shares with others: some fields are its own, the rest is the shared config's.
+
+    Args:
+        shared: The shared config.
+        overrides: The module's own fields.
+    """
+
+    def __init__(self, shared: Any, overrides: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "overrides", dict(overrides))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shared", "overrides") or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return self.overrides[name] if name in self.overrides else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.shared, name, value)

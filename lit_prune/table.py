@@ -1,0 +1,152 @@
+"""The global group table: one row for every group of the model, with its importance, cost and score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from torch import Tensor
+
+from lit_prune.errors import CalibrationError
+from lit_prune.files import replacing
+from lit_prune.groups import GroupSet
+
+COLUMNS = ("layer", "kind", "name", "group", "importance", "cost", "score", "kept")
+
+
+@dataclass(eq=False)
+class GroupTable:
+    """All groups of a model, one row each, in the order of the group sets.
+
+    Args:
+        keys: Name and kind of every group set.
+        layers: Layer of every group set, int array of shape ``(sets,)``.
+        offsets: Row at which each set starts, and the number of rows at the end; int array of shape ``(sets + 1,)``.
+        importance: Estimated damage to the loss from removing the group, float64 array of shape ``(rows,)``.
+        cost: Parameters that leave with the group, int array of shape ``(rows,)``.
+        kept: Whether the group stays, bool array of shape ``(rows,)``.
+    """
+
+    keys: tuple[tuple[str, str], ...]
+    layers: np.ndarray
+    offsets: np.ndarray
+    importance: np.ndarray
+    cost: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
+        """Build the table from the group sets and the importance of their groups, tensors of shape ``(groups,)``.
+
+        Raises:
+            CalibrationError: If an importance is not finite.
+        """
+        sizes = np.array([s.size for s in group_sets], dtype=np.int64)
+        values = np.concatenate([i.double().cpu().numpy() for i in importance])
+        table = cls(
+            keys=tuple(s.key for s in group_sets),
+            layers=np.array([s.layer for s in group_sets], dtype=np.int64),
+            offsets=np.concatenate([[0], sizes.cumsum()]),
+            importance=values,
+            cost=np.repeat(np.array([s.cost for s in group_sets], dtype=np.int64), sizes),
+            kept=np.ones(len(values), dtype=bool),
+        )
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            name, kind = table.keys[int(table.set_of_row[row])]
+            raise CalibrationError(
+                f"The importance of group {int(table.group[row])} of {name!r} ({kind}) is {values[row]}; expected a finite"
+                " number. Nothing was pruned."
+            )
+        return table
+
+    def __len__(self) -> int:
+        return len(self.importance)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of groups of every set."""
+        return np.diff(self.offsets)
+
+    @property
+    def set_of_row(self) -> np.ndarray:
+        """Index of the group set of every row."""
+        return np.repeat(np.arange(len(self.keys)), self.sizes)
+
+    @property
+    def group(self) -> np.ndarray:
+        """Index of every row's group within its set."""
+        return np.arange(len(self)) - np.repeat(self.offsets[:-1], self.sizes)
+
+    @property
+    def score(self) -> np.ndarray:
+        """Importance / cost of every row: the lowest leave first."""
+        return self.importance / self.cost
+
+    @property
+    def removed_cost(self) -> int:
+        """Parameters of the rows that do not stay."""
+        return int(self.cost[~self.kept].sum())
+
+    def kept_groups(self) -> list[np.ndarray]:
+        """For every set the indices of the groups that stay."""
+        return [np.flatnonzero(k) for k in np.split(self.kept, self.offsets[1:-1])]
+
+    def to_arrow(self) -> pa.Table:
+        """The table with the columns :data:`COLUMNS`."""
+        rows = pa.array(self.set_of_row)
+        names, kinds = (pa.array(column) for column in zip(*self.keys, strict=True))
+        columns = {
+            "layer": self.layers[self.set_of_row],
+            "kind": pa.DictionaryArray.from_arrays(rows.cast(pa.int32()), kinds).cast(pa.string()),
+            "name": pa.DictionaryArray.from_arrays(rows.cast(pa.int32()), names).cast(pa.string()),
+            "group": self.group,
+            "importance": self.importance,
+            "cost": self.cost,
+            "score": self.score,
+            "kept": self.kept,
+        }
+        return pa.table(columns)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> GroupTable:
+        """The inverse of :meth:`to_arrow`.
+
+        Raises:
+            ValueError: If a column is missing.
+        """
+        missing = [c for c in COLUMNS if c not in table.column_names]
+        if missing:
+            raise ValueError(f"A group table has the columns {COLUMNS}; {missing} are missing.")
+        names, kinds = table["name"].to_pylist(), table["kind"].to_pylist()
+        starts = [i for i in range(len(names)) if i == 0 or (names[i], kinds[i]) != (names[i - 1], kinds[i - 1])]
+        return cls(
+            keys=tuple((names[i], kinds[i]) for i in starts),
+            layers=table["layer"].to_numpy()[starts],
+            offsets=np.array([*starts, len(names)]),
+            importance=table["importance"].to_numpy(),
+            cost=table["cost"].to_numpy(),
+            kept=table["kept"].to_numpy().copy(),
+        )
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as CSV."""
+        with replacing(path) as temporary:
+            pyarrow.csv.write_csv(self.to_arrow(), temporary)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as Parquet."""
+        with replacing(path) as temporary:
+            pyarrow.parquet.write_table(self.to_arrow(), temporary)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> GroupTable:
+        """Read a table from a CSV or Parquet file, told by its suffix."""
+        read = pyarrow.parquet.read_table if Path(path).suffix == ".parquet" else pyarrow.csv.read_csv
+        return cls.from_arrow(read(path))

@@ -1,0 +1,185 @@
+"""A LightningDataModule that packs text into blocks of tokens."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from lit_prune.training.loading import load_tokenizer
+
+EMBEDDED = "python-docs"
+_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Text from a `datasets` name or from files, tokenised and packed into blocks without padding.
+
+    Args:
+        tokenizer: Where the tokenizer comes from: the same values as ``model`` of the module.
+        dataset: ``python-docs`` for the topics of the standard library's documentation (465 kB of English that every
+            Python ships), the name of a dataset, or a text, JSON, CSV or Parquet file (several: a list).
+        subset: Configuration name of the dataset, if it has several.
+        text_column: Column that holds the text.
+        train_split: Split to train on.
+        val_split: Split to validate on. If ``None``, or if the dataset has no such split, ``val_fraction`` of the
+            documents are held out.
+        val_fraction: Fraction of the documents to hold out, in (0, 1).
+        block_size: Tokens of a block.
+        batch_size: Blocks of a batch.
+        val_batch_size: Blocks of a validation batch; ``batch_size`` if ``None``.
+        max_train_blocks: Train on so many blocks at most.
+        max_val_blocks: Validate on so many blocks at most.
+        num_workers: Worker processes of the dataloaders.
+        seed: Seed of the choice of held-out documents.
+        trust_remote_code: Whether code that lies beside the tokenizer may run.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        dataset: str | list[str] = EMBEDDED,
+        subset: str | None = None,
+        text_column: str = "text",
+        train_split: str = "train",
+        val_split: str | None = "validation",
+        val_fraction: float = 0.1,
+        block_size: int = 128,
+        batch_size: int = 4,
+        val_batch_size: int | None = None,
+        max_train_blocks: int | None = None,
+        max_val_blocks: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        limits = [limit for limit in (max_train_blocks, max_val_blocks) if limit is not None]
+        if not 0 < val_fraction < 1 or block_size < 2 or min(batch_size, val_batch_size or 1, *limits) < 1:
+            raise ValueError(
+                "Expected val_fraction in (0, 1), block_size >= 2, and batch_size, val_batch_size, max_train_blocks and"
+                f" max_val_blocks >= 1; found {val_fraction}, {block_size}, {batch_size}, {val_batch_size},"
+                f" {max_train_blocks} and {max_val_blocks}."
+            )
+        self.save_hyperparameters()
+        self._blocks: dict[str, datasets.Dataset] = {}
+
+    def setup(self, stage: str) -> None:
+        """Load, split, tokenise and pack."""
+        del stage
+        if self._blocks:
+            return
+        options = self.hparams
+        texts = self._texts()
+        tokenizer = load_tokenizer(options["tokenizer"], trust_remote_code=options["trust_remote_code"])
+        for name, limit in (("train", options["max_train_blocks"]), ("val", options["max_val_blocks"])):
+            blocks = pack(texts[name], tokenizer, options["text_column"], options["block_size"])
+            if len(blocks) == 0:
+                raise ValueError(
+                    f"The {name} split of {options['dataset']!r} has {len(texts[name])} documents and fewer than"
+                    f" {options['block_size']} tokens; expected at least one block. Lower block_size or bring more text."
+                )
+            self._blocks[name] = blocks if limit is None else blocks.select(range(min(limit, len(blocks))))
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of ``{"input_ids": (batch, block_size)}``."""
+        return self._loader("train", self.hparams["batch_size"], shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the held-out blocks, in order."""
+        return self._loader("val", self.hparams["val_batch_size"] or self.hparams["batch_size"], shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> DataLoader:
+        workers = self.hparams["num_workers"]
+        return DataLoader(
+            self._blocks[name],
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    def _texts(self) -> dict[str, datasets.Dataset]:
+        options = self.hparams
+        loaded = load_texts(options["dataset"], options["subset"])
+        if options["train_split"] not in loaded:
+            raise ValueError(
+                f"{options['dataset']!r} has the splits {list(loaded)}; expected {options['train_split']!r}."
+            )
+        train = loaded[options["train_split"]]
+        if options["text_column"] not in train.column_names:
+            raise ValueError(
+                f"{options['dataset']!r} has the columns {train.column_names}; expected {options['text_column']!r}."
+            )
+        if options["val_split"] in loaded:
+            return {"train": train, "val": loaded[options["val_split"]]}
+        if len(train) < 2:
+            raise ValueError(
+                f"{options['dataset']!r} has {len(train)} documents; expected at least 2 to hold some out, or a val_split."
+            )
+        split = train.train_test_split(options["val_fraction"], seed=options["seed"])
+        return {"train": split["train"], "val": split["test"]}
+
+
+def load_texts(dataset: str | Sequence[str], subset: str | None = None) -> dict[str, datasets.Dataset]:
+    """Load the embedded corpus, local files or a dataset by its name, by split.
+
+    Raises:
+        FileNotFoundError: If a local file does not exist.
+        ValueError: If files have no known format, or different ones.
+    """
+    if dataset == EMBEDDED:
+        topics = pydoc_data.topics.topics
+        return {"train": datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})}
+    files = [dataset] if isinstance(dataset, str) else list(dataset)
+    if isinstance(dataset, str) and Path(dataset).suffix not in _FORMATS:
+        return dict(datasets.load_dataset(dataset, subset))
+    empty = [file for file in files if Path(file).is_file() and Path(file).stat().st_size == 0]
+    if empty:
+        raise ValueError(f"{empty[0]!r} is empty: it has 0 documents.")
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"No file at {missing[0]!r}; expected a text, JSON, CSV or Parquet file.")
+    formats = {_FORMATS.get(Path(file).suffix) for file in files}
+    if len(formats) != 1 or None in formats:
+        raise ValueError(f"Expected files of one format out of {sorted(_FORMATS)}; found {files}.")
+    return dict(datasets.load_dataset(formats.pop(), data_files={"train": files}))
+
+
+def pack(documents: datasets.Dataset, tokenizer: Any, text_column: str, block_size: int) -> datasets.Dataset:
+    """Tokenise documents, join them, and cut the stream into blocks of ``block_size`` tokens; what is left over is dropped.
+
+    Returns:
+        A dataset in torch format with the column ``input_ids``, rows of shape ``(block_size,)``.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = [text for text in batch[text_column] if text]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        stream = [token for ids in encoded for token in (*ids, *end)]
+        whole = len(stream) // block_size * block_size
+        return {"input_ids": [stream[i : i + block_size] for i in range(0, whole, block_size)]}
+
+    blocks = documents.map(
+        tokenize,
+        batched=True,
+        batch_size=max(1, len(documents)) if len(documents) < 10_000 else 10_000,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int64"))}),
+        keep_in_memory=len(documents) < 10_000,
+        desc="Packing",
+    )
+    return blocks.with_format("torch")

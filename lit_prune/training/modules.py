@@ -1,0 +1,132 @@
+"""A LightningModule for causal language models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+
+from lit_prune.training.loading import load_model
+
+IGNORED = -100
+
+
+class CausalLMModule(pl.LightningModule):
+    """Train and validate a causal language model on batches of ``input_ids`` (and optionally ``attention_mask``, ``labels``).
+
+    Logs ``train_loss``, ``val_loss`` and ``val_perplexity`` (torchmetrics).
+
+    Args:
+        model: A directory in Hugging Face format, a hub name, a GGUF file, or ``package:NAME`` for a GGUF file inside an
+            installed package.
+        random_weights: Start from random weights in place of the pretrained ones; ``model`` may then be a config.json.
+        dtype: Data type of the weights.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW, on matrices only.
+        warmup_steps: Steps of linear warm-up.
+        schedule: How the learning rate goes on after the warm-up: constant, or down to ``min_lr_factor`` along a cosine
+            over all steps of the run.
+        min_lr_factor: Where the cosine ends, as a fraction of the peak.
+        betas: Betas of AdamW.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        attn_implementation: Attention implementation of transformers, ``sdpa`` or ``eager`` for instance.
+        trust_remote_code: Whether code that lies beside the weights may run.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        random_weights: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "cosine"] = "constant",
+        min_lr_factor: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0 or weight_decay < 0 or warmup_steps < 0 or not 0 <= min_lr_factor <= 1:
+            raise ValueError(
+                "Expected learning_rate > 0, weight_decay >= 0, warmup_steps >= 0 and min_lr_factor in [0, 1]; found"
+                f" {learning_rate}, {weight_decay}, {warmup_steps} and {min_lr_factor}."
+            )
+        self.save_hyperparameters()
+        language_model: Any = load_model(
+            model,
+            random_weights=random_weights,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+        )
+        if gradient_checkpointing:
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model: nn.Module = language_model.train()
+        self.val_perplexity = Perplexity(ignore_index=IGNORED)
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Run the model."""
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The causal loss of a batch."""
+        del batch_idx
+        loss = self.model(**_with_labels(batch), use_cache=False).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss and the perplexity of a batch."""
+        del batch_idx
+        batch = _with_labels(batch)
+        output = self.model(**batch, use_cache=False)
+        self.val_perplexity.update(output.logits[:, :-1].float(), batch["labels"][:, 1:])
+        self.log("val_loss", output.loss, batch_size=len(batch["input_ids"]), sync_dist=True)
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same as validation."""
+        self.validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with warm-up and the chosen schedule."""
+        options = self.hparams
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options["weight_decay"]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=options["learning_rate"], betas=tuple(options["betas"]))
+        warmup, low = options["warmup_steps"], options["min_lr_factor"]
+        total = self.trainer.estimated_stepping_batches if options["schedule"] == "cosine" else 0
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            if options["schedule"] == "constant":
+                return 1.0
+            progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "labels" in batch:
+        return batch
+    labels = batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+    return {**batch, "labels": labels}

@@ -1,0 +1,83 @@
+"""Small real models that the tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lit_prune import find_group_sets
+from lit_prune.groups import GroupSet
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def tiny(model_type: str = "llama", attn: str = "sdpa", **overrides: object) -> nn.Module:
+    """A tiny random model with every weight, bias and norm away from its initial constant."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**SMALL, **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def uneven_kept(group_sets: Sequence[GroupSet]) -> list[list[int]]:
+    """Kept groups that differ from set to set; the last one stays whole."""
+    generator = torch.Generator().manual_seed(1)
+    kept = []
+    for position, group_set in enumerate(group_sets):
+        count = group_set.size if position == len(group_sets) - 1 else max(1, group_set.size - 1 - position % 3)
+        kept.append(sorted(torch.randperm(group_set.size, generator=generator)[:count].tolist()))
+    return kept
+
+
+def zeroed(model: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module:
+    """A dense copy with the weights of the removed groups set to zero: the oracle of surgery."""
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for group_set, keep in zip(find_group_sets(model), kept, strict=True):
+            for group in set(range(group_set.size)) - set(keep):
+                for part in group_set.slices:
+                    parameters[part.parameter].index_fill_(part.dim, part.index[group], 0.0)
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Token ids of shape (2, 12)."""
+    return torch.randint(0, SMALL["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    """Three batches of token ids of shape (2, 10)."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, SMALL["vocab_size"], (2, 10), generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def loss_of() -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
+    """The causal loss of a model as a function of a batch of token ids."""
+    return lambda model: lambda ids: model(input_ids=ids, labels=ids).loss

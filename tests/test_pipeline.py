@@ -1,0 +1,172 @@
+"""From statistics to a plan: mixes, the automatic choice, uniform widths, masked models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny, uneven_kept, zeroed
+from lit_prune import (
+    BudgetError,
+    Limits,
+    PruningConfig,
+    PruningPlan,
+    apply_plan,
+    calibrate,
+    find_group_sets,
+    make_plan,
+    repair,
+)
+from lit_prune.importance import get_criterion, group_importance, mixed_importance
+from lit_prune.pipeline import CANDIDATES, masked, masked_loss
+
+
+def prune_config(**options) -> PruningConfig:
+    return PruningConfig(**{"pruning_ratio": 0.2, **options})
+
+
+def test_a_mix_is_the_weighted_sum_of_importances_that_each_sum_to_one(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    config = prune_config(importance={"taylor": 0.7, "output_wanda": 0.3})
+    statistics = calibrate(model, group_sets, batches, loss_of(model), config)
+    table, plan = make_plan(model, group_sets, statistics, config)
+    parameters = dict(model.named_parameters())
+    expected = torch.zeros(len(table), dtype=torch.float64)
+    for name, weight in config.importance.items():
+        criterion = get_criterion(name)
+        values = torch.cat(
+            group_importance(criterion, parameters, group_sets, statistics, normalize=criterion.normalize)
+        ).double()
+        expected += weight * values / values.sum()
+    torch.testing.assert_close(torch.from_numpy(table.importance), expected, rtol=1e-5, atol=1e-9)
+    assert plan.info["importance"] == "taylor + output_wanda"
+
+
+def test_bad_mixes_are_refused():
+    for importance, message in (
+        ({}, "positive weights"),
+        ({"taylor": -1.0}, "positive weights"),
+        ({"x": 1.0}, "Unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_config(importance=importance)
+    with pytest.raises(ValueError, match="positive sum"):
+        mixed_importance([(1.0, [torch.tensor([-1.0, 1.0])])])
+
+
+def test_auto_takes_the_candidate_whose_masked_model_loses_least_on_held_back_batches(loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    generator = torch.Generator().manual_seed(3)
+    data = [torch.randint(0, 64, (2, 10), generator=generator) for _ in range(16)]
+    config = prune_config(importance="auto")
+    statistics = calibrate(model, group_sets, data, loss_of(model), config)
+    assert statistics.batches == 14
+    losses = {}
+
+    def measure(plan):
+        losses[plan.info["importance"]] = masked_loss(model, group_sets, plan, data, loss_of(model), config)
+        return losses[plan.info["importance"]]
+
+    table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
+    assert set(losses) == set(CANDIDATES)
+    assert plan.info["candidates"] == losses
+    assert losses[plan.info["importance"]] == min(losses.values())
+    kept = [k.tolist() for k in table.kept_groups()]
+    oracle = zeroed(model, kept)
+    with torch.no_grad():
+        held = torch.stack([loss_of(oracle)(data[i]) for i in (7, 15)]).mean()
+    assert losses[plan.info["importance"]] == pytest.approx(float(held), rel=1e-5)
+    with pytest.raises(ValueError, match="needs a measure"):
+        make_plan(model, group_sets, statistics, config)
+
+
+def test_a_masked_model_is_put_back_also_after_an_error(tokens):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    kept = uneven_kept(group_sets)
+    plan = PruningPlan.from_kept(group_sets, kept)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError), masked(model, group_sets, plan):
+        torch.testing.assert_close(model(tokens).logits, zeroed(model, kept)(tokens).logits, rtol=1e-4, atol=1e-5)
+        raise RuntimeError
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_a_uniform_plan_keeps_one_width_and_fits_a_stock_config(multiple, batches, loss_of, tokens):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    limits = Limits(uniform=True, multiple_of={"mlp": multiple} if multiple > 1 else {})
+    config = prune_config(importance="taylor", pruning_ratio=0.3, limits=limits)
+    statistics = calibrate(model, group_sets, batches, loss_of(model), config)
+    table, plan = make_plan(model, group_sets, statistics, config)
+    widths = {
+        kind: {len(k) for s, k in zip(group_sets, table.kept_groups(), strict=True) if s.kind == kind}
+        for kind in ("attention", "mlp")
+    }
+    assert all(len(w) == 1 for w in widths.values())
+    (heads,), (channels,) = widths["attention"], widths["mlp"]
+    assert channels % multiple == 0
+    assert 0 <= config.budget(model, group_sets) - table.removed_cost < 3 * max(s.cost for s in group_sets)
+    apply_plan(model, plan)
+    stock = tiny(
+        "llama", num_key_value_heads=heads, num_attention_heads=2 * heads, intermediate_size=channels, head_dim=4
+    )
+    stock.load_state_dict(model.state_dict())
+    torch.testing.assert_close(stock(tokens).logits, model(tokens).logits)
+
+
+def test_uniform_needs_sets_of_one_size(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    apply_plan(model, PruningPlan.from_kept(group_sets, uneven_kept(group_sets)))
+    with pytest.raises(BudgetError, match="of one size"):
+        prune_config(limits=Limits(uniform=True, min_fraction=0)).check(model, find_group_sets(model))
+
+
+def test_output_side_criteria_equal_the_published_formulas(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    seen = {}
+    for s in group_sets:
+        module = model.get_submodule(s.consumers[0].module)
+        module.register_forward_pre_hook(
+            lambda m, a, n=s.name: seen.setdefault(n, []).append(a[0].detach().flatten(0, 1))
+        )
+    config = prune_config(importance={"output_wanda": 1.0, "flap": 1.0}, normalize=None)
+    statistics = calibrate(model, group_sets, batches, loss_of(model), config)
+    parameters = dict(model.named_parameters())
+    found = {
+        name: group_importance(get_criterion(name), parameters, group_sets, statistics, normalize=None)
+        for name in config.importance
+    }
+    for position, s in enumerate(group_sets):
+        x = torch.cat(seen[s.name]).double()
+        weight = model.get_parameter(s.consumers[0].parameter).detach().double()
+        columns = s.consumers[0].index
+        output = (weight.norm(dim=0) * x.norm(dim=0))[columns].sum(1)
+        flap = (weight.square().sum(0) * x.var(dim=0, unbiased=False))[columns].sum(1)
+        torch.testing.assert_close(found["output_wanda"][position], output.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["flap"][position], flap.float(), rtol=1e-4, atol=1e-6)
+    standard = group_importance(get_criterion("flap"), parameters, group_sets, statistics, normalize="standard")
+    for s, importance in zip(group_sets, standard, strict=True):
+        score = importance / s.cost
+        assert float(score.mean()) == pytest.approx(0, abs=1e-4)
+        assert float(score.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+
+
+def test_blocks_that_cannot_be_replayed_are_left_unrepaired_with_a_warning(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    statistics = calibrate(model, group_sets, batches, loss_of(model), prune_config())
+    scale = model.model.layers[1].register_forward_pre_hook(
+        lambda m, args, kwargs: ((args[0] * 2, *args[1:]), kwargs), with_kwargs=True, prepend=True
+    )
+    with pytest.warns(UserWarning, match="Nothing was repaired: The input of model.layers.1"):
+        same, weights = repair(model, group_sets, plan, statistics, batches, model, prune_config())
+    scale.remove()
+    assert same is plan
+    assert weights == {}

@@ -1,0 +1,157 @@
+"""Repair against closed forms of numpy and against the layer outputs it should restore."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SMALL, tiny, uneven_kept
+from lit_prune import PruningPlan, apply_plan, find_group_sets
+from lit_prune.repair import bias_fold, least_squares, ridge
+from lit_prune.statistics import collect_statistics
+
+
+def data(tokens=200, inputs=12, outputs=5):
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixing
+    y = torch.randn(tokens, outputs, generator=generator, dtype=torch.float64)
+    prior = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    return x, y, prior
+
+
+def test_without_damping_it_is_least_squares():
+    x, y, prior = data()
+    found = ridge(x.T @ x, y.T @ x, prior, 0.0)
+    expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_with_damping_it_is_ridge_towards_the_prior(damping):
+    x, y, prior = data()
+    strength = damping * float((x.T @ x).diagonal().mean())
+    found = ridge(x.T @ x, y.T @ x, prior, damping)
+    stacked_x = np.concatenate([x.numpy(), np.sqrt(strength) * np.eye(x.shape[1])])
+    stacked_y = np.concatenate([y.numpy(), np.sqrt(strength) * prior.numpy().T])
+    expected = np.linalg.lstsq(stacked_x, stacked_y, rcond=None)[0].T
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+def test_fewer_tokens_than_inputs_still_fits_and_stays_finite():
+    x, y, prior = data(tokens=6)
+    found = ridge(x.T @ x, y.T @ x, prior, 0.0)
+    np.testing.assert_allclose((x @ found.T).numpy(), y.numpy(), atol=1e-4)
+    assert torch.isfinite(found).all()
+
+
+def test_what_cannot_be_solved_keeps_its_weights_with_a_warning(caplog):
+    x, y, prior = data()
+    gram = x.T @ x
+    gram[0, 0] = torch.nan
+    assert torch.equal(ridge(gram, y.T @ x, prior), prior)
+    assert "keeps its weights" in caplog.text
+
+
+def batches(count=6):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, SMALL["vocab_size"], (4, 16), generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def logits(model, data):
+    return torch.cat([model(b).logits for b in data])
+
+
+FAMILIES = {"llama": {}, "qwen2": {}, "llama-bias": {"attention_bias": True, "mlp_bias": True}}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_repair_brings_the_pruned_model_nearer_to_the_dense_one(name):
+    model = tiny(name.split("-")[0], **FAMILIES[name])
+    group_sets = find_group_sets(model)
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    wanted = logits(model, batches())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    weights = least_squares(model, group_sets, plan, batches(), model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert set(weights) == {p.parameter for s in group_sets for p in s.consumers}
+    cut, repaired = tiny(name.split("-")[0], **FAMILIES[name]), model
+    apply_plan(cut, plan)
+    apply_plan(repaired, plan, weights=weights)
+    error = [(logits(m, batches()) - wanted).square().mean() for m in (cut, repaired)]
+    assert error[1] < 0.7 * error[0]
+
+
+def test_the_first_consumer_is_the_ridge_solution_of_its_recorded_inputs():
+    model = tiny("llama").double()
+    group_sets = find_group_sets(model)
+    kept = uneven_kept(group_sets)
+    seen = []
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, a, o: seen.append((a[0], o)))
+    logits(model, batches())
+    handle.remove()
+    x = torch.cat([a.flatten(0, 1) for a, _ in seen])
+    y = torch.cat([o.flatten(0, 1) for _, o in seen])
+    attention = next(i for i, s in enumerate(group_sets) if s.kind == "attention")
+    columns = group_sets[attention].consumers[0].index[kept[attention]].flatten()
+    weights = least_squares(model, group_sets, PruningPlan.from_kept(group_sets, kept), batches(), model, damping=0.0)
+    expected = np.linalg.lstsq(x[:, columns].numpy(), y.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(
+        weights["model.layers.0.self_attn.o_proj.weight"].numpy(), expected, rtol=1e-6, atol=1e-8
+    )
+
+
+def test_where_nothing_was_removed_yet_it_is_the_identity():
+    """The last MLP loses a channel: the attention before it sees dense inputs, and without damping gets its own weights."""
+    model = tiny("llama").double()
+    group_sets = find_group_sets(model)
+    last = max(i for i, s in enumerate(group_sets) if s.kind == "mlp")
+    kept = [list(range(s.size - (i == last))) for i, s in enumerate(group_sets)]
+    weights = least_squares(model, group_sets, PruningPlan.from_kept(group_sets, kept), batches(), model, damping=0.0)
+    assert set(weights) == {"model.layers.2.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"}
+    name = "model.layers.2.self_attn.o_proj.weight"
+    torch.testing.assert_close(weights[name], model.get_parameter(name).detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_padding_does_not_count():
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    ids = torch.randint(0, SMALL["vocab_size"], (6, 16), generator=torch.Generator().manual_seed(6))
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    garbage = ids.clone()
+    garbage[:, 10:] = 0
+    results = [
+        least_squares(model, group_sets, plan, [{"input_ids": i, "attention_mask": mask}], lambda b: model(**b))
+        for i in (ids, garbage)
+    ]
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_folded_bias_makes_the_mean_output_of_the_first_consumer_that_of_the_dense_model(name):
+    model = tiny(name)
+    group_sets = find_group_sets(model)
+    kept = uneven_kept(group_sets)
+    plan = PruningPlan.from_kept(group_sets, kept)
+    statistics = collect_statistics(model, group_sets, batches(), model, (), activations=True)
+    folded, weights = bias_fold(model, group_sets, plan, statistics)
+    means = []
+    for step in range(2):
+        seen = []
+        handle = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, a, o: seen.append(o))
+        logits(model, batches())
+        handle.remove()
+        means.append(torch.cat(seen).flatten(0, 1).mean(0))
+        if step == 0:
+            apply_plan(model, folded, weights=weights)
+    torch.testing.assert_close(means[1], means[0], rtol=1e-4, atol=1e-5)
+    assert model.model.layers[0].self_attn.o_proj.bias.requires_grad
+    again = tiny(name)
+    apply_plan(again, PruningPlan.from_dict(folded.to_dict()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, batches()), logits(model, batches()))

@@ -1,0 +1,286 @@
+"""Statistics and importances against straightforward dense computations with autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conftest import SMALL, tiny
+from lit_prune import CalibrationError, find_group_sets
+from lit_prune.importance import criteria, get_criterion, group_importance, register_criterion
+from lit_prune.statistics import collect_statistics
+
+GRADIENT = ["taylor", "taylor_2nd", "taylor_batch", "second_order"]
+
+
+def gradients_by_autograd(model, batches, loss_of):
+    """The gradient of every parameter for every batch, by torch.autograd.grad."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return [dict(zip(names, torch.autograd.grad(loss_of(model)(b), parameters), strict=True)) for b in batches]
+
+
+def by_hand(model, group_sets, element):
+    """Sum an elementwise importance over each group, with a loop over groups and index_select."""
+    parameters = dict(model.named_parameters())
+    result = []
+    for group_set in group_sets:
+        result.append(
+            torch.tensor(
+                [
+                    sum(
+                        float(
+                            element(part, parameters[part.parameter].detach().double())
+                            .index_select(part.dim, part.index[g])
+                            .sum()
+                        )
+                        for part in group_set.slices
+                    )
+                    for g in range(group_set.size)
+                ]
+            )
+        )
+    return result
+
+
+@pytest.mark.parametrize("mode", ["streaming", "elementwise"])
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradient_criteria_equal_a_dense_computation(name, mode, batches, loss_of):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    g = gradients_by_autograd(model, batches, loss_of)
+
+    def element(part, weight):
+        grads = torch.stack([b[part.parameter].double() for b in g])
+        first = (weight * grads.mean(0)).abs()
+        second = 0.5 * (weight**2 * (grads**2).mean(0)).abs()
+        return {
+            "taylor": first,
+            "taylor_2nd": first + second,
+            "taylor_batch": (weight * grads).abs().mean(0),
+            "second_order": second,
+        }[name]
+
+    criterion = get_criterion(name)
+    statistics = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms, mode=mode)
+    found = group_importance(criterion, dict(model.named_parameters()), group_sets, statistics)
+    for a, b in zip(found, by_hand(model, group_sets, element), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def inputs_by_hand(model, batches, mask=None):
+    """Inputs of every projection, recorded layer by layer with hooks of the test's own."""
+    seen = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            handles.append(
+                module.register_forward_hook(
+                    lambda m, a, o, name=name: seen.setdefault(name, []).append(a[0].detach().double())
+                )
+            )
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return {
+        name: torch.cat([(x[mask.bool()] if mask is not None else x.flatten(0, 1)) for x in xs])
+        for name, xs in seen.items()
+    }
+
+
+def test_wanda_equals_a_dense_computation_and_normalisation_makes_mean_scores_one(batches, loss_of):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    seen = inputs_by_hand(model, batches)
+
+    def element(part, weight):
+        if part.parameter.endswith("bias"):
+            return weight.abs()
+        return weight.abs() * seen[part.module].abs().mean(0)
+
+    criterion = get_criterion("wanda")
+    statistics = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    parameters = dict(model.named_parameters())
+    found = group_importance(criterion, parameters, group_sets, statistics)
+    for a, b in zip(found, by_hand(model, group_sets, element), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    for group_set, raw, normal in zip(
+        group_sets,
+        found,
+        group_importance(criterion, parameters, group_sets, statistics, normalize="mean"),
+        strict=True,
+    ):
+        assert float(normal.mean()) == pytest.approx(group_set.cost, rel=1e-5)
+        torch.testing.assert_close(normal / normal.sum(), raw / raw.sum())
+
+
+def test_activation_statistics_equal_those_of_the_recorded_inputs_and_pass_over_padding(loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    ids = torch.randint(0, SMALL["vocab_size"], (3, 8), generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(8) < torch.tensor([[8], [5], [3]])).long()
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    terms = get_criterion("wanda").terms
+    statistics = collect_statistics(model, group_sets, batches, lambda b: model(**b).logits.sum(), terms)
+    seen = inputs_by_hand(model, [ids], mask)
+    assert statistics.tokens == 16
+    for name, activation in statistics.activations.items():
+        x = seen[name]
+        for value, expected in (
+            (activation.mean_abs, x.abs().mean(0)),
+            (activation.l1, x.abs().sum(0)),
+            (activation.l2, x.norm(dim=0)),
+            (activation.variance, x.var(dim=0, unbiased=False)),
+            (activation.mean, x.mean(0)),
+        ):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_over_micro_batches_equals_one_large_batch(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("taylor")
+    results = [
+        group_importance(
+            criterion,
+            dict(model.named_parameters()),
+            group_sets,
+            collect_statistics(model, group_sets, data, loss_of(model), criterion.terms),
+        )
+        for data in (batches, [torch.cat(batches)])
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_nothing_but_recomputes(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("taylor_2nd")
+    plain = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    forwards = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    again = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    assert len(forwards) == 2 * len(batches)
+    for a, b in zip(
+        *(group_importance(criterion, dict(model.named_parameters()), group_sets, s) for s in (plain, again)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_everything_is_put_back(batches, loss_of):
+    model = tiny("llama").train()
+    model.model.norm.weight.requires_grad_(False)
+    model.model.layers[1].eval()
+    loss_of(model)(batches[0]).backward()
+    before = {n: (p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+    modes = [m.training for m in model.modules()]
+    group_sets = find_group_sets(model)
+    terms = (*get_criterion("taylor_2nd").terms, *get_criterion("wanda").terms)
+    for data, fails in ((batches, False), ([batches[0], None], True)):
+        try:
+            collect_statistics(model, group_sets, data, loss_of(model), terms)
+            assert not fails
+        except ValueError:
+            assert fails
+        for name, parameter in model.named_parameters():
+            requires_grad, gradient = before[name]
+            assert parameter.requires_grad == requires_grad
+            assert (gradient is None) == (parameter.grad is None)
+            assert gradient is None or torch.equal(gradient, parameter.grad)
+            assert not parameter._post_accumulate_grad_hooks
+        assert [m.training for m in model.modules()] == modes
+        assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_bfloat16_weights_accumulate_in_float32(batches, loss_of):
+    model = tiny("llama").bfloat16()
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("taylor_2nd")
+    statistics = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    assert {t.dtype for store in statistics.elementwise.values() for t in store.values()} == {torch.float32}
+    assert all(
+        bool((i > 0).all()) for i in group_importance(criterion, dict(model.named_parameters()), group_sets, statistics)
+    )
+
+
+def test_a_registered_criterion_is_used_and_bad_ones_are_refused(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    name = "test-fluctuation"
+    register_criterion(name, lambda w, variance: w.square() * variance, "activation_variance", consumers_only=True)
+    assert name in criteria()
+    criterion = get_criterion(name)
+    statistics = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    found = group_importance(criterion, dict(model.named_parameters()), group_sets, statistics)
+    mlp = next(i for i, s in enumerate(group_sets) if s.kind == "mlp")
+    x = inputs_by_hand(model, batches)[f"{group_sets[mlp].name}.down_proj"]
+    weight = model.get_parameter(f"{group_sets[mlp].name}.down_proj.weight").detach().double()
+    expected = x.var(dim=0, unbiased=False) * weight.square().sum(0)
+    torch.testing.assert_close(found[mlp], expected.float(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="already"):
+        register_criterion(name, torch.abs)
+    with pytest.raises(ValueError, match="Unknown statistic 'x'"):
+        register_criterion("other", torch.abs, "x")
+    with pytest.raises(ValueError, match=r"known are taylor, "):
+        get_criterion("none")
+
+
+def test_bad_calibration_data_are_refused(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    terms = get_criterion("taylor").terms
+    for data, loss, message in (
+        ([], loss_of(model), "no batch"),
+        (batches, lambda b: None, "no scalar loss; found None"),
+        (batches, lambda b: model(b).logits, "no scalar loss; found a tensor of shape"),
+        (batches, lambda b: loss_of(model)(b).detach(), "does not depend"),
+        (
+            batches,
+            lambda b: model.model.layers[0](model.model.embed_tokens(b), position_embeddings=rope(model, b)).sum(),
+            "No gradient",
+        ),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            collect_statistics(model, group_sets, data, loss, terms)
+
+
+def rope(model, ids):
+    return model.model.rotary_emb(torch.zeros(1), torch.arange(ids.shape[1])[None])
+
+
+def test_magnitude_and_random_need_no_data():
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    parameters = dict(model.named_parameters())
+    found = group_importance(get_criterion("magnitude"), parameters, group_sets, None)
+    for a, b in zip(found, by_hand(model, group_sets, lambda part, w: w.abs()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    drawn = [group_importance(get_criterion("random"), parameters, group_sets, None, seed=s) for s in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert not torch.equal(drawn[0][0], drawn[2][0])
+
+
+def test_tied_projections_get_their_whole_gradient(batches, loss_of):
+    """A weight that the graph uses twice is scored by the sum of both gradients."""
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("taylor")
+
+    def twice(batch):
+        return loss_of(model)(batch) + model.model.layers[0].mlp.up_proj.weight.square().sum()
+
+    oracle = copy.deepcopy(model)
+    weight = oracle.model.layers[0].mlp.up_proj.weight
+    total = sum(torch.autograd.grad(loss_of(oracle)(b) + weight.square().sum(), weight)[0] for b in batches) / len(
+        batches
+    )
+    statistics = collect_statistics(model, group_sets, batches, twice, criterion.terms)
+    torch.testing.assert_close(statistics.elementwise["gradient"]["model.layers.0.mlp.up_proj.weight"], total)
