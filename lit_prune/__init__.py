@@ -2,6 +2,7 @@
 
 from lit_prune.architectures import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.export import load_pruned, save_pruned
 from lit_prune.importance import criteria, register_criterion
 from lit_prune.pipeline import PruningConfig, calibrate, make_plan, repair
 from lit_prune.plan import PruningPlan
@@ -30,8 +31,10 @@ __all__ = [
     "find_group_sets",
     "find_model",
     "get_plan",
+    "load_pruned",
     "make_plan",
     "register_architecture",
     "register_criterion",
     "repair",
+    "save_pruned",
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import PlanError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet
+from lit_prune.modeling_pruned import PrunedModelError, from_ranges
 
 FORMAT = "lit_prune.plan"
 VERSION = 1
@@ -132,6 +133,11 @@ class PruningPlan:
         biases = tuple(sorted({*self.biases, *later.biases}))
         return PruningPlan(tuple(entries), biases, {**self.info, **later.info})
 
+    def renamed(self, rename: Callable[[str], str]) -> PruningPlan:
+        """The same plan for a model whose modules have other names."""
+        entries = tuple(replace(e, name=rename(e.name)) for e in self.entries)
+        return replace(self, entries=entries, biases=tuple(rename(b) for b in self.biases))
+
     def digest(self) -> str:
         """SHA-256 of what the plan cuts, the same on every rank and machine."""
         content = self.to_dict()
@@ -198,6 +204,32 @@ class PruningPlan:
         except ValueError as error:
             raise PlanError(f"{path} is not a pruning plan: {error}.") from error
         return cls.from_dict(data)
+
+
+def plan_from_config(config: Any) -> PruningPlan | None:
+    """The plan that a loaded config carries, ``None`` if it carries none.
+
+    Raises:
+        PlanError: If it is not the plan that was saved.
+    """
+    pruning = getattr(config, "pruning", None)
+    if not isinstance(pruning, Mapping) or "digest" not in pruning:
+        return None
+    try:
+        groups = [
+            {**{key: g[key] for key in ("name", "kind", "layer", "size")}, "kept": from_ranges(g["kept"])}
+            for g in pruning["groups"]
+        ]
+        content = {"biases": pruning["biases"], "info": pruning.get("info", {}), "group_sets": groups}
+    except (KeyError, TypeError, PrunedModelError) as error:
+        raise PlanError(f"The plan in config.json is malformed: {type(error).__name__}: {error}.") from error
+    plan = PruningPlan.from_dict({"format": FORMAT, "version": VERSION, **content})
+    if plan.digest() != pruning["digest"]:
+        raise PlanError(
+            f"The plan in config.json was changed after it was saved: its digest is {plan.digest()[:12]}; expected"
+            f" {str(pruning['digest'])[:12]}."
+        )
+    return plan
 
 
 def _integer(value: Any) -> int:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet
-from lit_prune.plan import PruningPlan
+from lit_prune.modeling_pruned import ConfigView, local_name, sync_features
+from lit_prune.plan import PruningPlan, plan_from_config
 
 _PLAN = "_lit_prune_plan"
 
@@ -65,8 +66,19 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
 
 
 def get_plan(model: nn.Module) -> PruningPlan | None:
-    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense."""
+    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense.
+
+    Raises:
+        PlanError: If the model was loaded from files whose plan was changed after they were saved.
+    """
+    if not hasattr(model, _PLAN) and (plan := plan_from_config(getattr(model, "config", None))) is not None:
+        set_plan(model, plan.renamed(lambda name: local_name(model, name)))
     return getattr(model, _PLAN, None)
+
+
+def set_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Note, on a model that was built as a plan says, that this is its plan."""
+    setattr(model, _PLAN, plan)
 
 
 @torch.no_grad()
@@ -216,30 +228,17 @@ def _replace_parameter(
         old.grad = gradient
         for owner_module, key in places:
             owner_module._parameters[key] = old
-            _sync_features(owner_module)
+            sync_features(owner_module)
 
     journal.append(undo)
     for owner_module, key in places:
         owner_module._parameters[key] = new
-        _sync_features(owner_module)
+        sync_features(owner_module)
     if cuts:
         old.data = old.data.new_empty(0)
     old.grad = None
     for optimizer in optimizers:
         _replace_in_optimizer(optimizer, name, old, new, shape, cuts, journal)
-
-
-def _sync_features(module: nn.Module) -> None:
-    """Make the size attributes of a layer agree with its weight."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
-        module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
-    elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
-        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
 def _replace_in_optimizer(
@@ -339,24 +338,3 @@ def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Calla
 
     journal.append(undo)
     setattr(module, name, value)
-
-
-class ConfigView:
-    """One module's view of a config that it shares with others: some fields are its own, the rest is the shared config's.
-
-    Args:
-        shared: The shared config.
-        overrides: The module's own fields.
-    """
-
-    def __init__(self, shared: Any, overrides: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "shared", shared)
-        object.__setattr__(self, "overrides", dict(overrides))
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("shared", "overrides") or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return self.overrides[name] if name in self.overrides else getattr(self.shared, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.shared, name, value)

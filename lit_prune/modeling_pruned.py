@@ -1,0 +1,338 @@
+"""Transformers models whose layers differ in width, built from the ``pruning`` entry of their config.
+
+This file needs torch and transformers and nothing else. lit_prune registers what is in it; a copy of it can lie beside
+the weights of a pruned model, and ``trust_remote_code=True`` then loads the model where lit_prune is not installed.
+
+A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
+type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
+parameter they lie along, and how many positions of it a group takes. Building the model means building the dense one
+and making those parameters smaller; every other step of loading is that of transformers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE = "lit_prune"
+VERSION = 1
+PREFIX = "Pruned"
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+)
+
+
+class PrunedModelError(ValueError):
+    """The files of a pruned model are damaged or do not belong together."""
+
+
+class ConfigView:
+    """One module's view of a config that it shares with others: some fields are its own, the rest is the shared config's.
+
+    Args:
+        shared: The shared config.
+        overrides: The module's own fields.
+    """
+
+    def __init__(self, shared: Any, overrides: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "overrides", dict(overrides))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shared", "overrides") or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return self.overrides[name] if name in self.overrides else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.shared, name, value)
+
+
+def sync_features(module: nn.Module) -> None:
+    """Make the size attributes of a layer agree with its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
+        module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
+    elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
+        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+
+
+def to_ranges(indices: list[int]) -> str:
+    """Ascending indices as text: ``[0, 1, 2, 5]`` is ``"0-2 5"``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def from_ranges(text: str) -> list[int]:
+    """The inverse of :func:`to_ranges`.
+
+    Raises:
+        PrunedModelError: If the text is not such a list.
+    """
+    indices: list[int] = []
+    try:
+        for part in text.split():
+            first, _, last = part.partition("-")
+            indices.extend(range(int(first), int(last or first) + 1))
+    except (AttributeError, ValueError) as error:
+        raise PrunedModelError(
+            f"Expected indices like '0-2 5' in the pruning entry of config.json; found {text!r}."
+        ) from error
+    return indices
+
+
+def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
+    """Make the parameters of a freshly built dense model as small as its config says; which values stay has no meaning.
+
+    Args:
+        model: The dense model, on any device; changed in place.
+        pruning: The ``pruning`` entry of the config.
+
+    Raises:
+        PrunedModelError: If the entry is malformed or does not fit the model.
+    """
+    if not isinstance(pruning, Mapping) or pruning.get("version") != VERSION:
+        found = pruning.get("version") if isinstance(pruning, Mapping) else pruning
+        raise PrunedModelError(f"The pruning entry of config.json has version {found!r}; expected {VERSION}.")
+    lost: dict[str, dict[int, int]] = {}
+    try:
+        for entry in pruning["groups"]:
+            kept = len(from_ranges(entry["kept"]))
+            for name, (dim, width) in entry["parameters"].items():
+                dims = lost.setdefault(local_name(model, name), {})
+                dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
+        for name, dims in lost.items():
+            _shrink(model, name, dims)
+        for name in pruning["biases"]:
+            module: Any = model.get_submodule(local_name(model, name))
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+        for entry in pruning["groups"]:
+            for name, per_group in entry["attributes"].items():
+                _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PrunedModelError):
+            raise
+        raise PrunedModelError(
+            f"The pruning entry of config.json is malformed or does not fit a {type(model).__name__}:"
+            f" {type(error).__name__}: {error}."
+        ) from error
+
+
+def local_name(model: nn.Module, name: str) -> str:
+    """What a name means in a model with another head, or without one, than the model that was saved."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    children = dict(model.named_children())
+    if name.partition(".")[0] in children:
+        return name
+    return name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"
+
+
+def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = getattr(module, attribute)
+    data = parameter.data
+    for dim, count in lost.items():
+        if not 0 <= count <= data.shape[dim]:
+            raise PrunedModelError(
+                f"The pruning entry of config.json takes {count} of the {data.shape[dim]} positions of {name!r} along"
+                f" dimension {dim}; expected at least 0 and no more than there are."
+            )
+        data = data.narrow(dim, 0, data.shape[dim] - count)
+    smaller = nn.Parameter(data.clone(), requires_grad=parameter.requires_grad)
+    smaller.__dict__.update(parameter.__dict__)
+    setattr(module, attribute, smaller)
+    sync_features(module)
+
+
+def _set_attribute(model: nn.Module, path: str, value: int) -> None:
+    owner, marker, name = path.partition(".config.")
+    if not marker:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+        return
+    module: Any = model.get_submodule(owner)
+    view = module.config if isinstance(module.config, ConfigView) else None
+    shared, overrides = (module.config, {}) if view is None else (view.shared, view.overrides)
+    module.config = ConfigView(shared, {**overrides, name: value})
+
+
+class PrunedConfig(PreTrainedConfig):
+    """What ``model_type: lit_prune`` stands for: the config of a dense model with the entry ``pruning``.
+
+    It is only an entrance: :meth:`from_dict` gives an instance of a class derived from the dense model's config class.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the config that the dense model's class would, with what pruning adds.
+
+        Raises:
+            PrunedModelError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
+                entry is there.
+        """
+        if cls is not PrunedConfig:
+            return super().from_dict(config_dict, **kwargs)
+        base = str(config_dict.get("base_model_type"))
+        if base not in CONFIG_MAPPING or not isinstance(config_dict.get("pruning"), Mapping):
+            raise PrunedModelError(
+                f"config.json has base_model_type {base!r} and a pruning entry of type"
+                f" {type(config_dict.get('pruning')).__name__}; expected a model type that transformers"
+                f" {transformers.__version__} knows, and a mapping."
+            )
+        return pruned_config_class(base).from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the config, and this file beside it if the config refers to it."""
+        if getattr(self, "auto_map", None):
+            self.auto_map = auto_map()
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, Path(save_directory) / f"{_MODULE}.py")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: :meth:`save_pretrained` takes care of this file itself."""
+
+
+_MODULE = "modeling_pruned"
+_CONFIGS: dict[str, type[PrunedConfig]] = {}
+_MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def auto_map() -> dict[str, str]:
+    """What ``config.json`` says about the classes in this file when it lies beside the weights."""
+    names = {name: f"{_MODULE}.{name.replace('Auto', PREFIX, 1)}" for name in AUTO_CLASSES}
+    return {"AutoConfig": f"{_MODULE}.PrunedConfig", **names}
+
+
+def pruned_config_class(base_model_type: str) -> type[PrunedConfig]:
+    """The class of pruned configs of a model type of transformers, derived from :class:`PrunedConfig` and the type's own."""
+    if base_model_type not in _CONFIGS:
+        base = CONFIG_MAPPING[base_model_type]
+        members = {"model_type": MODEL_TYPE, "__module__": __name__}
+        derived = type(f"{PREFIX}{base.__name__}", (PrunedConfig, base), members)
+        _CONFIGS[base_model_type] = derived
+        for name in AUTO_CLASSES:
+            if base in getattr(transformers, name)._model_mapping:
+                getattr(transformers, name).register(derived, _FACADES[name], exist_ok=True)
+    return _CONFIGS[base_model_type]
+
+
+def pruned_model_class(base: type[PreTrainedModel], base_model_type: str) -> type[PreTrainedModel]:
+    """The class of pruned models of a class of transformers, derived from it."""
+    if base not in _MODELS:
+        members = {"config_class": pruned_config_class(base_model_type), "__module__": __name__}
+        _MODELS[base] = type(f"{PREFIX}{base.__name__}", (_Pruned, base), members)
+    return _MODELS[base]
+
+
+class _Pruned:
+    """What the classes of pruned models have in common."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # some task heads build their inner model by an Auto class, which gives a pruned one already
+        if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
+            resize(self, config.pruning)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and refuse files that are damaged or do not fit the config.
+
+        Raises:
+            PrunedModelError: For a file that is no whole safetensors file, and for missing, unknown or misshapen tensors.
+            NotImplementedError: If quantisation is asked for.
+        """
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
+        if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
+            raise NotImplementedError(
+                f"{path} is a pruned model; quantising it on loading, or loading a quantised one, is not supported. Load it"
+                " in float32, bfloat16 or float16, and quantise the loaded model."
+            )
+        wanted = kwargs.pop("output_loading_info", False)
+        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
+        if info["mismatched_keys"] and not tolerant:
+            name, found, expected = sorted(info["mismatched_keys"])[0]
+            raise PrunedModelError(
+                f"The weights in {path} do not fit the plan in its config.json: {name!r} has shape {tuple(found)}; expected"
+                f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
+            )
+        # as in any from_pretrained, another task's head may be new, and that of the files unused
+        same_task = type(model).__name__ in (config.architectures or ())
+        inner = "" if model.base_model is model else f"{model.base_model_prefix}."
+        missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
+        unknown = list(info["unexpected_keys"]) if same_task else []
+        for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
+            if names:
+                raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
+        return (model, info) if wanted else model
+
+
+class _Facade:
+    """What the Auto classes find for a pruned config; loads the class derived from the one they find for the dense model."""
+
+    auto_class = ""
+
+    @classmethod
+    def _model_class(cls, config: Any) -> Any:
+        mapping = getattr(transformers, cls.auto_class)._model_mapping
+        found = mapping[CONFIG_MAPPING[config.base_model_type]]
+        candidates = found if isinstance(found, tuple) else (found,)
+        named = [c for c in candidates if f"{PREFIX}{c.__name__}" in (config.architectures or ())]
+        return pruned_model_class((named or candidates)[0], config.base_model_type)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a pruned model; takes what ``from_pretrained`` of transformers takes."""
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = PrunedConfig.from_pretrained(path)
+        return cls._model_class(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return cls._model_class(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: the config takes care of this file when a model is saved."""
+
+
+_FACADES = {
+    name: type(name.replace("Auto", PREFIX, 1), (_Facade,), {"auto_class": name, "__module__": __name__})
+    for name in AUTO_CLASSES
+}
+globals().update({facade.__name__: facade for facade in _FACADES.values()})
