@@ -23,9 +23,24 @@ from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, to_ranges
-from lit_prune.plan import FORMAT, PruningPlan
-from lit_prune.surgery import apply_plan, get_plan, set_plan
+from lit_prune.plan import FORMAT, PruningPlan, get_plan, plan_from_config, set_plan
+from lit_prune.surgery import apply_plan
 
+
+def _build(model: PreTrainedModel, pruning: Any) -> None:
+    """Cut a freshly built dense model by its config's plan, with the engine that cut the one that was saved."""
+    del pruning
+    try:
+        plan = plan_from_config(model.config)
+        assert plan is not None
+        set_plan(model, None)
+        with torch.device("cpu"):
+            apply_plan(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
+    except PruningError as error:
+        raise PrunedModelError(str(error)) from error
+
+
+modeling_pruned.build = _build
 AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
 
 

@@ -12,7 +12,7 @@ and making those parameters smaller; every other step of loading is that of tran
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,10 @@ def _set_attribute(model: nn.Module, path: str, value: int) -> None:
     module.config = ConfigView(shared, {**overrides, name: value})
 
 
+# where lit_prune is installed, its own engine takes the place of this
+build: Callable[[Any, Any], None] = resize
+
+
 class PrunedConfig(PreTrainedConfig):
     """What ``model_type: lit_prune`` stands for: the config of a dense model with the entry ``pruning``.
 
@@ -260,7 +264,7 @@ class _Pruned:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
-            resize(self, config.pruning)  # type: ignore[arg-type]
+            build(self, config.pruning)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:

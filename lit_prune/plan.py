@@ -10,11 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lit_prune.errors import PlanError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet
-from lit_prune.modeling_pruned import PrunedModelError, from_ranges
+from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
+from lit_prune.modeling_pruned import PrunedModelError, from_ranges, local_name
 
+PLAN_ATTRIBUTE = "_lit_prune_plan"
 FORMAT = "lit_prune.plan"
 VERSION = 1
 
@@ -206,6 +210,22 @@ class PruningPlan:
         return cls.from_dict(data)
 
 
+def get_plan(model: nn.Module) -> PruningPlan | None:
+    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense.
+
+    Raises:
+        PlanError: If the model was loaded from files whose plan was changed after they were saved.
+    """
+    if not hasattr(model, PLAN_ATTRIBUTE) and (plan := plan_from_config(getattr(model, "config", None))) is not None:
+        set_plan(model, plan.renamed(lambda name: local_name(model, name)))
+    return getattr(model, PLAN_ATTRIBUTE, None)
+
+
+def set_plan(model: nn.Module, plan: PruningPlan | None) -> None:
+    """Note on a model what was cut from it so far, whatever its config says; ``None`` if nothing was."""
+    setattr(model, PLAN_ATTRIBUTE, plan)
+
+
 def plan_from_config(config: Any) -> PruningPlan | None:
     """The plan that a loaded config carries, ``None`` if it carries none.
 
@@ -213,8 +233,14 @@ def plan_from_config(config: Any) -> PruningPlan | None:
         PlanError: If it is not the plan that was saved.
     """
     pruning = getattr(config, "pruning", None)
-    if not isinstance(pruning, Mapping) or "digest" not in pruning:
+    if not isinstance(pruning, Mapping):
         return None
+    if pruning.get("version") != CONFIG_VERSION or not isinstance(pruning.get("digest"), str):
+        raise PlanError(
+            f"The pruning entry of config.json has version {pruning.get('version')!r}; expected {CONFIG_VERSION}."
+            if "digest" in pruning
+            else "The pruning entry of config.json has no digest."
+        )
     try:
         groups = [
             {**{key: g[key] for key in ("name", "kind", "layer", "size")}, "kept": from_ranges(g["kept"])}

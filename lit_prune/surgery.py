@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet
-from lit_prune.modeling_pruned import ConfigView, local_name, sync_features
-from lit_prune.plan import PruningPlan, plan_from_config
-
-_PLAN = "_lit_prune_plan"
+from lit_prune.modeling_pruned import ConfigView, sync_features
+from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,22 +61,6 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     for (name, dim), mask in masks.items():
         cuts.setdefault(name, []).append(Cut(dim, mask.nonzero().flatten(), (~mask).nonzero().flatten()))
     return cuts
-
-
-def get_plan(model: nn.Module) -> PruningPlan | None:
-    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense.
-
-    Raises:
-        PlanError: If the model was loaded from files whose plan was changed after they were saved.
-    """
-    if not hasattr(model, _PLAN) and (plan := plan_from_config(getattr(model, "config", None))) is not None:
-        set_plan(model, plan.renamed(lambda name: local_name(model, name)))
-    return getattr(model, _PLAN, None)
-
-
-def set_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Note, on a model that was built as a plan says, that this is its plan."""
-    setattr(model, _PLAN, plan)
 
 
 @torch.no_grad()
@@ -128,7 +110,7 @@ def apply_plan(
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
-        _set_attribute(model, _PLAN, composed, journal)
+        _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
     except BaseException:
         for undo in reversed(journal):
             undo()

@@ -43,7 +43,7 @@ from lit_prune import (
 )
 from lit_prune.callbacks import StructuredPruning
 from lit_prune.export import convert_checkpoint, load_pruned, save_pruned, to_pretrained
-from lit_prune.modeling_pruned import PrunedModelError, from_ranges, to_ranges
+from lit_prune.modeling_pruned import PrunedModelError, from_ranges, resize, to_ranges
 
 
 def pruned(name="llama", **overrides):
@@ -421,6 +421,14 @@ def edit_config(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def plan_of(config):
+    groups = [
+        {**{k: g[k] for k in ("name", "kind", "layer", "size")}, "kept": from_ranges(g["kept"])}
+        for g in config["pruning"]["groups"]
+    ]
+    return PruningPlan.from_dict({"format": "lit_prune.plan", "version": 1, "group_sets": groups})
+
+
 def both(folder, message, error=PruningError):
     """Whichever way it is loaded, the same is said."""
     with pytest.raises(error, match=message):
@@ -456,6 +464,12 @@ def test_another_plan_is_refused(saved):
         group["kept"] = to_ranges(from_ranges(group["kept"])[1:])
 
     edit_config(saved, keep_less)
+    both(saved, "was changed after it was saved", PlanError)
+
+    def and_sign_it(config):
+        config["pruning"]["digest"] = plan_of(config).digest()
+
+    edit_config(saved, and_sign_it)
     both(saved, "do not fit the plan", PlanError)
 
 
@@ -466,28 +480,31 @@ def test_a_plan_that_names_other_groups_of_the_same_number_is_refused(saved):
         group["kept"] = to_ranges(sorted({*from_ranges(group["kept"])[1:], removed.pop()}))
 
     edit_config(saved, keep_others)
-    with pytest.raises(PlanError, match="was changed after it was saved"):
-        load_pruned(saved)
-    with pytest.raises(PlanError, match="was changed after it was saved"):
-        get_plan(AutoModelForCausalLM.from_pretrained(saved))
+    both(saved, "was changed after it was saved", PlanError)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "with_lit_prune", "without"),
     [
-        (lambda c: c["pruning"].update(version=9), "version 9; expected 1"),
-        (lambda c: c["pruning"]["groups"][0].pop("kept"), "malformed or does not fit.*'kept'"),
-        (lambda c: c["pruning"]["groups"][0].update(kept="1-x"), "found '1-x'"),
-        (lambda c: c["pruning"]["groups"][0].update(kept="0-99"), "at least 0"),
-        (lambda c: c["pruning"]["groups"][0]["parameters"].update({"model.absent.weight": [0, 1]}), "does not fit"),
-        (lambda c: c.pop("pruning"), "pruning entry of type NoneType"),
-        (lambda c: c.update(base_model_type="no-such"), "base_model_type 'no-such'"),
-        (lambda c: c.update(num_hidden_layers=2), "does not fit|unknown weights"),
+        (lambda c: c["pruning"].update(version=9), "version 9; expected 1", "version 9; expected 1"),
+        (lambda c: c["pruning"]["groups"][0].pop("kept"), "malformed: KeyError: 'kept'", "malformed.*KeyError: 'kept'"),
+        (lambda c: c["pruning"]["groups"][0].update(kept="1-x"), "found '1-x'", "found '1-x'"),
+        (lambda c: c["pruning"]["groups"][0].update(kept="0-99"), "within 0..23", "at least 0"),
+        (lambda c: c["pruning"]["groups"][0]["parameters"].update({"model.no.weight": [0, 1]}), None, "does not fit"),
+        (lambda c: c["pruning"].pop("digest"), "has no digest", None),
+        (lambda c: c.pop("pruning"), "pruning entry of type NoneType", None),
+        (lambda c: c.update(base_model_type="no-such"), "base_model_type 'no-such'", None),
+        (lambda c: c.update(num_hidden_layers=2), "does not fit|unknown weights", None),
     ],
 )
-def test_a_config_that_is_wrong_is_refused(saved, change, message):
+def test_a_config_that_is_wrong_is_refused(saved, change, with_lit_prune, without):
     edit_config(saved, change)
-    both(saved, message)
+    if with_lit_prune is not None:
+        both(saved, with_lit_prune)
+    if without is not None:
+        config = json.loads((saved / "config.json").read_text())
+        with pytest.raises(PrunedModelError, match=without):
+            resize(tiny(), config["pruning"])
 
 
 def test_quantised_models_are_refused(saved, tmp_path):
