@@ -1,7 +1,7 @@
 """Lightning adapters of lit_prune: when to prune, not how."""
 
 from lit_prune.callbacks.pruning import StructuredPruning
-from lit_prune.callbacks.report import PruningReport
+from lit_prune.callbacks.report import PruningReport, wandb_run
 from lit_prune.callbacks.schedule import CubicSchedule, Stage
 
-__all__ = ["CubicSchedule", "PruningReport", "Stage", "StructuredPruning"]
+__all__ = ["CubicSchedule", "PruningReport", "Stage", "StructuredPruning", "wandb_run"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import resource
+import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,6 +51,22 @@ def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, l
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
             bar.update()
+
+
+@contextlib.contextmanager
+def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Note in ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        # the process's highest so far, in KiB (bytes on macOS)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    costs.update(calibration_seconds=time.perf_counter() - start, calibration_peak_megabytes=peak / 1e6)
 
 
 def progress_bar(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:

@@ -29,6 +29,7 @@ from lit_prune.callbacks.calibration import (
     calibration_batches,
     check_calibration_loader,
     check_same_on_all_ranks,
+    measured,
     progress_bar,
     silent_logging,
     sum_over_ranks,
@@ -101,6 +102,7 @@ class StructuredPruning(Callback):
         stages: The schedule.
         stages_done: How many of its stages are done.
         metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one).
+        costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
 
     Raises:
         ValueError: If an argument is unknown or out of its range.
@@ -178,6 +180,7 @@ class StructuredPruning(Callback):
         self.table: GroupTable | None = None
         self.stages_done = 0
         self.metrics: dict[str, dict[str, float]] = {}
+        self.costs: dict[str, float] = {}
         self._reference: tuple[int, int] | None = None
         self._digests: dict[str, str | None] = {"start": None, "now": None}
 
@@ -258,7 +261,7 @@ class StructuredPruning(Callback):
         config = self._config(stage)
         model = self.model(pl_module)
         group_sets = find_group_sets(model)
-        with self._batches(trainer) as (batches, loss):
+        with self._batches(trainer) as (batches, loss), measured(self.costs, pl_module.device):
             statistics = calibrate(model, group_sets, batches, loss, config, root=pl_module)
         total = sum_over_ranks(trainer)
         if total is not None:

@@ -1,52 +1,63 @@
-"""What a person wants to see at the end of a run that pruned: one table, one picture, and the files."""
+"""What a person wants to see of a run that pruned: a table, pictures, files, and all of it in the Trainer's own logger."""
 
 from __future__ import annotations
 
 import copy
 import json
 import statistics
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.errors import PruningError
 from lit_prune.export import save_pruned
-from lit_prune.files import replacing, write_text
 from lit_prune.groups import count_parameters
-from lit_prune.plan import PruningPlan
+from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.table import GroupTable
 from lit_prune.training.loading import load_tokenizer
 
 
 class PruningReport(Callback):
-    """Print one table at the end of a fit that pruned, and write the plan, the group table, a picture and the model.
+    """Print one table at the end of a fit that pruned, write the plan, the group table, pictures and the model, and log.
 
     The table compares the dense, the just pruned and the healed model: parameters, size of the weights, the metrics of the
     trainer's validation loop, and, if asked, the speed of dense and pruned measured in turns. Files go to ``output_dir``:
-    ``report.json``, ``plan.json``, ``group_table.csv``, ``kept.png`` and the folder ``model``. The numbers also go to
-    the Trainer's logger, if it has one, under ``pruning/``. "Healed" is what the last validation after the last cut
-    measured. With several stages, "dense" is the model before the first one. After a dry run the table compares the dense
-    model with the planned one, and no model is written.
+    ``report.json``, ``report.html`` (one page that holds everything), ``plan.json``, ``group_table.csv``, the pictures and
+    the folder ``model``. "Healed" is what the last validation after the last cut measured. With several stages, "dense" is
+    the model before the first one. After a dry run the table compares the dense model with the planned one, and no model is
+    written.
+
+    Whatever loggers the Trainer has get the pruning options as hyperparameters, and under ``pruning/`` the figures by stage,
+    what each kind of group lost, and what calibration took. TensorBoard gets the pictures, too. Weights & Biases gets the
+    pictures, the group table as a ``wandb.Table``, what each layer kept as a table and a bar chart, the plan as an artifact,
+    and, with ``log_model``, the pruned model as an artifact whose metadata name the plan. A run goes on as it was across the
+    cut. To continue it after an interruption, too, give the logger the run's id, which every checkpoint carries:
+    ``WandbLogger(**wandb_run("last.ckpt"))``, see :func:`wandb_run`.
 
     Args:
         output_dir: Where to write; ``pruning`` in the trainer's root directory if ``None``.
         save_model: Write the pruned model (a transformers model) in Hugging Face format, with its tokenizer if the
             datamodule or ``tokenizer`` names one.
+        self_contained: Write the modelling code beside the model, see :func:`lit_prune.save_pruned`.
         tokenizer: Where to load the tokenizer to save from; the datamodule's ``tokenizer`` if ``None``.
         measure_speed: Measure tokens per second; keeps a copy of the dense model in CPU memory until the end of the fit. A
             run that is resumed after the first cut has no dense model to measure.
         speed_tokens: Tokens of the sequence that the speed is measured on.
+        log_model: Log the saved model to Weights & Biases as an artifact.
+        dense_artifact: Name of the Weights & Biases artifact that the dense model came from, noted as an input of the run.
 
     Example::
 
@@ -57,25 +68,49 @@ class PruningReport(Callback):
         self,
         output_dir: str | Path | None = None,
         save_model: bool = True,
+        self_contained: bool = False,
         tokenizer: str | None = None,
         measure_speed: bool = False,
         speed_tokens: int = 512,
+        log_model: bool = False,
+        dense_artifact: str | None = None,
     ) -> None:
         super().__init__()
+        if log_model and not save_model:
+            raise ValueError("log_model=True logs the model that was saved; found save_model=False.")
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.save_model = save_model
+        self.self_contained = self_contained
         self.tokenizer = tokenizer
         self.measure_speed = measure_speed
         self.speed_tokens = speed_tokens
+        self.log_model = log_model
+        self.dense_artifact = dense_artifact
         self.figures: dict[str, dict[str, float]] = {}
+        self.timeline: list[dict[str, Any]] = []
+        self.run_id: str | None = None
         self._dense: nn.Module | None = None
         self._pruning: StructuredPruning | None = None
         self._validated: dict[str, float] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the report of a run that was cut before its checkpoint was written."""
-        done = [c for c in trainer.callbacks if isinstance(c, StructuredPruning) and c.stages_done]  # type: ignore[attr-defined]
+        """Log the options; go on with the report of a run that was cut before its checkpoint was written."""
+        callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
+        done = [c for c in callbacks if c.stages_done]
         self._pruning = done[0] if done and "dense" in self.figures else None
+        for logger in trainer.loggers:
+            if callbacks:
+                logger.log_hyperparams({"pruning": _options(callbacks[0])})
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                found = logger.experiment.id
+                if self.run_id not in (None, found):
+                    rank_zero_warn(
+                        f"The checkpoint belongs to the Weights & Biases run {self.run_id!r}, and the logger started"
+                        f" {found!r}. To continue the run: WandbLogger(**lit_prune.callbacks.wandb_run(checkpoint))."
+                    )
+                self.run_id = found
+                if self.dense_artifact is not None:
+                    logger.use_artifact(self.dense_artifact)
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
@@ -94,7 +129,7 @@ class PruningReport(Callback):
                     parameter.grad = gradient
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Note what the cut left."""
+        """Note what the cut left, and log it."""
         if "dense" not in self.figures:
             return
         self._pruning = pruning
@@ -106,18 +141,40 @@ class PruningReport(Callback):
         for stage, metrics in pruning.metrics.items():
             if stage in self.figures:
                 self.figures[stage].update(metrics)
+        for stage in ("dense", "pruned"):
+            if pruning.metrics.get(stage) and not (stage == "dense" and self._seen_dense()):
+                self._note(trainer, stage, pruning.metrics[stage])
+        flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
+        if pruning.table is not None:
+            flat |= {f"pruning/{name}": value for name, value in _lost(pruning.table).items()}
+        flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
+        parameters = [values["parameters"] for values in self.figures.values()]
+        flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
         for logger in trainer.loggers:
-            flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
             logger.log_metrics(flat, step=trainer.global_step)
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero and pruning.table is not None:
+                _log_tables(logger, pruning.table, trainer.global_step)
+
+    def _seen_dense(self) -> bool:
+        return any(point["stage"] == "pruned" for point in self.timeline)
+
+    def _note(self, trainer: pl.Trainer, stage: str, metrics: Mapping[str, float]) -> None:
+        self.timeline.append({"step": trainer.global_step, "stage": stage, **metrics})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what the validation of the pruned model measured."""
-        if self._pruning is not None and not trainer.sanity_checking:
+        """Note what the validation measured."""
+        if trainer.sanity_checking:
+            return
+        measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val")}
+        if self._pruning is not None:
             seen = self.figures["dense"]
             self._validated = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
+            measured = self._validated
+        if measured:
+            self._note(trainer, "dense" if self._pruning is None else "healing", measured)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure, print and write."""
+        """Measure, print, write and log."""
         if self._pruning is None or not trainer.is_global_zero:
             return
         model = self._pruning.model(pl_module)
@@ -129,16 +186,28 @@ class PruningReport(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(healed, step=trainer.global_step)
         self._dense = None
-        self._write(trainer, model)
+        drawn = self._write(trainer, model)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, figure in drawn.items():
+                    logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                self._log_files(logger, drawn, trainer.global_step)
         self._print()
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, as plain data."""
-        return {"figures": {stage: dict(values) for stage, values in self.figures.items()}}
+        return {
+            "figures": {stage: dict(values) for stage, values in self.figures.items()},
+            "timeline": [dict(point) for point in self.timeline],
+            "wandb_run": self.run_id,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the figures of a checkpoint."""
         self.figures = {stage: dict(values) for stage, values in state_dict["figures"].items()}
+        self.timeline = [dict(point) for point in state_dict["timeline"]]
+        self.run_id = state_dict["wandb_run"]
 
     def _measure(self, model: nn.Module) -> None:
         assert self._dense is not None
@@ -153,27 +222,51 @@ class PruningReport(Callback):
         ratios = [h / d for d, h in zip(measured["dense"], measured["healed"], strict=True)]
         self.figures["healed"]["speedup"] = statistics.median(ratios)
 
-    def _write(self, trainer: pl.Trainer, model: nn.Module) -> None:
+    def _write(self, trainer: pl.Trainer, model: nn.Module) -> dict[str, Figure]:
         pruning = self._pruning
         if pruning is None or pruning.plan is None:
-            return
+            return {}
         folder = self.output_dir or Path(trainer.default_root_dir) / "pruning"
         self.output_dir = folder
-        pruning.plan.save(folder / "plan.json")
-        if pruning.table is not None:  # None in a run that was resumed after the last cut
-            pruning.table.to_csv(folder / "group_table.csv")
-            with replacing(folder / "kept.png") as temporary:
-                kept_figure(pruning.plan, pruning.table).savefig(temporary, dpi=130)
+        # the table is None in a run that was resumed after the last cut
+        drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline)
         if self.save_model and not pruning.dry_run:
             try:
-                save_pruned(model, folder / "model", tokenizer=self._load_tokenizer(trainer))
+                save_pruned(
+                    model,
+                    folder / "model",
+                    self._load_tokenizer(trainer),
+                    figures=self.figures,
+                    self_contained=self.self_contained,
+                )
             except PruningError as error:
                 rank_zero_warn(f"The pruned model was not saved: {error}")
-        write_text(folder / "report.json", json.dumps(self.figures, indent=1) + "\n")
+        return drawn
 
     def _load_tokenizer(self, trainer: pl.Trainer) -> Any:
         source = self.tokenizer or getattr(getattr(trainer.datamodule, "hparams", None), "tokenizer", None)  # type: ignore[attr-defined]
         return None if source is None else load_tokenizer(source)
+
+    def _log_files(self, logger: WandbLogger, drawn: Mapping[str, Figure], step: int) -> None:
+        """The pictures, the plan and, if asked for, the model; the model's metadata say which plan it was cut by."""
+        import wandb
+
+        assert self._pruning is not None and self._pruning.plan is not None and self.output_dir is not None
+        images = {f"pruning/{name}": wandb.Image(figure) for name, figure in drawn.items()}
+        if images:
+            logger.log_metrics(images, step=step)  # type: ignore[arg-type]
+        plan, run = self._pruning.plan, logger.experiment
+        described = {"digest": plan.digest(), **plan.info}
+        artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
+        for name in ("plan.json", "group_table.csv", "report.html"):
+            if (self.output_dir / name).exists():
+                artifact.add_file(str(self.output_dir / name))
+        run.log_artifact(artifact)
+        if self.log_model and (self.output_dir / "model").is_dir():
+            origin = {"plan": artifact.name, "plan_digest": plan.digest(), "dense_model": self.dense_artifact}
+            model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "figures": self.figures})
+            model.add_dir(str(self.output_dir / "model"))
+            run.log_artifact(model)
 
     @rank_zero_only
     def _print(self) -> None:
@@ -182,75 +275,67 @@ class PruningReport(Callback):
         console.print(f"Written to {self.output_dir}", soft_wrap=True)
 
 
-_LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "tokens_per_second": "tokens / s (forward)"}
+def wandb_run(checkpoint: str | Path) -> dict[str, Any]:
+    """Arguments for ``WandbLogger`` that continue the run which wrote a checkpoint.
+
+    Args:
+        checkpoint: A checkpoint of a run with :class:`PruningReport` and a ``WandbLogger``.
+
+    Returns:
+        ``id`` and ``resume``.
+
+    Raises:
+        PruningError: If the checkpoint carries no run.
+
+    Example::
+
+        trainer = L.Trainer(logger=WandbLogger(project="pruning", **wandb_run("last.ckpt")), callbacks=[...])
+        trainer.fit(module, ckpt_path="last.ckpt")
+    """
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {}).values()
+    ids = [s["wandb_run"] for s in states if isinstance(s, Mapping) and s.get("wandb_run")]
+    if not ids:
+        raise PruningError(f"{checkpoint} carries no Weights & Biases run; expected one written with PruningReport.")
+    return {"id": ids[0], "resume": "allow"}
 
 
-def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
-    """The figures by stage as a rich table, a row a figure."""
-    table = Table(title="Structured pruning")
-    table.add_column("")
-    for stage in figures:
-        table.add_column(stage, justify="right")
-    table.add_column("last / dense", justify="right")
-    names = list(dict.fromkeys(name for values in figures.values() for name in values if name != "speedup"))
-    last = list(figures)[-1]
-    for name in names:
-        cells = [_format(name, values.get(name)) for values in figures.values()]
-        ratio = ""
-        if name in figures["dense"] and name in figures[last] and figures["dense"][name]:
-            value = (
-                figures[last]["speedup"]
-                if name == "tokens_per_second"
-                else figures[last][name] / figures["dense"][name]
-            )
-            ratio = f"{value:.3f}"
-        table.add_row(_LABELS.get(name, name), *cells, ratio)
-    return table
+def _options(pruning: StructuredPruning) -> dict[str, Any]:
+    options = asdict(pruning.config)
+    options["stages"] = [asdict(stage) for stage in pruning.stages]
+    options["calibration_batches"] = pruning.calibration_batches
+    return json.loads(json.dumps(options))
 
 
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if name == "parameters":
-        return f"{value:,.0f}"
-    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
+def _lost(table: GroupTable) -> dict[str, float]:
+    """What each kind of group lost: parameters, and the share of its groups."""
+    lost: dict[str, float] = {}
+    for kind in dict.fromkeys(kind for _, kind in table.keys):
+        mine = (table.kind_of_row == kind) & ~table.kept
+        lost[f"removed_parameters/{kind}"] = float(table.cost[mine].sum())
+        lost[f"removed_groups/{kind}"] = float(mine.sum() / (table.kind_of_row == kind).sum())
+    return lost
+
+
+def _log_tables(logger: WandbLogger, table: GroupTable, step: int) -> None:
+    import wandb
+
+    columns = table.to_arrow()
+    names = columns.column_names
+    rows = [list(row) for row in zip(*(columns[name].to_pylist() for name in names), strict=True)]
+    kept = [len(groups) for groups in table.kept_groups()]
+    layers = [
+        [f"{kind} {layer}", kind, int(layer), int(size), count]
+        for (_, kind), layer, size, count in zip(table.keys, table.layers, table.sizes, kept, strict=True)
+    ]
+    by_layer = wandb.Table(columns=["place", "kind", "layer", "groups", "kept"], data=layers)
+    with warnings.catch_warnings():
+        # a table of a large model has more rows than one panel shows; the artifact of the plan holds them all
+        warnings.filterwarnings("ignore", message=".*Truncating wandb.Table.*")
+        logger.log_metrics({"pruning/group_table": wandb.Table(columns=names, data=rows)}, step=step)  # type: ignore[dict-item]
+    chart = wandb.plot.bar(by_layer, "place", "kept", title="Groups kept")
+    logger.log_metrics({"pruning/kept_by_layer": by_layer, "pruning/kept_chart": chart}, step=step)  # type: ignore[dict-item]
 
 
 def _size(model: nn.Module) -> dict[str, float]:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"parameters": float(count_parameters(model)), "megabytes": size / 1e6}
-
-
-def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
-    """A picture of what each layer kept: a bar a layer for every kind of group, with the dense number behind it.
-
-    Args:
-        plan: The plan; of all stages, if there were several.
-        table: The group table of the last stage, for the layers that the plan leaves whole.
-    """
-    sizes = {
-        key: (int(layer), int(size)) for key, layer, size in zip(table.keys, table.layers, table.sizes, strict=True)
-    }
-    kept = {key: size for key, (_, size) in sizes.items()}
-    for entry in plan.entries:
-        sizes[entry.key] = (entry.layer, entry.size)
-        kept[entry.key] = len(entry.kept)
-    kinds = list(dict.fromkeys(kind for _, kind in sizes))
-    figure = Figure(figsize=(9, 2.6 * len(kinds)), layout="constrained")
-    for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
-        keys = [key for key in sizes if key[1] == kind]
-        layers = [sizes[key][0] for key in keys]
-        dense = [sizes[key][1] for key in keys]
-        axis.bar(layers, dense, color="#d9dee4", label="dense")
-        axis.bar(layers, [kept[key] for key in keys], color="#2a6f97", label="kept")
-        share = sum(kept[key] for key in keys) / sum(dense)
-        axis.set_title(f"{kind}: {share:.1%} of the groups kept", loc="left", fontsize=10)
-        axis.set_ylabel("groups")
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set_xticks(layers[:: 1 + len(layers) // 40])
-        axis.tick_params(axis="x", labelsize=8)
-        axis.margins(x=0.01)
-        axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("layer")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    return figure

@@ -80,6 +80,11 @@ class GroupTable:
         return np.repeat(np.arange(len(self.keys)), self.sizes)
 
     @property
+    def kind_of_row(self) -> np.ndarray:
+        """Kind of every row's group set."""
+        return np.array([kind for _, kind in self.keys])[self.set_of_row]
+
+    @property
     def group(self) -> np.ndarray:
         """Index of every row's group within its set."""
         return np.arange(len(self)) - np.repeat(self.offsets[:-1], self.sizes)

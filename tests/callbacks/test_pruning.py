@@ -69,7 +69,7 @@ class Module(pl.LightningModule):
         return DataLoader(corpus(8, 1), batch_size=4)
 
 
-def fit(tmp_path, *callbacks, module=None, **options):
+def fit(tmp_path, *callbacks, module=None, checkpoint=None, **options):
     pl.seed_everything(7, verbose=False)
     module = module or Module()
     trainer = pl.Trainer(
@@ -89,7 +89,7 @@ def fit(tmp_path, *callbacks, module=None, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=checkpoint)
     return trainer, module
 
 

@@ -19,8 +19,8 @@ from test_schedule import Saved
 from conftest import tiny
 from lit_prune import GroupTable, PruningPlan, find_group_sets
 from lit_prune.callbacks import PruningReport, Stage
-from lit_prune.callbacks.report import kept_figure, report_table
 from lit_prune.export import load_pruned
+from lit_prune.report import kept_figure, report_table
 from lit_prune.speed import tokens_per_second
 
 
@@ -66,9 +66,13 @@ def test_a_dry_run_is_reported_without_a_model(tmp_path):
     fit(tmp_path, pruning(dry_run=True), PruningReport(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "group_table.csv",
+        "importance.png",
         "kept.png",
         "plan.json",
+        "report.html",
         "report.json",
+        "scores.png",
+        "timeline.png",
     ]
 
 

@@ -1,0 +1,309 @@
+"""What a person looks at: tables, pictures, and one page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from lit_prune.files import replacing, write_text
+from lit_prune.plan import PruningPlan
+from lit_prune.table import GroupTable
+
+KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
+
+
+_LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "tokens_per_second": "tokens / s (forward)"}
+
+
+def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+    """The figures by stage as a rich table, a row a figure."""
+    rows = _rows(figures)
+    table = Table(title="Structured pruning")
+    for position, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if position else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """The figures as text: a heading, and a row a figure with what the last stage has of what the first one had."""
+    rows = [["", *figures, "last / dense"]]
+    names = list(dict.fromkeys(name for values in figures.values() for name in values if name != "speedup"))
+    first, last = next(iter(figures.values()), {}), list(figures.values())[-1] if figures else {}
+    for name in names:
+        ratio = ""
+        if first.get(name) and name in last:
+            value = last[name] / first[name]
+            if name == "tokens_per_second":
+                value = last.get("speedup", value)
+            ratio = f"{value:.3f}"
+        rows.append([_LABELS.get(name, name), *(_format(name, v.get(name)) for v in figures.values()), ratio])
+    return rows
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name == "parameters":
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
+
+
+def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
+    """A picture of what each layer kept: a bar a layer for every kind of group, with the dense number behind it.
+
+    Args:
+        plan: The plan; of all stages, if there were several.
+        table: The group table of the last stage, for the layers that the plan leaves whole.
+    """
+    sizes = {
+        key: (int(layer), int(size)) for key, layer, size in zip(table.keys, table.layers, table.sizes, strict=True)
+    }
+    kept = {key: size for key, (_, size) in sizes.items()}
+    for entry in plan.entries:
+        sizes[entry.key] = (entry.layer, entry.size)
+        kept[entry.key] = len(entry.kept)
+    kinds = list(dict.fromkeys(kind for _, kind in sizes))
+    figure = Figure(figsize=(9, 2.6 * len(kinds)), layout="constrained")
+    for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
+        keys = [key for key in sizes if key[1] == kind]
+        layers = [sizes[key][0] for key in keys]
+        dense = [sizes[key][1] for key in keys]
+        axis.bar(layers, dense, color=PALE, label="dense")
+        axis.bar(layers, [kept[key] for key in keys], color=KEPT, label="kept")
+        share = sum(kept[key] for key in keys) / sum(dense)
+        axis.set_title(f"{kind}: {share:.1%} of the groups kept", loc="left", fontsize=10)
+        axis.set_ylabel("groups")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.set_xticks(layers[:: 1 + len(layers) // 40])
+        axis.tick_params(axis="x", labelsize=8)
+        axis.margins(x=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("layer")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def importance_figure(table: GroupTable, columns: int = 64) -> Figure:
+    """A heat map of the scores: a row a layer, its groups from the highest score to the lowest, and where they were cut.
+
+    Args:
+        table: The group table.
+        columns: Cells of a row at most; wider layers are averaged into so many.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind in table.keys))
+    scores, kept = table.score, table.kept
+    positive = scores[scores > 0]
+    low, high = np.quantile(positive, [0.01, 0.999]) if len(positive) else (1.0, 2.0)
+    norm = LogNorm(float(low), float(max(high, low * 1.01)), clip=True)
+    figure = Figure(figsize=(9, 3.2 * len(kinds)), layout="constrained")
+    for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
+        places = [i for i, key in enumerate(table.keys) if key[1] == kind]
+        width = min(columns, max(int(table.sizes[i]) for i in places))
+        rows, borders = [], []
+        for i in places:
+            part = slice(table.offsets[i], table.offsets[i + 1])
+            ordered = np.sort(scores[part])[::-1]
+            rows.append([cell.mean() if len(cell) else np.nan for cell in np.array_split(ordered, width)])
+            borders.append(width * kept[part].mean() if len(ordered) else 0)
+        image = axis.imshow(np.maximum(rows, low), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+        rows_of_cut = np.arange(len(borders))
+        axis.vlines(np.array(borders) - 0.5, rows_of_cut - 0.5, rows_of_cut + 0.5, color=REMOVED, linewidth=2)
+        layers = table.layers[places]
+        ticks = range(0, len(layers), 1 + len(layers) // 20)
+        axis.set_yticks(list(ticks), [str(layers[t]) for t in ticks], fontsize=8)
+        axis.set_xticks([])
+        axis.set_ylabel("layer")
+        axis.set_title(
+            f"{kind}: scores from high to low; the groups right of the line were removed", loc="left", fontsize=10
+        )
+        figure.colorbar(image, ax=axis, label="importance / cost", pad=0.01)
+    return figure
+
+
+def score_figure(table: GroupTable) -> Figure:
+    """How the scores are distributed, what was kept and what left, and the score at which the cut came.
+
+    Args:
+        table: The group table.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind in table.keys))
+    scores, kept = table.score, table.kept
+    positive = scores > 0
+    shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
+    edges = np.linspace(shown.min(), max(shown.max(), shown.min() + 1e-3), 61)
+    cut = float(shown[~kept].max()) if (~kept).any() else None
+    figure = Figure(figsize=(9, 2.4 * len(kinds)), layout="constrained")
+    for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0], kinds, strict=True):
+        mine = table.kind_of_row == kind
+        parts, colours = [shown[mine & ~kept], shown[mine & kept]], [REMOVED, KEPT]
+        axis.hist(parts, edges, stacked=True, color=colours, label=["removed", "kept"])
+        if cut is not None:
+            axis.axvline(cut, color="black", linewidth=1, linestyle="--", label="highest score removed")
+        axis.set_title(kind, loc="left", fontsize=10)
+        axis.set_ylabel("groups")
+        axis.set_yscale("symlog", linthresh=1)
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("log10(importance / cost)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    return figure
+
+
+def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
+    """A validation metric over the steps of the run, and the cuts.
+
+    Args:
+        timeline: What was measured, in order: mappings with ``"step"``, ``"stage"`` (``"dense"``, ``"pruned"`` just after a
+            cut, or ``"healing"``) and the metrics.
+        name: The metric.
+    """
+    points = [(p["step"], p[name], p["stage"]) for p in timeline if name in p]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([p[0] for p in points], [p[1] for p in points], color=KEPT, marker="o", markersize=4)
+    for step in dict.fromkeys(step for step, _, stage in points if stage == "pruned"):
+        axis.axvline(step, color=REMOVED, linewidth=1, linestyle="--", label="cut")
+    axis.set_xlabel("step")
+    axis.set_ylabel(name)
+    values = [p[1] for p in points if math.isfinite(p[1]) and p[1] > 0]
+    if values and max(values) > 20 * min(values):
+        axis.set_yscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[:1], labels[:1], frameon=False)
+    return figure
+
+
+def pictures(
+    plan: PruningPlan, table: GroupTable | None, timeline: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Figure]:
+    """All the pictures that there is something to draw for, by name.
+
+    Args:
+        plan: The plan; of all stages, if there were several.
+        table: The group table of the last stage, if it is at hand.
+        timeline: As for :func:`timeline_figure`.
+    """
+    figures: dict[str, Figure] = {}
+    if table is not None:
+        figures["kept"] = kept_figure(plan, table)
+        figures["importance"] = importance_figure(table)
+        figures["scores"] = score_figure(table)
+    if len(timeline) > 1:
+        names = [n for n in timeline[0] if n not in ("step", "stage")]
+        preferred = [n for n in names if "perplexity" in n] or names
+        if preferred:
+            figures["timeline"] = timeline_figure(timeline, preferred[0])
+    return figures
+
+
+_TITLES = {
+    "kept": "What each layer kept",
+    "importance": "Importance",
+    "scores": "Where the cut came",
+    "timeline": "Across the cut",
+}
+
+
+def html_report(
+    figures: Mapping[str, Mapping[str, float]],
+    plan: PruningPlan,
+    images: Mapping[str, bytes],
+    title: str = "Pruning report",
+) -> str:
+    """One page with the figures, the pictures and how the plan came about; it holds everything and asks for nothing.
+
+    Args:
+        figures: Figures by stage and name.
+        plan: The plan.
+        images: The pictures by name (see :func:`pictures`), as PNG.
+        title: Heading of the page.
+    """
+    rows = _rows(figures)
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
+    info = "".join(
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
+        for k, v in plan.info.items()
+    )
+    sections = "".join(
+        f"<section><h2>{html.escape(_TITLES.get(name, name))}</h2>"
+        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>'
+        for name, image in images.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .25rem .9rem; border-bottom: 1px solid {PALE}; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }} .info td {{ text-align: left; }}
+img {{ width: 100%; height: auto; }}
+</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<table id="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+{sections}
+<h2>How the plan came about</h2>
+<table class="info" id="plan">{info}<tr><td>digest</td><td>{plan.digest()}</td></tr></table>
+</body>
+</html>
+"""
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    figures: Mapping[str, Mapping[str, float]],
+    plan: PruningPlan,
+    table: GroupTable | None = None,
+    timeline: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Figure]:
+    """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``.
+
+    Args:
+        folder: Where to write.
+        figures: Figures by stage and name.
+        plan: The plan.
+        table: The group table, if it is at hand.
+        timeline: As for :func:`timeline_figure`.
+
+    Returns:
+        The pictures by name.
+    """
+    folder = Path(folder)
+    plan.save(folder / "plan.json")
+    if table is not None:
+        table.to_csv(folder / "group_table.csv")
+    drawn = pictures(plan, table, timeline)
+    images = {name: _png(figure) for name, figure in drawn.items()}
+    for name, image in images.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            Path(temporary).write_bytes(image)
+    write_text(folder / "report.html", html_report(figures, plan, images))
+    write_text(folder / "report.json", json.dumps(dict(figures), indent=1) + "\n")
+    return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
