@@ -1,0 +1,341 @@
+"""``lit-prune``: prune, convert, export, report and compare, for people with no training to run."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics as numbers
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from lit_prune.architectures import find_group_sets
+from lit_prune.errors import PruningError
+from lit_prune.export import convert_checkpoint, load_pruned, save_pruned
+from lit_prune.groups import count_parameters
+from lit_prune.pipeline import PruningConfig, calibrate, make_plan, masked_loss, repair
+from lit_prune.plan import PruningPlan, get_plan
+from lit_prune.report import report_table, write_report
+from lit_prune.speed import tokens_per_second
+from lit_prune.surgery import apply_plan
+from lit_prune.table import GroupTable
+
+if TYPE_CHECKING:
+    from lit_prune.statistics import Statistics
+
+REPORT = "pruning"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that calibration runs on, and how much of it.
+
+    Args:
+        text: Text, JSON, CSV or Parquet files; ``python-docs`` for the documentation that every Python ships.
+        batches: Number of calibration batches.
+        batch_size: Sequences of a batch.
+        block_size: Tokens of a sequence.
+        held_out: Sequences from the end of the text to measure perplexity on, before and after; 0 measures nothing.
+        seed: Seed of the choice of calibration sequences.
+    """
+
+    text: list[str] = field(default_factory=lambda: ["python-docs"])
+    batches: int = 32
+    batch_size: int = 1
+    block_size: int = 128
+    held_out: int = 32
+    seed: int = 0
+
+
+DEFAULT_CALIBRATION = Calibration()
+DEFAULT_PRUNING = PruningConfig()
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def plan(
+    model: str,
+    output: Path,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    pruning: PruningConfig = DEFAULT_PRUNING,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Decide what to cut, and cut nothing: writes the plan, the group table, pictures and a page to look at.
+
+    Args:
+        model: A directory in Hugging Face format, a hub name, a GGUF file, or package:NAME for a GGUF file inside an
+            installed package.
+        output: Folder to write to.
+        calibration: The calibration text.
+        pruning: How to prune.
+        device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
+        dtype: Data type of the weights; auto takes that of the files.
+    """
+    session = _Session(model, calibration, device, dtype)
+    table, made, _ = session.plan(pruning)
+    figures = {
+        "dense": session.figures(),
+        "planned": {"parameters": float(made.info["parameters_after"])},
+    }
+    write_report(output, figures, made, table)
+    _print(figures, output)
+
+
+def apply(
+    model: str,
+    output: Path,
+    plan: Path | None = None,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    pruning: PruningConfig = DEFAULT_PRUNING,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    self_contained: bool = False,
+) -> None:
+    """Prune a model in one shot and save it, with its tokenizer, a card and a report.
+
+    Args:
+        model: A directory in Hugging Face format, a hub name, a GGUF file, or package:NAME for a GGUF file inside an
+            installed package.
+        output: Folder of the pruned model; the report goes to its subfolder "pruning".
+        plan: A plan to apply, as the command plan writes it, or edited by hand. One is made if none is given. Repair runs
+            in either case; --pruning.repair null skips it.
+        calibration: The calibration text.
+        pruning: How to prune; with a plan, only repair counts.
+        device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
+        dtype: Data type of the weights; auto takes that of the files.
+        self_contained: Write the modelling code beside the weights, so that transformers loads the model with
+            trust_remote_code=True where lit_prune is not installed.
+    """
+    session = _Session(model, calibration, device, dtype)
+    figures = {"dense": session.figures()}
+    if plan is None:
+        table, made, collected = session.plan(pruning)
+    else:
+        table, made, collected = None, PruningPlan.load(plan), None
+        made.validate(session.group_sets)
+    figures["pruned"] = session.cut(made, collected, pruning)
+    save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
+    cut = get_plan(session.model)
+    assert cut is not None
+    write_report(output / REPORT, figures, cut, table)
+    _print(figures, output)
+
+
+def convert(
+    checkpoint: Path,
+    model: str,
+    output: Path,
+    tokenizer: str | None = None,
+    name: str | None = None,
+    self_contained: bool = False,
+) -> None:
+    """Turn a Lightning checkpoint of a run that pruned into a folder that transformers loads.
+
+    Args:
+        checkpoint: The checkpoint file.
+        model: The model that the run began with: a directory in Hugging Face format, a hub name, a GGUF file, or
+            package:NAME for a GGUF file inside an installed package.
+        output: Folder to write to.
+        tokenizer: Where its tokenizer comes from; where the model comes from if not given, and none if that has none.
+        name: Name of the model within the LightningModule; found by the names of the weights if not given.
+        self_contained: Write the modelling code beside the weights, so that transformers loads the model with
+            trust_remote_code=True where lit_prune is not installed.
+    """
+    from lit_prune.training.loading import load_model, load_tokenizer
+
+    dense: Any = load_model(model)
+    converted = convert_checkpoint(checkpoint, dense, name=name)
+    try:
+        found = load_tokenizer(tokenizer or model)
+    except (OSError, ValueError):
+        if tokenizer is not None:
+            raise
+        found = None
+    save_pruned(converted, output, found, self_contained=self_contained)
+    Console().print(f"{count_parameters(converted):,} parameters written to {output}", soft_wrap=True)
+
+
+def export(
+    model: Path,
+    output: Path,
+    dtype: Literal["f32", "f16", "q8_0"] = "f16",
+    vocabulary: str | None = None,
+    pre_tokenizer: str | None = None,
+) -> None:
+    """Write a pruned model as a GGUF file for llama.cpp.
+
+    Args:
+        model: A folder that apply or convert wrote.
+        output: The GGUF file.
+        dtype: How matrices are stored.
+        vocabulary: GGUF file of the dense model (or package:NAME) to copy the vocabulary from; the tokenizer beside the
+            model is converted if not given.
+        pre_tokenizer: llama.cpp's name for how the tokenizer splits text; found out if not given.
+    """
+    from lit_prune.gguf_export import save_gguf
+    from lit_prune.training.loading import gguf_file, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(str(model)) if vocabulary is None else gguf_file(vocabulary)
+    written = save_gguf(load_pruned(model), output, tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
+    Console().print(f"{written.stat().st_size / 1e6:,.1f} MB written to {written}", soft_wrap=True)
+
+
+def report(folder: Path) -> None:
+    """Draw the pictures and the page of a report anew from the files in its folder.
+
+    Args:
+        folder: A folder with plan.json, and group_table.csv and report.json if there are any.
+    """
+    made = PruningPlan.load(folder / "plan.json")
+    table = GroupTable.read(folder / "group_table.csv") if (folder / "group_table.csv").exists() else None
+    figures = json.loads((folder / "report.json").read_text()) if (folder / "report.json").exists() else {}
+    write_report(folder, figures, made, table)
+    _print(figures, folder)
+
+
+def compare(
+    models: list[str],
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    speed_tokens: int = 512,
+    output: Path | None = None,
+) -> None:
+    """Measure models side by side: parameters, size, perplexity on the held-out text, and speed, taking turns.
+
+    Args:
+        models: Two or more models, each a directory, hub name, GGUF file or package:NAME; the first is what the last is
+            compared with.
+        calibration: The text; its held-out sequences are what perplexity is measured on.
+        device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
+        dtype: Data type of the weights; auto takes that of the files.
+        speed_tokens: Tokens of the sequence that the speed is measured on; 0 measures none.
+        output: JSON file to write the figures to.
+    """
+    from lit_prune.files import write_text
+
+    sessions = {name: _Session(name, calibration, device, dtype) for name in models}
+    figures = {name: session.figures() for name, session in sessions.items()}
+    if speed_tokens:
+        first = next(iter(sessions.values()))
+        generator = torch.Generator().manual_seed(0)
+        size = min(s.model.get_input_embeddings().num_embeddings for s in sessions.values())
+        ids = torch.randint(0, size, (1, speed_tokens), generator=generator).to(first.device)
+        measured = tokens_per_second({name: s.model for name, s in sessions.items()}, ids)
+        for name, values in measured.items():
+            figures[name]["tokens_per_second"] = numbers.median(values)
+    Console().print(report_table(figures))
+    if output is not None:
+        write_text(output, json.dumps(figures, indent=1) + "\n")
+
+
+class _Session:
+    """A model, its tokenizer and text: what every command begins with."""
+
+    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str) -> None:
+        from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+        if dtype == "auto" and gguf_file(source) is not None:
+            wanted = torch.float32
+        self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
+        self.tokenizer = load_tokenizer(source)
+        self.group_sets = find_group_sets(self.model)
+        self.calibration = calibration
+        self.batches, self.held_out = self._text()
+
+    def _text(self) -> tuple[list[Tensor], list[Tensor]]:
+        from lit_prune.training.data import load_texts, pack
+
+        options = self.calibration
+        text: Any = options.text[0] if len(options.text) == 1 else options.text
+        documents = load_texts(text)["train"]
+        blocks: Tensor = pack(documents, self.tokenizer, "text", options.block_size)[:]["input_ids"]
+        needed = options.batches * options.batch_size
+        if len(blocks) < needed + options.held_out:
+            raise PruningError(
+                f"{options.text} makes {len(blocks)} sequences of {options.block_size} tokens; expected"
+                f" {needed} for calibration and {options.held_out} held out. Bring more text, or lower them."
+            )
+        usable = len(blocks) - options.held_out
+        chosen = torch.randperm(usable, generator=torch.Generator().manual_seed(options.seed))[:needed]
+        batches = blocks[chosen].to(self.device).split(options.batch_size)
+        held_out = blocks[usable:].to(self.device).split(1) if options.held_out else ()
+        return list(batches), list(held_out)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The causal loss of token ids of shape ``(batch, tokens)``."""
+        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    def plan(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan, Statistics]:
+        """Calibrate and plan, as the callback does."""
+        config.check(self.model, self.group_sets)
+        collected = calibrate(
+            self.model, self.group_sets, track(self.batches, "Calibration", transient=True), self.loss, config
+        )
+
+        def measure(candidate: PruningPlan) -> float:
+            return masked_loss(self.model, self.group_sets, candidate, self.batches, self.loss, config)
+
+        table, made = make_plan(self.model, self.group_sets, collected, config, measure=measure)
+        return table, made, collected
+
+    def cut(self, made: PruningPlan, collected: Statistics | None, config: PruningConfig) -> dict[str, float]:
+        """Repair and cut; the figures afterwards."""
+        if config.repair == "bias" and collected is None:
+            collected = calibrate(self.model, self.group_sets, self.batches, self.loss, config)
+        weights: dict[str, Tensor] = {}
+        if config.repair is not None:
+            statistics: Any = collected
+            made, weights = repair(
+                self.model, self.group_sets, made, statistics, self.batches, self.loss, config, progress=_progress
+            )
+        apply_plan(self.model, made, weights=weights)
+        return self.figures()
+
+    @torch.inference_mode()
+    def figures(self) -> dict[str, float]:
+        """Parameters, megabytes, and perplexity on the held-out text."""
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        figures = {"parameters": float(count_parameters(self.model)), "megabytes": size / 1e6}
+        if self.held_out:
+            losses = [float(self.loss(batch)) for batch in track(self.held_out, "Perplexity", transient=True)]
+            figures["perplexity"] = math.exp(sum(losses) / len(losses))
+        return figures
+
+
+def _progress(blocks: Any) -> Any:
+    return track(blocks, "Repair", transient=True)
+
+
+def _print(figures: dict[str, dict[str, float]], folder: Path) -> None:
+    console = Console()
+    if figures:
+        console.print(report_table(figures))
+    console.print(f"Written to {folder}", soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments; those of the process if ``None``.
+    """
+    commands: dict[str, Any] = {f.__name__: f for f in (plan, apply, convert, export, report, compare)}
+    try:
+        auto_cli(commands, args=arguments, prog="lit-prune", as_positional=True)
+    except (PruningError, FileNotFoundError) as error:
+        raise SystemExit(f"lit-prune: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The command ``lit-prune``, as a user with a folder and a text file runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from local_assets import chains, write_model, write_text
+from test_pruning import fit, pruning
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_prune import (
+    GroupTable,
+    PruningConfig,
+    PruningPlan,
+    calibrate,
+    find_group_sets,
+    get_plan,
+    load_pruned,
+    make_plan,
+)
+from lit_prune.cli import main
+from lit_prune.training.data import load_texts, pack
+from lit_prune.training.loading import load_tokenizer
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path) -> list[object]:
+    file = write_text(tmp_path / "text.txt", chains(60))
+    return [f"--calibration.text=[{file}]", "--calibration.batches=4", "--calibration.block_size=16"]
+
+
+def run(*arguments: object) -> None:
+    main([str(a) for a in arguments])
+
+
+def test_the_command_is_installed_and_explains_itself(capsys):
+    (script,) = [e for e in entry_points(group="console_scripts") if e.name == "lit-prune"]
+    assert script.value == "lit_prune.cli:main"
+    with pytest.raises(SystemExit):
+        run("--help")
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("plan", "apply", "convert", "export", "report", "compare"))
+    for name, words in (("apply", "Fraction of parameters"), ("export", "llama.cpp"), ("convert", "checkpoint file")):
+        with pytest.raises(SystemExit):
+            run(name, "--help")
+        assert words in capsys.readouterr().out
+
+
+def test_lightning_is_not_needed_for_the_help():
+    code = "import sys; from lit_prune.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print('lightning' in sys.modules)"], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_a_plan_is_what_the_engine_makes_and_nothing_is_cut(model, text, tmp_path, capsys):
+    run("plan", model, tmp_path / "out", *text, "--pruning.importance=taylor_2nd", "--pruning.pruning_ratio=0.15")
+    made = PruningPlan.load(tmp_path / "out" / "plan.json")
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    group_sets = find_group_sets(dense)
+    made.validate(group_sets)
+    blocks = pack(load_texts(str(tmp_path / "text.txt"))["train"], load_tokenizer(str(model)), "text", 16)[:][
+        "input_ids"
+    ]
+    usable = blocks[: len(blocks) - 32]
+    batches = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:4]].split(1)
+    config = PruningConfig("taylor_2nd", pruning_ratio=0.15)
+    collected = calibrate(dense, group_sets, batches, lambda b: dense(input_ids=b, labels=b).loss, config)
+    table, expected = make_plan(dense, group_sets, collected, config)
+    assert made == expected
+    assert GroupTable.read(tmp_path / "out" / "group_table.csv").removed_cost == table.removed_cost
+    assert {"report.html", "kept.png", "importance.png", "scores.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert f"{made.info['parameters_after']:,}" in capsys.readouterr().out
+
+
+def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    run("apply", model, out, *text, "--pruning.pruning_ratio=0.2")
+    pruned = load_pruned(out)
+    assert AutoTokenizer.from_pretrained(out)("w5 w7")["input_ids"] == [5, 7]
+    figures = json.loads((out / "pruning" / "report.json").read_text())
+    assert figures["pruned"]["parameters"] == sum(p.numel() for p in pruned.parameters())
+    assert 0.18 < 1 - figures["pruned"]["parameters"] / figures["dense"]["parameters"] <= 0.2
+    assert figures["pruned"]["perplexity"] != figures["dense"]["perplexity"]
+    assert f"{figures['pruned']['perplexity']:.5g}" in (out / "README.md").read_text()
+    plan = out / "pruning" / "plan.json"
+    assert PruningPlan.load(plan) == get_plan(pruned)
+    again = tmp_path / "again"
+    run("apply", model, again, *text, "--plan", plan, "--self_contained=true")
+    assert get_plan(load_pruned(again)).digest() == get_plan(pruned).digest()
+    tokens = torch.arange(2, 14)[None]
+    torch.testing.assert_close(load_pruned(again)(tokens).logits, pruned(tokens).logits)
+    assert (again / "modeling_pruned.py").exists()
+    (out / "pruning" / "report.html").unlink()
+    run("report", out / "pruning")
+    assert "data:image/png;base64" in (out / "pruning" / "report.html").read_text()
+    capsys.readouterr()
+    run("compare", f"[{model},{out}]", *text, "--speed_tokens=16", "--output", tmp_path / "compared.json")
+    compared = json.loads((tmp_path / "compared.json").read_text())
+    for name, stage in ((model, "dense"), (out, "pruned")):
+        assert compared[str(name)]["perplexity"] == pytest.approx(figures[stage]["perplexity"])
+        assert compared[str(name)]["tokens_per_second"] > 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_converted(model, tmp_path):
+    trainer, module = fit(tmp_path, pruning(epoch=0, repair=None), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    run("convert", tmp_path / "last.ckpt", model, tmp_path / "out")
+    ids = torch.arange(2, 14)[None]
+    assert torch.equal(load_pruned(tmp_path / "out")(ids).logits, module.inner["lm"].eval()(ids).logits)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_mistakes_end_with_a_sentence(model, text, tmp_path):
+    with pytest.raises(SystemExit, match=r"lit-prune: .* makes .* sequences of 4000 tokens"):
+        run("plan", model, tmp_path / "out", text[0], "--calibration.block_size=4000")
+    with pytest.raises(SystemExit, match="was not pruned by lit_prune"):
+        run("export", model, tmp_path / "out.gguf")
+    with pytest.raises(SystemExit, match="lit-prune: No file at"):
+        run("convert", tmp_path / "absent.ckpt", model, tmp_path / "out")
+    other = write_model(tmp_path / "other", intermediate_size=20)
+    run("plan", other, tmp_path / "plan", *text, "--calibration.held_out=0")
+    with pytest.raises(SystemExit, match="the plan was made for 20"):
+        run("apply", model, tmp_path / "out", *text, "--plan", tmp_path / "plan" / "plan.json")
