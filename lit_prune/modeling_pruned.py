@@ -70,6 +70,8 @@ def sync_features(module: nn.Module) -> None:
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
     elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
         module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
     elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):

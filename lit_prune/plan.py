@@ -93,9 +93,10 @@ class PruningPlan:
         """Check that the plan fits a model's group sets.
 
         Raises:
-            PlanError: If it names a set that the model lacks, or a size differs.
+            PlanError: If it names a set that the model lacks, a size differs, or too few groups stay for a module to run.
         """
         sizes = {s.key: s.size for s in group_sets}
+        minimum = {s.key: s.minimum for s in group_sets}
         for entry in self.entries:
             if entry.key not in sizes:
                 near = sorted(name for name, kind in sizes if kind == entry.kind)[:3]
@@ -107,6 +108,11 @@ class PruningPlan:
                 raise PlanError(
                     f"The plan does not fit the model: {entry.name!r} ({entry.kind}) has {sizes[entry.key]} groups, the plan"
                     f" was made for {entry.size}."
+                )
+            if len(entry.kept) < minimum[entry.key]:
+                raise PlanError(
+                    f"The plan keeps {len(entry.kept)} of the {entry.size} groups of {entry.name!r} ({entry.kind}), which"
+                    f" runs with {minimum[entry.key]} or more."
                 )
 
     def then(self, later: PruningPlan) -> PruningPlan:

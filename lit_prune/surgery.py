@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_prune.architectures import find_group_sets
+from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet
-from lit_prune.modeling_pruned import ConfigView, sync_features
+from lit_prune.modeling_pruned import sync_features as _sync_features
 from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
 
 
@@ -79,7 +80,7 @@ def apply_plan(
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
 
     Args:
-        model: The model; changed in place.
+        model: The model, or a module that holds one; changed in place.
         plan: A plan that fits it.
         optimizers: Optimizers over its parameters; changed in place.
         weights: New values, in the shape after the cut, for some parameters (from :mod:`lit_prune.repair`); biases that
@@ -89,6 +90,7 @@ def apply_plan(
         PlanError: If the plan or ``weights`` do not fit the model.
         PruningError: If an optimizer's state cannot be cut.
     """
+    model = find_model(model)[1]
     group_sets = find_group_sets(model)
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
@@ -145,12 +147,16 @@ def _set_attributes(
     journal: list[Callable[[], None]],
     prefix: str = "",
 ) -> None:
-    kept = {e.key: len(e.kept) for e in plan.entries}
+    entries = {e.key: e for e in plan.entries}
     for group_set in group_sets:
-        if group_set.key in kept:
+        if group_set.key in entries:
+            kept = entries[group_set.key].kept
             for attribute in group_set.attributes:
                 module = root.get_submodule(attribute.module.removeprefix(prefix))
-                _set_attribute(module, attribute.name, attribute.per_group * kept[group_set.key], journal)
+                _set_attribute(module, attribute.name, attribute.per_group * len(kept), journal)
+            for adaptation in (a for a in group_set.adaptations if a.module.startswith(prefix)):
+                module = root.get_submodule(adaptation.module.removeprefix(prefix))
+                journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
 
 
 def _is_added(name: str, plan: PruningPlan) -> bool:
@@ -194,7 +200,8 @@ def _replace_parameter(
         if values.shape != data.shape:
             raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(data.shape)}.")
         data = values.to(dtype=data.dtype, device=data.device, copy=True)
-    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    # a layer that lost everything has no gradient to wait for, and DDP would wait
+    new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)
     gradient = old.grad
     places = [
@@ -210,12 +217,12 @@ def _replace_parameter(
         old.grad = gradient
         for owner_module, key in places:
             owner_module._parameters[key] = old
-            sync_features(owner_module)
+            _sync_features(owner_module)
 
     journal.append(undo)
     for owner_module, key in places:
         owner_module._parameters[key] = new
-        sync_features(owner_module)
+        _sync_features(owner_module)
     if cuts:
         old.data = old.data.new_empty(0)
     old.grad = None
@@ -305,10 +312,8 @@ def _add_bias(
 
 def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Callable[[], None]]) -> None:
     if name.startswith("config."):
-        field_name = name.removeprefix("config.")
-        config: Any = module.config
-        overrides = {**config.overrides, field_name: value} if isinstance(config, ConfigView) else {field_name: value}
-        name, value = "config", ConfigView(config.shared if isinstance(config, ConfigView) else config, overrides)
+        journal.append(override_config(module, name.removeprefix("config."), value))
+        return
     missing = object()
     before = getattr(module, name, missing)
 
