@@ -157,6 +157,31 @@ def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:
     )
 
 
+def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> int:
+    """Number of parameters that leave with some groups; a weight that belongs to groups of two sets counts once.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        removed: For every set the indices of the groups that leave.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left: dict[str, dict[int, Tensor]] = {}
+    for group_set, groups in zip(group_sets, removed, strict=True):
+        for part in group_set.slices:
+            length = parameters[part.parameter].shape[part.dim]
+            masks = left.setdefault(part.parameter, {})
+            mask = masks.setdefault(part.dim, torch.ones(length, dtype=torch.bool))
+            mask[part.index[groups].flatten()] = False
+    total = 0
+    for name, masks in left.items():
+        stays = parameters[name].numel()
+        for dim, mask in masks.items():
+            stays = stays // max(len(mask), 1) * int(mask.sum())
+        total += parameters[name].numel() - stays
+    return total
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of the model, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 _CACHES = ("past_key_values", "layer_past")
 
@@ -52,6 +53,26 @@ def become(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
         module.__class__ = before
 
     return undo
+
+
+class _WithoutInputs:
+    """Mixed into transformers' Conv1D once nothing is left to read: its own forward cannot tell the shape of nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias for every token, shape ``(..., outputs)``."""
+        return functional.linear(x, self.weight.T, self.bias)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _class_without_inputs(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{base.__name__}WithoutInputs", (_WithoutInputs, base), {})
+
+
+def without_inputs(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation of a Conv1D that may lose all its inputs."""
+    if len(kept) or isinstance(module, _WithoutInputs):
+        return lambda: None
+    return become(module, _class_without_inputs(type(module)))
 
 
 def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
