@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, RankMismatchError
 from lit_prune.plan import PruningPlan
 
@@ -169,17 +171,12 @@ def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
 
 
-def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """A function that sums a tensor over the processes of the run, or ``None`` if there is only one."""
+def ranks_of(trainer: pl.Trainer) -> Ranks | None:
+    """The processes of the run, or ``None`` if there is only one."""
     if trainer.world_size == 1:
         return None
-
-    def total(tensor: Tensor) -> Tensor:
-        summed = tensor.detach().clone().to(trainer.strategy.root_device)
-        torch.distributed.all_reduce(summed)
-        return summed.to(tensor.device)
-
-    return total
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return Ranks(trainer.strategy.root_device, mean_gradients=not sharded)
 
 
 def check_same_on_all_ranks(trainer: pl.Trainer, plan: PruningPlan) -> None:

@@ -1,6 +1,7 @@
 """Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too."""
 
 from lit_prune.architectures import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
+from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.importance import criteria, register_criterion
 from lit_prune.pipeline import PruningConfig, calibrate, make_plan, repair
@@ -31,6 +32,7 @@ __all__ = [
     "find_model",
     "get_plan",
     "make_plan",
+    "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",
     "repair",

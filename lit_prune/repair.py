@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune import sharding
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -156,12 +157,13 @@ def least_squares(
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, group_sets, batches, forward):
+            sharding.reshard(model)
             dense, pruned = stream.inputs, stream.inputs
             started = False
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
                 started = started or any(s.key in touched for s in members)
-                block = model.get_submodule(name)
+                block = sharding.plain_copy(model.get_submodule(name))
                 if not started:
                     dense = pruned = _run(block, dense, stream.calls[name])
                     continue
@@ -180,7 +182,11 @@ def least_squares(
                     transposed = parts[path].input_dim == 0
                     solved = ridge(gram, cross, weight.T if transposed else weight, damping)
                     weight.copy_(solved.T if transposed else solved)
-                    weights[parts[path].parameter] = weight.detach().clone()
+                    original: Tensor = model.get_parameter(parts[path].parameter)
+                    refitted = weight.detach().clone()
+                    if sharding.is_sharded(original):
+                        refitted = sharding.shard_like(refitted, original)
+                    weights[parts[path].parameter] = refitted
                 dense, pruned = following, _run(smaller, pruned, stream.calls[name])
     return weights
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.training.loading import load_model
 
 IGNORED = -100
@@ -98,6 +99,10 @@ class CausalLMModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same as validation."""
         self.validation_step(batch, batch_idx)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cut the model as the checkpoint's was, so that ``load_from_checkpoint`` takes checkpoints of pruned models."""
+        rebuild_from_checkpoint(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and the chosen schedule."""
