@@ -279,6 +279,7 @@ class StructuredPruning(Callback):
             return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
 
         self.table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
+        check_same_on_all_ranks(trainer, plan)
         if not self.dry_run:
             with self._batches(trainer) as (batches, loss):
                 bar = progress_bar(trainer, "Repair")
@@ -294,7 +295,6 @@ class StructuredPruning(Callback):
                     progress=bar,
                     total=total,
                 )
-            check_same_on_all_ranks(trainer, plan)
             self._cut(trainer, pl_module, plan, weights)
             del weights
         renew_wrapper(trainer)
