@@ -94,13 +94,13 @@ def bias_fold(
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.consumers:
             module = model.get_submodule(part.module)
-            weight = model.get_parameter(part.parameter)
+            weight = sharding.full(model.get_parameter(part.parameter))
             columns = part.index[removed].flatten().to(weight.device)
             mean = statistics.activations[part.module].mean[columns].to(weight.device)
             lost = weight.index_select(part.dim, columns).double()
             lost = lost.T @ mean if part.dim == 0 else lost @ mean
             present = getattr(module, "bias", None)
-            biases[f"{part.module}.bias"] = (lost if present is None else lost + present).to(weight.dtype)
+            biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(weight.dtype)
     added = [
         name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
     ]

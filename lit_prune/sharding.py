@@ -190,6 +190,9 @@ def _plain(module: nn.Module, done: dict[int, Any]) -> nn.Module:
     copy = kind.__new__(kind)
     done[id(module)] = copy
     for name, value in module.__dict__.items():
+        if name.startswith("__composable_api"):
+            # where fully_shard keeps its own state
+            continue
         hooks = "hooks" in name and isinstance(value, Mapping)
         copy.__dict__[name] = type(value)() if hooks else value
     copy.__dict__["_parameters"] = {

@@ -205,7 +205,7 @@ def test_a_dense_best_checkpoint_and_spent_patience_do_not_outlive_the_cut(tmp_p
             return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch < 4))]
 
     callback = pruning(pruning_ratio=0.4, epoch=4, repair=None, min_fraction=0.1)
-    trainer, _ = fit(
+    fit(
         tmp_path,
         callback,
         saver,
