@@ -62,10 +62,12 @@ class StructuredPruning(Callback):
 
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
-    ``on_pruning_load(trainer, pl_module, pruning, checkpoint)`` is called once the model is as a checkpoint that is being
-    loaded needs it, before weights and optimizer state load. Callbacks that hold parameters or a copy of the model and
-    define none of these are refused; Lightning's ``WeightAveraging`` is cut along. ``ModelCheckpoint``, ``EarlyStopping``
-    and ``ReduceLROnPlateau`` forget their best score at the cut, so that a dense model does not win over the pruned ones.
+    ``on_pruning_load_start(trainer, pl_module, pruning, checkpoint)`` and ``on_pruning_load_end`` (the same arguments) are
+    called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load.
+
+    Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
+    ``WeightAveraging`` is cut along. ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` forget their best
+    score at the cut, so that a dense model does not win over the pruned ones.
 
     Args:
         importance: Name of the criterion, see :func:`lit_prune.criteria`; a mix of several, ``{name: weight}``; or

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lit_prune.callbacks.others import averages
-from lit_prune.checkpoint import rebuild_from_checkpoint
+from lit_prune.checkpoint import cut_as_saved, merge_adapters
 from lit_prune.errors import UnsupportedStrategyError
 
 if TYPE_CHECKING:
@@ -100,15 +99,18 @@ class _RebuildingLoad:
         self._rebuild(checkpoint)
         return checkpoint
 
-    def _rebuild(self, checkpoint: Mapping[str, Any]) -> None:
-        rebuild_from_checkpoint(self._module, checkpoint, self._trainer.strategy.optimizers)
-        for _, average in averages(self._trainer):
-            rebuild_from_checkpoint(average, checkpoint)
+    def _rebuild(self, checkpoint: dict[str, Any]) -> None:
         for callback in self.callbacks:
-            callback.notify(self._trainer, self._module, "on_pruning_load", checkpoint)
+            callback.notify(self._trainer, self._module, "on_pruning_load_start", checkpoint)
+        cut_as_saved(self._module, checkpoint, self._trainer.strategy.optimizers)
+        for _, average in averages(self._trainer):
+            cut_as_saved(average, checkpoint)
+        for callback in self.callbacks:
+            callback.notify(self._trainer, self._module, "on_pruning_load_end", checkpoint)
+        merge_adapters(self._module, checkpoint)
 
 
-def _metadata(path: Path) -> Mapping[str, Any]:
+def _metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside weights and optimizer states."""
     if path.is_dir():
         return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)

@@ -100,7 +100,9 @@ def bias_fold(
             lost = weight.index_select(part.dim, columns).double()
             lost = lost.T @ mean if part.dim == 0 else lost @ mean
             present = getattr(module, "bias", None)
-            biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(weight.dtype)
+            biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(
+                weight.dtype
+            )
     added = [
         name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
     ]

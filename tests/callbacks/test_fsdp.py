@@ -136,7 +136,9 @@ def test_two_sharded_processes_equal_one_with_the_same_global_batch(folder, name
         for key, value in state.items():
             torch.testing.assert_close(both[0]["state"][parameter][key], value, rtol=1e-2, atol=1e-4, msg=parameter)
     if "pruned" in single["metrics"]:
-        assert both[0]["metrics"]["pruned"]["val_loss"] == pytest.approx(single["metrics"]["pruned"]["val_loss"], rel=1e-4)
+        assert both[0]["metrics"]["pruned"]["val_loss"] == pytest.approx(
+            single["metrics"]["pruned"]["val_loss"], rel=1e-4
+        )
 
 
 def resumed(folder: str, name: str, epoch: int, kind: str) -> None:
@@ -174,7 +176,9 @@ def full_checkpoints(folder: str) -> None:
     for ckpt_path, max_epochs in ((None, 2), (Path(folder, "full.ckpt"), 3)):
         pl.seed_everything(7, verbose=False)
         callback = pruning()
-        trainer = trainer_of(RANKS, callback, strategy=strategy(save_distributed_checkpoint=False), max_epochs=max_epochs)
+        trainer = trainer_of(
+            RANKS, callback, strategy=strategy(save_distributed_checkpoint=False), max_epochs=max_epochs
+        )
         module = Sharded()
         trainer.fit(module, ckpt_path=ckpt_path)
         if ckpt_path is None:
