@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_prune import (
@@ -33,6 +34,7 @@ from lit_prune.callbacks.calibration import (
     ranks_of,
     silent_logging,
     training_loss,
+    uncompiled,
     untouched,
     validation_metrics,
 )
@@ -56,6 +58,8 @@ class StructuredPruning(Callback):
     the model in one global table by importance / cost, cuts the lowest until ``pruning_ratio`` is reached, and carries
     the optimizer's state over. Calibration leaves no trace: random numbers, dropout, the dataloader's position, logged
     metrics, gradients and ``global_step`` are as if it had not happened.
+
+    ``trainer.validate`` prunes, too, without any training, if epoch or step is 0: what it measures is the pruned model.
 
     Every checkpoint written later carries the plan in this callback's state, and ``ckpt_path=`` rebuilds the smaller model
     from it before weights load.
@@ -233,6 +237,14 @@ class StructuredPruning(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune under ``trainer.validate``, without any training, if a stage is due at epoch or step 0."""
+        due = [k for k, s in enumerate(self.stages) if 0 in (s.epoch, s.step)]
+        if trainer.state.fn == TrainerFn.VALIDATING and due and due[-1] >= self.stages_done:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._check(pl_module)
+                self.prune(trainer, pl_module, due[-1])
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run ended before the whole schedule was done."""
         if self.stages_done < len(self.stages):
@@ -261,15 +273,16 @@ class StructuredPruning(Callback):
         Raises:
             CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
             BudgetError: If the ratio cannot be reached.
+            UnsupportedCallbackError: If another callback holds parts of the model that would be stale.
         """
+        model = self.model(pl_module)
+        check_references(trainer, pl_module, model)
         self.notify(trainer, pl_module, "on_pruning_start")
-        if self.validate and "dense" not in self.metrics:
+        measure_around = self.validate and trainer.state.fn == TrainerFn.FITTING
+        if measure_around and "dense" not in self.metrics:
             self.metrics["dense"] = validation_metrics(trainer)
         config = self._config(stage)
-        model = self.model(pl_module)
         group_sets = find_group_sets(model)
-        with self._batches(trainer) as (batches, loss):
-            check_references(trainer, pl_module, model)
         ranks = ranks_of(trainer)
         total = None if ranks is None else ranks.sum
         with self._batches(trainer) as (batches, loss):
@@ -300,7 +313,7 @@ class StructuredPruning(Callback):
             self._cut(trainer, pl_module, plan, weights)
             del weights
         renew_wrapper(trainer)
-        if self.validate and not self.dry_run:
+        if measure_around and not self.dry_run:
             self.metrics["pruned"] = validation_metrics(trainer)
         self.plan = plan if self.plan is None or self.dry_run else self.plan.then(plan)
         self.stages_done = stage % len(self.stages) + 1
@@ -316,7 +329,7 @@ class StructuredPruning(Callback):
     @contextlib.contextmanager
     def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
         """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-        with untouched(trainer), silent_logging(trainer.lightning_module):
+        with untouched(trainer), uncompiled(), silent_logging(trainer.lightning_module):
             batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
             yield batches, training_loss(trainer)
 
