@@ -157,7 +157,8 @@ def untouched(trainer: pl.Trainer) -> Iterator[None]:
             for buffer, content in buffers:
                 buffer.copy_(content)
         for metric, attributes in metrics:
-            metric.__setstate__(attributes)
+            # not __setstate__, which would wrap update and compute once more
+            metric.__dict__.update(attributes)
         for generator, state in generators.values():
             generator.set_state(state)
 

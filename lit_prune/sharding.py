@@ -66,14 +66,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _layout(tensor: DTensor) -> tuple[int, int, int]:
-    """The dimension that a tensor is split along, where this process's part starts, and how long the whole is."""
-    dim = sharded_dim(tensor)
+def local_range(tensor: DTensor) -> tuple[int, int, int]:
+    """The dimension that a tensor is split along, and where this process's part of it starts and ends."""
+    dim, size = sharded_dim(tensor), tensor.device_mesh.size()
     length = tensor.shape[dim]
-    size = tensor.device_mesh.size()
     # as torch.chunk splits: every part but the last ones has the same length
     chunk = (length + size - 1) // size
-    return dim, min(chunk * tensor.device_mesh.get_local_rank(), length), length
+    rank = tensor.device_mesh.get_local_rank()
+    return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
 
 
 def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
@@ -88,18 +88,18 @@ def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
         Tensor of shape ``(groups,)``.
     """
     if isinstance(parameter, DTensor):
-        dim, start, length = _layout(parameter)
+        dim, start, _ = local_range(parameter)
         if dim == part.dim:
-            return part.reduce(values, start, length)
+            return part.reduce(values, start, parameter.shape[dim])
     return part.reduce(values)
 
 
 def local_part(values: Tensor, parameter: Tensor) -> Tensor:
     """The part of values, broadcastable against the whole parameter, that belongs to the local part."""
     if isinstance(parameter, DTensor) and values.dim() == parameter.dim():
-        dim, start, _ = _layout(parameter)
+        dim, start, stop = local_range(parameter)
         if values.shape[dim] > 1:
-            return values.narrow(dim, start, parameter.to_local().shape[dim])
+            return values.narrow(dim, start, stop - start)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,13 +11,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import run, run_well
-from test_ddp import RANKS, Plain, assert_close, read, trainer_of
-from test_pruning import pruning
+from test_ddp import RANKS, EveryNth, Plain, assert_close, read, trainer_of
+from test_pruning import corpus, pruning
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
-from lit_prune import sharding
+from conftest import tiny
+from lit_prune import PruningPlan, UnsupportedModelError, sharding
 from lit_prune.callbacks import Stage
+from lit_prune.training import CausalLMModule
+from lit_prune.training.loading import load_model
+from lit_prune.training.sharded import consolidate, empty_model, read_shards
 
 
 class Sharded(Plain):
@@ -191,6 +197,65 @@ def test_checkpoints_in_one_file_resume(folder):
     assert_close(read(folder, "full-0"), read(folder, "taylor-1-0"))
 
 
+def language_model(folder: str, world: int) -> None:
+    """The module of train.py; sharded, it never holds the whole model."""
+    pl.seed_everything(7, verbose=False)
+    callback = pruning(importance={"taylor_batch": 0.75, "output_wanda": 0.25}, epoch=1)
+    module = CausalLMModule(f"{folder}/model", learning_rate=1e-3, shard=world > 1, gradient_checkpointing=True)
+    saver = ModelCheckpoint(Path(folder, f"lm-{world}"), filename="{epoch}", save_top_k=-1)
+    chosen = strategy() if world > 1 else "auto"
+    trainer = trainer_of(world, callback, saver, strategy=chosen, enable_checkpointing=True, max_epochs=2)
+
+    def loader(sequences, seed):
+        rows = [{"input_ids": ids} for ids in corpus(sequences, seed)]
+        return DataLoader(rows, batch_size=8 // world, sampler=EveryNth(rows, trainer.global_rank, world))
+
+    trainer.fit(module, loader(24, 0), loader(8, 1))
+    finish(folder, f"lm-{world}", trainer, callback, module)
+
+
+def test_the_module_of_train_py_reads_shards_and_its_checkpoint_becomes_a_plain_model(tmp_path):
+    tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0}).save_pretrained(tmp_path / "model")
+    run_well(language_model, str(tmp_path), RANKS, folder=tmp_path, processes=RANKS)
+    run_well(language_model, str(tmp_path), 1, folder=tmp_path)
+    both, single = read(tmp_path, "lm-2-0"), read(tmp_path, "lm-1-0")
+    assert PruningPlan.from_dict(both["plan"]).digest() == PruningPlan.from_dict(single["plan"]).digest()
+    assert both["metrics"]["pruned"]["val_loss"] == pytest.approx(single["metrics"]["pruned"]["val_loss"], rel=1e-4)
+    file = tmp_path / "whole.ckpt"
+    consolidate(tmp_path / "lm-2" / "epoch=1.ckpt", file)
+    loaded = CausalLMModule.load_from_checkpoint(file, shard=False, weights_only=True)
+    with pytest.raises(FileNotFoundError, match="No distributed checkpoint"):
+        consolidate(tmp_path, file)
+    for name, value in loaded.state_dict().items():
+        if name.startswith("model."):
+            assert torch.equal(value, both["weights"][name]), name
+
+
+def test_shards_that_cannot_be_read_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    tiny("llama").save_pretrained(folder)
+    model = empty_model(str(folder), dtype=torch.float32)
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
+    plain = load_model(str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+    real = empty_model(str(folder), dtype=torch.float32).to_empty(device="cpu")
+    read_shards(real, str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(real.parameters(), plain.parameters(), strict=True))
+    other = empty_model(str(folder), dtype=torch.float32, intermediate_size=20)
+    with pytest.raises(UnsupportedModelError, match=r"gate_proj.* shape \[24, 32\].*\[20, 32\]"):
+        read_shards(other, str(folder))
+    deeper = empty_model(str(folder), dtype=torch.float32, num_hidden_layers=4).to_empty(device="cpu")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.3.*are not in the safetensors files"):
+        read_shards(deeper, str(folder))
+    with pytest.raises(FileNotFoundError, match=r"No model\.safetensors"):
+        read_shards(model, str(tmp_path))
+    with pytest.raises(ValueError, match="random_weights"):
+        CausalLMModule(str(folder), shard=True, random_weights=True)
+    with pytest.raises(ValueError, match="found shard=True with SingleDeviceStrategy"):
+        trainer_of(1).fit(CausalLMModule(str(folder), shard=True), DataLoader([]))
+
+
 def refused(folder: str, what: str) -> None:
     class Tensors(Sharded):
         def configure_model(self):
@@ -210,8 +275,6 @@ def refused(folder: str, what: str) -> None:
     [("tensors", "sharded, but not by .*fully_shard"), ("bias", "adds biases .* FSDP2 cannot take up")],
 )
 def test_what_sharding_cannot_do_is_refused_on_every_process(tmp_path, what, message):
-    import re
-
     for code, output in run(refused, str(tmp_path), what, folder=tmp_path, processes=RANKS):
         assert code == 1
         assert re.search(message, output), output[-3000:]
