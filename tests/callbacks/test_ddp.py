@@ -7,13 +7,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from processes import run, run_well
 from test_pruning import Module, corpus, pruning
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lit_prune import PruningPlan
+from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery
 from lit_prune.callbacks.strategies import check_strategy
 from lit_prune.errors import UnsupportedStrategyError
 
@@ -170,6 +171,41 @@ def test_a_run_resumes_on_the_same_and_on_another_number_of_processes(folder, ep
             name = f"resumed-{epoch}-{before}-{after}"
             run_well(resumed_run, str(folder), after, checkpoint, name, folder=folder, processes=after)
             assert_close(read(folder, f"{name}-0"), whole)
+
+
+class Healing(Plain):
+    """For the recovery callbacks: the whole model is called, and what is frozen is not optimized."""
+
+    static = True
+
+    def training_step(self, batch, batch_idx):
+        return self.inner["lm"](input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
+
+
+def healing_runs(folder: str, world: int) -> None:
+    for name, callbacks in (
+        ("distillation", [Distillation(hidden_weight=0.1), LearningRateRewarmup(4)]),
+        ("lora", [LoRARecovery(r=4), LearningRateRewarmup(4)]),
+        ("average", [EMAWeightAveraging(decay=0.8)]),
+    ):
+        pl.seed_everything(7, verbose=False)
+        callback = pruning()
+        trainer = trainer_of(world, callback, *callbacks)
+        module = Healing()
+        trainer.fit(module)
+        finish(folder, f"{name}-{world}", trainer, callback, module)
+
+
+def test_recovery_and_averaging_on_two_processes_equal_one(tmp_path):
+    for world in (1, RANKS):
+        run_well(healing_runs, str(tmp_path), world, folder=tmp_path, processes=world)
+    for name in ("distillation", "lora", "average"):
+        both = [read(tmp_path, f"{name}-2-{rank}") for rank in range(RANKS)]
+        assert_close(both[0], both[1])
+        assert_close(both[0], read(tmp_path, f"{name}-1-0"))
 
 
 def odd_runs(folder: str) -> None:
