@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune import sharding
 from lit_prune.groups import GroupSet, Slice
 from lit_prune.statistics import ELEMENTWISE, STATISTICS, Statistics
 
@@ -271,6 +272,8 @@ def group_importance(
         normalize: Normalisation, see :class:`Criterion`.
         seed: Seed of ``random``.
 
+    Sharded parameters (FSDP2) are scored by their local shards, with one sum over the processes for each group set.
+
     Returns:
         For every group set a float32 tensor of shape ``(groups,)`` on the CPU.
     """
@@ -280,11 +283,15 @@ def group_importance(
     result = []
     for group_set in group_sets:
         total = torch.zeros(group_set.size)
-        for position, part in enumerate(group_set.slices):
+        weights = [parameters[part.parameter] for part in group_set.slices]
+        shared = sharding.any_sharded(weights)
+        for position, (part, weight) in enumerate(zip(group_set.slices, weights, strict=True)):
             for term in criterion.terms:
                 if term.applies(part):
-                    total += _term_importance(term, parameters[part.parameter], group_set, position, statistics).cpu()
-        result.append(total)
+                    value = _term_importance(term, weight, group_set, position, statistics).cpu()
+                    whole = term.per_input or not sharding.is_sharded(weight)
+                    total += value if shared is None or not whole else sharding.once(value, shared)
+        result.append(total if shared is None else sharding.sum_over_shards(total, shared))
     return _normalized(result, group_sets, normalize)
 
 
@@ -336,9 +343,10 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return part.reduce(term.function(weight))
+        return sharding.reduce(part, term.function(sharding.local(weight)), weight)
     assert statistics is not None
     if term.per_input:
+        weight = sharding.full(weight)
         value = statistics.activation_of(part, term.statistic, weight).flatten()
         columns = term.function(weight.float().movedim(part.dim, -1).flatten(0, -2), value)
         return columns[part.index.to(columns.device)].sum(dim=1)
@@ -348,5 +356,5 @@ def _term_importance(
     if term.statistic in ELEMENTWISE:
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
     else:
-        value = statistics.activation_of(part, term.statistic, weight)
-    return part.reduce(term.function(weight.float(), value))
+        value = sharding.local_part(statistics.activation_of(part, term.statistic, weight), weight)
+    return sharding.reduce(part, term.function(sharding.local(weight).float(), value), weight)
