@@ -1,6 +1,17 @@
 """Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too."""
 
-from lit_prune.architectures import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
+from lit_prune.architectures import (
+    MLP,
+    Architecture,
+    Attention,
+    ExpertChannels,
+    Experts,
+    MultiheadAttention,
+    Traced,
+    find_group_sets,
+    find_model,
+    register_architecture,
+)
 from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.importance import criteria, register_criterion
@@ -17,12 +28,16 @@ __all__ = [
     "Attention",
     "BudgetError",
     "CalibrationError",
+    "ExpertChannels",
+    "Experts",
     "GroupTable",
     "Limits",
+    "MultiheadAttention",
     "PlanError",
     "PruningConfig",
     "PruningError",
     "PruningPlan",
+    "Traced",
     "UnsupportedModelError",
     "__version__",
     "apply_plan",

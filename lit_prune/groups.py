@@ -8,7 +8,7 @@ descriptions that produce group sets live in :mod:`lit_prune.architectures`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,16 @@ class Slice:
             when group ``g`` leaves.
         input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
+        opaque: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
+            ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
+            Criteria of activations take them all to be 1, and repair leaves the parameter as it is.
     """
 
     parameter: str
     dim: int
     index: Tensor
     input_dim: int | None = None
+    opaque: bool = False
 
     @property
     def module(self) -> str:
@@ -44,6 +48,11 @@ class Slice:
     def consumes(self) -> bool:
         """Whether the slice reads what the group produces (columns of ``o_proj`` and ``down_proj``)."""
         return self.dim == self.input_dim
+
+    @property
+    def observable(self) -> bool:
+        """Whether the inputs of the slice's module are the features that its parameter multiplies."""
+        return self.input_dim is not None and not self.opaque
 
     def reduce(self, values: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """Sum values that have the parameter's shape to one number a group.
@@ -80,6 +89,20 @@ class Attribute:
     per_group: int
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """A change that a module needs to run with fewer groups, where smaller parameters and integers are not enough.
+
+    Args:
+        module: Qualified name of the module.
+        apply: Called with the module and the indices of the groups that stay, a tensor of shape ``(kept,)``; it changes
+            the module and returns a function that undoes this.
+    """
+
+    module: str
+    apply: Callable[[nn.Module, Tensor], Callable[[], None]]
+
+
 @dataclass(frozen=True, eq=False)
 class GroupSet:
     """All groups of one kind in one place of the model.
@@ -93,6 +116,8 @@ class GroupSet:
         slices: The parameter slices that the groups couple.
         attributes: Module attributes that depend on the number of groups.
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
+        minimum: The fewest groups with which the module still runs; 0 if it can lose them all.
+        adaptations: What else changes when groups leave.
     """
 
     name: str
@@ -103,6 +128,8 @@ class GroupSet:
     slices: tuple[Slice, ...]
     attributes: tuple[Attribute, ...] = ()
     block: str = ""
+    minimum: int = 0
+    adaptations: tuple[Adaptation, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -113,6 +140,11 @@ class GroupSet:
     def consumers(self) -> tuple[Slice, ...]:
         """The slices that read what the groups produce."""
         return tuple(s for s in self.slices if s.consumes)
+
+    @property
+    def refittable(self) -> tuple[Slice, ...]:
+        """The consumers whose inputs and outputs can be observed, which is what repair works on."""
+        return tuple(s for s in self.slices if s.consumes and not s.opaque)
 
     def kept_to_removed(self, kept: Iterable[int]) -> Tensor:
         """The sorted indices of the groups that are not in ``kept``."""
@@ -138,11 +170,13 @@ def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
     """Refuse weights that cannot be scored or sliced.
 
     Raises:
-        UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set.
+        UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set. A module
+            that the model uses in several places is one place.
     """
     places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group_set in group_sets:
         names = {s.parameter for s in group_set.slices}

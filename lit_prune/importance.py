@@ -298,9 +298,10 @@ def group_importance(
 def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normalize: str | None) -> list[Tensor]:
     if normalize is None:
         return importance
-    members: dict[tuple[int, str], list[int]] = {}
+    members: dict[tuple[int, str, str], list[int]] = {}
     for position, group_set in enumerate(group_sets):
-        members.setdefault((0 if normalize == "kind" else group_set.layer, group_set.kind), []).append(position)
+        place = (0, "") if normalize == "kind" else (group_set.layer, group_set.block)
+        members.setdefault((*place, group_set.kind), []).append(position)
     result = list(importance)
     for positions in members.values():
         cost = sum(group_sets[p].cost * group_sets[p].size for p in positions)
@@ -347,7 +348,7 @@ def _term_importance(
     if term.per_input:
         weight = sharding.full(weight)
         value = statistics.activation_of(part, term.statistic, weight).flatten()
-        columns = term.function(weight.float().T if part.input_dim == 0 else weight.float(), value)
+        columns = term.function(weight.float().movedim(part.dim, -1).flatten(0, -2), value)
         return columns[part.index.to(columns.device)].sum(dim=1)
     streamed = statistics.reduced.get((term, group_set.key, position))
     if streamed is not None:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lit_prune.errors import PlanError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet
 
+PLAN_ATTRIBUTE = "_lit_prune_plan"
 FORMAT = "lit_prune.plan"
 VERSION = 1
 
@@ -88,9 +91,10 @@ class PruningPlan:
         """Check that the plan fits a model's group sets.
 
         Raises:
-            PlanError: If it names a set that the model lacks, or a size differs.
+            PlanError: If it names a set that the model lacks, a size differs, or too few groups stay for a module to run.
         """
         sizes = {s.key: s.size for s in group_sets}
+        minimum = {s.key: s.minimum for s in group_sets}
         for entry in self.entries:
             if entry.key not in sizes:
                 near = sorted(name for name, kind in sizes if kind == entry.kind)[:3]
@@ -102,6 +106,11 @@ class PruningPlan:
                 raise PlanError(
                     f"The plan does not fit the model: {entry.name!r} ({entry.kind}) has {sizes[entry.key]} groups, the plan"
                     f" was made for {entry.size}."
+                )
+            if len(entry.kept) < minimum[entry.key]:
+                raise PlanError(
+                    f"The plan keeps {len(entry.kept)} of the {entry.size} groups of {entry.name!r} ({entry.kind}), which"
+                    f" runs with {minimum[entry.key]} or more."
                 )
 
     def then(self, later: PruningPlan) -> PruningPlan:
@@ -198,6 +207,11 @@ class PruningPlan:
         except ValueError as error:
             raise PlanError(f"{path} is not a pruning plan: {error}.") from error
         return cls.from_dict(data)
+
+
+def get_plan(model: nn.Module) -> PruningPlan | None:
+    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense."""
+    return getattr(model, PLAN_ATTRIBUTE, None)
 
 
 def _integer(value: Any) -> int:

@@ -92,7 +92,7 @@ def bias_fold(
     for entry in plan.entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
-        for part in group_set.consumers:
+        for part in group_set.refittable:
             module = model.get_submodule(part.module)
             weight = sharding.full(model.get_parameter(part.parameter))
             columns = part.index[removed].flatten().to(weight.device)
@@ -171,7 +171,7 @@ def least_squares(
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.consumers}
+                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.refittable}
                 following, wanted = _dense_pass(block, list(parts), dense, stream.calls[name])
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
                 order = list(wanted[0])

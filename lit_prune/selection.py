@@ -24,7 +24,8 @@ class Limits:
     """What selection must respect.
 
     Args:
-        min_groups: At least so many groups stay in every group set.
+        min_groups: At least so many groups stay in every group set. With 0 (and ``min_fraction=0``) a layer may lose its
+            whole attention or MLP, where the architecture can do without it.
         min_fraction: At least this fraction of the groups of every set stays, in [0, 1].
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets.
@@ -68,7 +69,8 @@ class Limits:
         sizes = table.sizes
         whole = np.array([(original or {}).get(key, size) for key, size in zip(table.keys, sizes, strict=True)])
         fraction = np.ceil(self.min_fraction * whole - 1e-9)
-        floor = np.minimum(np.maximum(self.min_groups, fraction), sizes).astype(np.int64)
+        least = np.maximum(self.min_groups, 0 if table.minimum is None else table.minimum)
+        floor = np.minimum(np.maximum(least, fraction), sizes).astype(np.int64)
         known = sorted({kind for _, kind in table.keys})
         for kind in (*(self.kinds or ()), *self.multiple_of):
             if kind not in known:

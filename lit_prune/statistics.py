@@ -124,11 +124,11 @@ class Statistics:
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
 
-        A bias or a norm's scale multiplies the constant 1 in every token.
+        A bias or a norm's scale multiplies the constant 1 in every token; so, for want of better, does an opaque slice.
         """
         name = statistic.removeprefix("activation_")
         module = self.activations.get(part.module)
-        if part.input_dim is None or module is None:
+        if not part.observable or part.input_dim is None or module is None:
             constant = {"mean_abs": 1.0, "l1": float(self.tokens), "l2": float(self.tokens) ** 0.5, "variance": 0.0}
             return torch.full((), constant[name], device=weight.device)
         shape = [1] * weight.dim()
@@ -229,9 +229,7 @@ def collect_statistics(
         collector.finish(statistics)
     if observer is not None:
         statistics.activations = observer.statistics
-        missing = sorted(
-            {s.module for g in group_sets for s in g.slices if s.input_dim is not None} - set(observer.statistics)
-        )
+        missing = sorted({s.module for g in group_sets for s in g.slices if s.observable} - set(observer.statistics))
         if not _everywhere(not missing, ranks):
             named = missing[:5] or "modules that another process's batches went through"
             raise CalibrationError(f"No calibration batch went through {named}; their inputs cannot be measured.")
@@ -291,9 +289,7 @@ class _ActivationObserver:
     """Forward hooks that keep running sums of every projection's input."""
 
     def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
-        self._modules = {
-            s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices if s.input_dim is not None
-        }
+        self._modules = {s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices if s.observable}
         self._handles: list[Any] = []
         self.statistics: dict[str, ActivationStatistics] = {}
         self.mask: Tensor | None = None
@@ -311,9 +307,10 @@ class _ActivationObserver:
         @torch.no_grad()
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             inputs = args[0].detach()
-            if self.mask is not None and self.mask.shape == inputs.shape[:-1]:
-                inputs = inputs[self.mask.bool()]
             inputs = inputs.reshape(-1, inputs.shape[-1])
+            # some models flatten batch and tokens before a projection
+            if self.mask is not None and self.mask.numel() == len(inputs):
+                inputs = inputs[self.mask.flatten().bool()]
             if name not in self.statistics:
                 zeros = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
                 self.statistics[name] = ActivationStatistics(0, zeros, zeros.clone(), zeros.clone())

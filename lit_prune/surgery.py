@@ -12,12 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_prune import sharding
-from lit_prune.architectures import find_group_sets
+from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet
-from lit_prune.plan import PruningPlan
-
-_PLAN = "_lit_prune_plan"
+from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +65,6 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     return cuts
 
 
-def get_plan(model: nn.Module) -> PruningPlan | None:
-    """The plan, relative to the dense model, of everything that was cut from the model; ``None`` if it is dense."""
-    return getattr(model, _PLAN, None)
-
-
 @torch.no_grad()
 def apply_plan(
     model: nn.Module,
@@ -90,7 +84,7 @@ def apply_plan(
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
 
     Args:
-        model: The model; changed in place.
+        model: The model, or a module that holds one; changed in place.
         plan: A plan that fits it.
         optimizers: Optimizers over its parameters; changed in place.
         weights: New values, in the shape after the cut, for some parameters (from :mod:`lit_prune.repair`); biases that
@@ -100,6 +94,7 @@ def apply_plan(
         PlanError: If the plan or ``weights`` do not fit the model.
         PruningError: If an optimizer's state cannot be cut.
     """
+    model = find_model(model)[1]
     group_sets = find_group_sets(model)
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
@@ -125,7 +120,7 @@ def apply_plan(
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
-        _set_attribute(model, _PLAN, composed, journal)
+        _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
     except BaseException:
         for undo in reversed(journal):
             undo()
@@ -189,12 +184,16 @@ def _set_attributes(
     journal: list[Callable[[], None]],
     prefix: str = "",
 ) -> None:
-    kept = {e.key: len(e.kept) for e in plan.entries}
+    entries = {e.key: e for e in plan.entries}
     for group_set in group_sets:
-        if group_set.key in kept:
+        if group_set.key in entries:
+            kept = entries[group_set.key].kept
             for attribute in group_set.attributes:
                 module = root.get_submodule(attribute.module.removeprefix(prefix))
-                _set_attribute(module, attribute.name, attribute.per_group * kept[group_set.key], journal)
+                _set_attribute(module, attribute.name, attribute.per_group * len(kept), journal)
+            for adaptation in (a for a in group_set.adaptations if a.module.startswith(prefix)):
+                module = root.get_submodule(adaptation.module.removeprefix(prefix))
+                journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
 
 
 def _is_added(name: str, plan: PruningPlan) -> bool:
@@ -241,7 +240,8 @@ def _replace_parameter(
         if values.shape != data.shape:
             raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(data.shape)}.")
         data = values.to(dtype=data.dtype, device=data.device, copy=True)
-    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    # a layer that lost everything has no gradient to wait for, and DDP would wait
+    new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)
     gradient = old.grad
     places = [
@@ -305,6 +305,8 @@ def _sync_features(module: nn.Module) -> None:
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
     elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
         module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
     elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
@@ -393,10 +395,8 @@ def _add_bias(
 
 def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Callable[[], None]]) -> None:
     if name.startswith("config."):
-        field_name = name.removeprefix("config.")
-        config: Any = module.config
-        overrides = {**config.overrides, field_name: value} if isinstance(config, ConfigView) else {field_name: value}
-        name, value = "config", ConfigView(config.shared if isinstance(config, ConfigView) else config, overrides)
+        journal.append(override_config(module, name.removeprefix("config."), value))
+        return
     missing = object()
     before = getattr(module, name, missing)
 
@@ -408,24 +408,3 @@ def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Calla
 
     journal.append(undo)
     setattr(module, name, value)
-
-
-class ConfigView:
-    """One module's view of a config that it shares with others: some fields are its own, the rest is the shared config's.
-
-    Args:
-        shared: The shared config.
-        overrides: The module's own fields.
-    """
-
-    def __init__(self, shared: Any, overrides: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "shared", shared)
-        object.__setattr__(self, "overrides", dict(overrides))
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("shared", "overrides") or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return self.overrides[name] if name in self.overrides else getattr(self.shared, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.shared, name, value)

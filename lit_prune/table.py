@@ -31,6 +31,8 @@ class GroupTable:
         importance: Estimated damage to the loss from removing the group, float64 array of shape ``(rows,)``.
         cost: Parameters that leave with the group, int array of shape ``(rows,)``.
         kept: Whether the group stays, bool array of shape ``(rows,)``.
+        minimum: The fewest groups with which every set still runs, int array of shape ``(sets,)``; 0 for all if ``None``.
+            Not written to files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -39,6 +41,7 @@ class GroupTable:
     importance: np.ndarray
     cost: np.ndarray
     kept: np.ndarray
+    minimum: np.ndarray | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -56,6 +59,7 @@ class GroupTable:
             importance=values,
             cost=np.repeat(np.array([s.cost for s in group_sets], dtype=np.int64), sizes),
             kept=np.ones(len(values), dtype=bool),
+            minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
         )
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_prune import find_group_sets
+from lit_prune import find_group_sets, find_model
 from lit_prune.groups import GroupSet
 
 SMALL = {
@@ -32,10 +32,14 @@ def tiny(model_type: str = "llama", attn: str = "sdpa", **overrides: object) -> 
     """A tiny random model with every weight, bias and norm away from its initial constant."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**SMALL, **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+    return unsettled(AutoModelForCausalLM.from_config(config, attn_implementation=attn))
+
+
+def unsettled(model: nn.Module) -> nn.Module:
+    """The model with every weight, bias and norm away from its initial constant, in eval mode."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if name.endswith("bias") or "norm" in name:
+            if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4)
@@ -47,7 +51,8 @@ def uneven_kept(group_sets: Sequence[GroupSet]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     kept = []
     for position, group_set in enumerate(group_sets):
-        count = group_set.size if position == len(group_sets) - 1 else max(1, group_set.size - 1 - position % 3)
+        least = max(1, group_set.minimum)
+        count = group_set.size if position == len(group_sets) - 1 else max(least, group_set.size - 1 - position % 3)
         kept.append(sorted(torch.randperm(group_set.size, generator=generator)[:count].tolist()))
     return kept
 
@@ -55,7 +60,7 @@ def uneven_kept(group_sets: Sequence[GroupSet]) -> list[list[int]]:
 def zeroed(model: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module:
     """A dense copy with the weights of the removed groups set to zero: the oracle of surgery."""
     model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(find_model(model)[1].named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for group_set, keep in zip(find_group_sets(model), kept, strict=True):
             for group in set(range(group_set.size)) - set(keep):

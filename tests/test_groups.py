@@ -11,14 +11,16 @@ from lit_prune import (
     MLP,
     Architecture,
     Attention,
+    PruningPlan,
     UnsupportedModelError,
+    apply_plan,
     find_group_sets,
     find_model,
     register_architecture,
 )
 
 
-@pytest.mark.parametrize(("kv_heads", "share"), [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(("kv_heads", "share"), [(8, 1), (4, 2), (2, 4)])
 def test_attention_groups_of_every_kind_are_read_from_the_shapes(kv_heads, share):
     model = tiny("llama", num_key_value_heads=kv_heads, head_dim=6)
     attention = [s for s in find_group_sets(model) if s.kind == "attention"]
@@ -29,6 +31,26 @@ def test_attention_groups_of_every_kind_are_read_from_the_shapes(kv_heads, share
     assert key.index[0].tolist() == value.index[0].tolist() == list(range(6))
     assert output.dim == 1 and output.consumes and not query.consumes
     assert attention[0].cost == 32 * 6 * (2 * share + 2)
+
+
+def test_with_one_key_value_head_the_groups_are_the_query_heads():
+    model = tiny("llama", num_key_value_heads=1, head_dim=6, attention_bias=True)
+    heads = [s for s in find_group_sets(model) if s.kind == "query_head"]
+    assert [s.size for s in heads] == [8] * 3
+    assert [p.parameter.split(".")[-2] for p in heads[0].slices] == ["q_proj", "q_proj", "o_proj"]
+    assert heads[0].cost == 6 * (32 + 1 + 32) and heads[0].minimum == 1
+    assert {(a.name, a.per_group) for a in heads[0].attributes} == {("num_key_value_groups", 1)}
+
+
+def test_a_model_that_was_cut_to_one_key_value_head_keeps_its_groups(tokens):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    kept = [[2] if s.kind == "attention" else list(range(s.size)) for s in group_sets]
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    again = find_group_sets(model)
+    assert [(s.kind, s.size, s.cost) for s in again] == [
+        (s.kind, len(k), s.cost) for s, k in zip(group_sets, kept, strict=True)
+    ]
 
 
 def test_costs_and_biases_add_up_to_the_parameters_of_the_layers():

@@ -1,20 +1,30 @@
-"""Finds the groups of a model. One file a family, each nothing but descriptions."""
+"""Finds the groups of a model. Every file but the machinery (base, empty, traced) is nothing but descriptions."""
 
-from lit_prune.architectures import llama  # noqa: F401  (importing registers the family)
+# importing a file registers what it describes
+from lit_prune.architectures import decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.base import (
     MLP,
     Architecture,
     Attention,
+    Block,
     architectures,
     find_group_sets,
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.experts import ExpertChannels, Experts
+from lit_prune.architectures.torch_modules import MultiheadAttention
+from lit_prune.architectures.traced import Traced
 
 __all__ = [
     "MLP",
     "Architecture",
     "Attention",
+    "Block",
+    "ExpertChannels",
+    "Experts",
+    "MultiheadAttention",
+    "Traced",
     "architectures",
     "find_group_sets",
     "find_model",

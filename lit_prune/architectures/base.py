@@ -3,35 +3,118 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.empty import without_heads
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.groups import Attribute, GroupSet, Slice, check_weights, group_cost
+from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost
+from lit_prune.plan import get_plan
+
+STACKED = "stacked"
+INTERLEAVED = "interleaved"
+QUERY_HEAD = "query_head"
+
+_HEAD_COUNTS = {
+    "num_heads": "query_heads",
+    "num_attention_heads": "query_heads",
+    "num_key_value_heads": "key_value_heads",
+    "num_key_value_groups": "queries_per_key_value",
+}
+
+
+class Block(ABC):
+    """What every description of a part of a model has: where the part is, and a way to describe its groups.
+
+    Subclasses are frozen dataclasses with at least the fields ``path``, ``having`` and ``optional``.
+
+    Args:
+        path: Qualified name of the module within the model, ``*`` standing for an index; the first one is the layer's. It
+            matches at the end of a name, so that the same description serves every task head.
+        having: Describe only those modules at ``path`` that have a part of this name, and pass over the others.
+        optional: Whether a model may have no such module at all.
+    """
+
+    path: str
+    having: str | None
+    optional: bool
+
+    @abstractmethod
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
+        """Describe the groups of the module ``name``.
+
+        Args:
+            model: The model.
+            name: Qualified name of the module.
+            layer: Index of its layer.
+            pruned: Keys of the group sets that lost something in earlier cuts.
+
+        Raises:
+            UnsupportedModelError: If the module is not what the description says.
+        """
+
+    def places(self, model: nn.Module) -> list[tuple[str, int, str]]:
+        """Name, layer and block of every module at the path."""
+        pattern = re.compile(r"(?:.*\.)?" + re.escape(self.path).replace(r"\*", r"(\d+)"))
+        found = []
+        for name, _ in model.named_modules():
+            match = pattern.fullmatch(name)
+            if match:
+                starred = match.lastindex is not None
+                found.append((name, int(match[1]) if starred else 0, name[: match.end(1)] if starred else name))
+        return found
+
+    def group_sets(self, model: nn.Module, pruned: Collection[tuple[str, str]]) -> Iterator[GroupSet]:
+        """The group sets of every module at the path."""
+        for name, layer, block in self.places(model):
+            if self.having is None or _has(model, f"{name}.{self.having}"):
+                yield replace(self.group_set(model, name, layer, pruned), block=block)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    try:
+        return getattr(model.get_submodule(owner), last, None) is not None
+    except AttributeError:
+        return False
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Block):
     """Where attention sits in a model and how its projections are laid out.
 
-    One group is a key/value head with the query heads that share it. Head counts are read from the projections'
-    shapes, so a model that was pruned before is described by the same data.
+    One group is a key/value head with the query heads that share it. Where all query heads share one key/value head
+    (multi-query attention), that one stays, and the groups are the query heads. Head counts are read from the
+    projections' shapes, so a model that was pruned before is described by the same data.
 
     Args:
-        path: Path of the attention module within the model, ``*`` standing for the layer's index. It matches at the
-            end of a qualified name, so that the same description serves every task head.
+        path: Path of the attention module, see :class:`Block`.
         query: Name of the query projection within the attention module.
         key: Name of the key projection.
         value: Name of the value projection.
         output: Name of the output projection, which reads the heads.
-        head_dim: Attribute of the attention module that holds the features of one head.
-        attributes: Attributes of the attention module that count heads or features, each mapped to what it counts:
-            ``"query_heads"``, ``"key_value_heads"``, ``"query_features"`` or ``"key_value_features"``. Those that a
-            module lacks are passed over. ``config.NAME`` stands for a field read from the module's config in forward.
+        head_dim: Attribute of the core that holds the features of one head.
+        attributes: Attributes of the core that count heads or features, each mapped to what it counts:
+            ``"query_heads"``, ``"key_value_heads"``, ``"query_features"``, ``"key_value_features"`` or
+            ``"queries_per_key_value"``. Those that a module lacks are passed over. ``config.NAME`` stands for a field read
+            from the module's config in forward.
         kind: What the group table calls these groups.
+        fused: Name of the one projection that gives queries, keys and values, in place of three.
+        layout: How the rows of ``fused`` lie: ``"stacked"``, all queries, all keys, all values; or ``"interleaved"``,
+            for every key/value head its queries, its key and its value.
+        parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
+            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``.
+        core: Path, within the attention module, of the module that computes the heads, if that is another one.
+        skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
+            it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
+        adapt: Called with the core and the indices of the kept groups at every cut, for cores that need more than
+            smaller projections and attributes; see :class:`~lit_prune.groups.Adaptation`.
+        having: See :class:`Block`.
+        optional: See :class:`Block`.
     """
 
     path: str
@@ -40,73 +123,134 @@ class Attention:
     value: str = "v_proj"
     output: str = "o_proj"
     head_dim: str = "head_dim"
-    attributes: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "num_heads": "query_heads",
-            "num_attention_heads": "query_heads",
-            "num_key_value_heads": "key_value_heads",
-        }
-    )
+    attributes: Mapping[str, str] = field(default_factory=lambda: dict(_HEAD_COUNTS))
     kind: str = "attention"
+    fused: str | None = None
+    layout: str = STACKED
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    core: str = ""
+    skippable: bool = False
+    adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
+    having: str | None = None
+    optional: bool = False
 
-    def group_set(self, model: nn.Module, name: str, layer: int) -> GroupSet:
+    def __post_init__(self) -> None:
+        """Check the layout.
+
+        Raises:
+            ValueError: If it is unknown.
+        """
+        _check_layout(self.layout)
+
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
         """Describe the groups of the attention module ``name``.
 
         Raises:
             UnsupportedModelError: If a projection is missing, of an unknown type, or its shape does not fit the heads.
         """
-        module = model.get_submodule(name)
-        head_dim = getattr(module, self.head_dim, None)
+        core_name = f"{name}.{self.core}" if self.core else name
+        core = model.get_submodule(core_name)
+        head_dim = getattr(core, self.head_dim, None)
         if not isinstance(head_dim, int):
             raise UnsupportedModelError(
-                f"{name} ({type(module).__name__}) was expected to hold the features of one head as an integer"
+                f"{core_name} ({type(core).__name__}) was expected to hold the features of one head as an integer"
                 f" attribute {self.head_dim!r}; found {head_dim!r}."
             )
-        query_features = _projection(model, name, self.query).out_features
-        key_features = _projection(model, name, self.key).out_features
-        output = _projection(model, name, self.output)
-        heads, kv_heads = query_features // head_dim, key_features // head_dim
-        if (
-            query_features != heads * head_dim
-            or key_features != kv_heads * head_dim
-            or kv_heads == 0
-            or heads % kv_heads
-            or output.in_features != query_features
-        ):
-            raise UnsupportedModelError(
-                f"{name} ({type(module).__name__}): with head_dim {head_dim}, {self.query} has {query_features} output"
-                f" features, {self.key} {key_features} and {self.output} {output.in_features} input features; expected"
-                f" whole heads, a whole number of query heads for each key/value head, and as many features into"
-                f" {self.output} as out of {self.query}."
-            )
-        share = heads // kv_heads
-        query_rows = torch.arange(query_features).view(kv_heads, share * head_dim)
-        key_rows = torch.arange(key_features).view(kv_heads, head_dim)
+        heads, kv_heads = self._heads(model, name, head_dim)
+        # with one key/value head the earlier cut tells a model that always had one from one that was cut to one
+        by_query = kv_heads == 1 and (heads > 1 or (name, QUERY_HEAD) in pruned) and (name, self.kind) not in pruned
+        share = 1 if by_query else heads // max(kv_heads, 1)
+        query_rows = torch.arange(heads * head_dim).view(heads // max(share, 1), share * head_dim)
+        counts = {"query_heads": share, "query_features": share * head_dim}
+        if by_query:
+            counts["queries_per_key_value"] = 1
+        else:
+            counts.update(key_value_heads=1, key_value_features=head_dim)
         slices = (
-            *_produced(model, name, self.query, query_rows),
-            *_produced(model, name, self.key, key_rows),
-            *_produced(model, name, self.value, key_rows),
-            _consumed(model, name, self.output, query_rows),
+            *self._produced(model, name, heads, kv_heads, head_dim, None if by_query else share),
+            *self._extra(model, name, counts, len(query_rows)),
+            consumed(model, name, self.output, query_rows),
         )
-        counts = {
-            "query_heads": share,
-            "key_value_heads": 1,
-            "query_features": share * head_dim,
-            "key_value_features": head_dim,
-        }
-        return _group_set(model, name, layer, self.kind, kv_heads, slices, self.attributes, counts)
+        adaptations = []
+        minimum = 1
+        if self.adapt is not None:
+            adaptations.append(Adaptation(core_name, self.adapt))
+        if self.skippable and not by_query:
+            minimum = 0
+            inside = not self.core or self.output.startswith(f"{self.core}.")
+            output = self.output.removeprefix(f"{self.core}.") if inside else None
+            adaptations.append(Adaptation(core_name, without_heads(output)))
+        found = group_set_of(
+            model, name, layer, QUERY_HEAD if by_query else self.kind, slices, self.attributes, counts, core_name
+        )
+        return replace(found, minimum=minimum, adaptations=tuple(adaptations))
+
+    def _heads(self, model: nn.Module, name: str, head_dim: int) -> tuple[int, int]:
+        """The numbers of query heads and of key/value heads."""
+        read = projection(model, name, self.output).in_features
+        if self.fused is not None:
+            rows = projection(model, name, self.fused).out_features
+            queries, keys = read, (rows - read) / 2
+            what = f"{self.fused} has {rows} output features and {self.output} {read} input features"
+        else:
+            queries, keys = (projection(model, name, p).out_features for p in (self.query, self.key))
+            what = (
+                f"{self.query} has {queries} output features, {self.key} {keys} and {self.output} {read} input features"
+            )
+        heads, kv_heads = queries // head_dim, int(keys // head_dim)
+        fits = queries == heads * head_dim == read and keys == kv_heads * head_dim
+        if not fits or bool(heads) != bool(kv_heads) or (kv_heads and heads % kv_heads):
+            raise UnsupportedModelError(
+                f"{name} ({type(model.get_submodule(name)).__name__}): with head_dim {head_dim}, {what}; expected whole"
+                f" heads, a whole number of query heads for each key/value head, and as many features into {self.output}"
+                " as there are query features."
+            )
+        return heads, kv_heads
+
+    def _produced(
+        self, model: nn.Module, name: str, heads: int, kv_heads: int, head_dim: int, share: int | None
+    ) -> Iterator[Slice]:
+        """The slices of the projections that give queries, keys and values; the queries' alone without a share."""
+        if share is None:
+            query_rows = torch.arange(heads * head_dim).view(heads, head_dim)
+            yield from produced(model, name, self.fused or self.query, query_rows)
+            return
+        query_rows = torch.arange(heads * head_dim).view(kv_heads, share * head_dim)
+        key_rows = torch.arange(kv_heads * head_dim).view(kv_heads, head_dim)
+        if self.fused is None:
+            yield from produced(model, name, self.query, query_rows)
+            yield from produced(model, name, self.key, key_rows)
+            yield from produced(model, name, self.value, key_rows)
+            return
+        if self.layout == STACKED:
+            first_key, first_value = heads * head_dim, (heads + kv_heads) * head_dim
+            rows = torch.cat([query_rows, first_key + key_rows, first_value + key_rows], dim=1)
+        else:
+            rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(kv_heads, (share + 2) * head_dim)
+        yield from produced(model, name, self.fused, rows)
+
+    def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
+        for parameter, counted in self.parameters.items():
+            if counted not in counts:
+                continue
+            entries = counts[counted] * groups
+            yield part_of(model, f"{name}.{parameter}", 0, torch.arange(entries).view(groups, counts[counted]))
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(Block):
     """Where an MLP sits in a model. One group is one channel: a row of every input projection, a column of the output.
 
     Args:
-        path: Path of the module that holds the projections, as for :class:`Attention`.
+        path: Path of the module that holds the projections, see :class:`Block`.
         inputs: Names of the projections that produce the channels, within that module.
         output: Name of the projection that reads them.
         attributes: Attributes of the module that count ``"channels"``.
         kind: What the group table calls these groups.
+        parts: How many rows of each input projection belong to one channel: 2 where gate and up projection are fused.
+        layout: How the parts lie: ``"stacked"``, first all of the one and then all of the other, or ``"interleaved"``.
+        having: See :class:`Block`.
+        optional: See :class:`Block`.
     """
 
     path: str
@@ -114,27 +258,50 @@ class MLP:
     output: str = "down_proj"
     attributes: Mapping[str, str] = field(default_factory=lambda: {"intermediate_size": "channels"})
     kind: str = "mlp"
+    parts: int = 1
+    layout: str = STACKED
+    having: str | None = None
+    optional: bool = False
 
-    def group_set(self, model: nn.Module, name: str, layer: int) -> GroupSet:
+    def __post_init__(self) -> None:
+        """Check the layout.
+
+        Raises:
+            ValueError: If it is unknown.
+        """
+        _check_layout(self.layout)
+
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
         """Describe the channels of the MLP ``name``.
 
         Raises:
             UnsupportedModelError: If a projection is missing, of an unknown type, or the widths differ.
         """
-        width = _projection(model, name, self.output).in_features
+        width = projection(model, name, self.output).in_features
         for source in self.inputs:
-            found = _projection(model, name, source).out_features
-            if found != width:
+            found = projection(model, name, source).out_features
+            if found != width * self.parts:
                 raise UnsupportedModelError(
-                    f"{name}.{source} has {found} output features; expected {width}, as many as"
-                    f" {name}.{self.output} has input features."
+                    f"{name}.{source} has {found} output features; expected {width * self.parts}, {self.parts} for each of"
+                    f" the input features of {name}.{self.output}."
                 )
-        rows = torch.arange(width).view(width, 1)
+        rows = part_rows(width, self.parts, self.layout)
         slices = (
-            *(s for source in self.inputs for s in _produced(model, name, source, rows)),
-            _consumed(model, name, self.output, rows),
+            *(s for source in self.inputs for s in produced(model, name, source, rows)),
+            consumed(model, name, self.output, torch.arange(width).view(width, 1)),
         )
-        return _group_set(model, name, layer, self.kind, width, slices, self.attributes, {"channels": 1})
+        return group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
+
+
+def part_rows(width: int, parts: int, layout: str) -> Tensor:
+    """The rows of each channel where ``parts`` rows belong to one, shape ``(width, parts)``."""
+    rows = torch.arange(width * parts)
+    return rows.view(parts, width).T.contiguous() if layout == STACKED else rows.view(width, parts)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in (STACKED, INTERLEAVED):
+        raise ValueError(f"Unknown layout {layout!r}; expected {STACKED!r} or {INTERLEAVED!r}.")
 
 
 @dataclass(frozen=True)
@@ -145,6 +312,8 @@ class Architecture:
         name: Name of the family.
         models: Class names; a model belongs to the family if its class or one of its base classes has such a name.
         blocks: The descriptions of the parts that hold groups.
+        check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
+            fit all the same, because of an option in its config for instance.
 
     Example::
 
@@ -160,7 +329,8 @@ class Architecture:
 
     name: str
     models: tuple[str, ...]
-    blocks: tuple[Attention | MLP, ...]
+    blocks: tuple[Block, ...]
+    check: Callable[[nn.Module], None] | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -230,8 +400,8 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         supported = sorted(c for a in _REGISTRY.values() for c in a.models)
         raise UnsupportedModelError(
             f"No supported model found in {type(module).__name__}. Looked at {', '.join(looked_at[:20])}"
-            f"{', ...' if len(looked_at) > 20 else ''}. Supported are modules of, or derived from: {', '.join(supported)}."
-            " Describe your own with lit_prune.register_architecture."
+            f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)} Supported are modules of, or derived from:"
+            f" {', '.join(supported)}. Describe your own with lit_prune.register_architecture."
         )
     listed = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in found)
     raise UnsupportedModelError(
@@ -239,51 +409,92 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     )
 
 
+def _layers_hint(module: nn.Module) -> str:
+    """Where the layers of an unknown model seem to be, and what they consist of."""
+    lists = [
+        (name, m) for name, m in module.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1
+    ]
+    same = [(name, m) for name, m in lists if len({type(child) for child in m}) == 1]
+    if not same:
+        return ""
+    name, layers = max(same, key=lambda item: len(item[1]))
+    children = ", ".join(f"{n}: {type(m).__name__}" for n, m in layers[0].named_children())
+    return (
+        f" Detection stopped at {name + '.0' if name else '0'!r} ({type(layers[0]).__name__}, one of {len(layers)}), which no"
+        f" description covers; it has {{{children}}}."
+    )
+
+
 def find_group_sets(model: nn.Module) -> list[GroupSet]:
-    """Find everything in the model that can be pruned.
+    """Find everything in the model that can be pruned. What an earlier cut emptied is left out.
 
     Args:
-        model: A model of a registered architecture (see :func:`find_model`).
+        model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
 
     Returns:
-        The group sets in the order of the layers.
+        The group sets in the order of the layers. Names are relative to the model.
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
             or its weights are quantised.
     """
+    model = find_model(model)[1]
     architecture = _architecture_of(model)
-    if architecture is None:
-        model = find_model(model)[1]
-        architecture = _architecture_of(model)
-        assert architecture is not None
-    group_sets = []
+    assert architecture is not None
+    if architecture.check is not None:
+        architecture.check(model)
+    plan = get_plan(model)
+    pruned = set() if plan is None else {e.key for e in plan.entries}
+    group_sets: list[GroupSet] = []
     for block in architecture.blocks:
-        pattern = re.compile(r"(?:.*\.)?" + re.escape(block.path).replace(r"\*", r"(\d+)"))
-        matches = [(name, match) for name, _ in model.named_modules() if (match := pattern.fullmatch(name))]
-        if not matches:
+        found = list(block.group_sets(model, pruned))
+        if not found and not block.optional and block.having is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is described by the architecture {architecture.name!r}, but no module is at"
                 f" {block.path!r}. Its modules are {[name for name, _ in model.named_modules() if name.count('.') < 3][1:20]}."
             )
-        for name, match in matches:
-            group_set = block.group_set(model, name, int(match[1]))
-            group_sets.append(replace(group_set, block=name[: match.end(1)]))
+        group_sets.extend(found)
+    _check_alternatives(model, architecture, group_sets)
+    group_sets = [s for s in group_sets if s.size]
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets)
     return group_sets
 
 
+def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets: list[GroupSet]) -> None:
+    """Refuse a module at a path that only descriptions with conditions have, if none of those applies to it."""
+    described = {s.name for s in group_sets}
+    conditions: dict[str, list[str]] = {}
+    for block in architecture.blocks:
+        if block.having is not None and not block.optional:
+            conditions.setdefault(block.path, []).append(block.having)
+    for path, names in conditions.items():
+        block = next(b for b in architecture.blocks if b.path == path)
+        for name, _, _ in block.places(model):
+            if name not in described:
+                module = model.get_submodule(name)
+                raise UnsupportedModelError(
+                    f"{name} ({type(module).__name__}) was expected to have one of {names}; it has"
+                    f" {[child for child, _ in module.named_children()]}."
+                )
+
+
 @dataclass(frozen=True)
-class _Projection:
+class Projection:
+    """The shape of a linear projection, whichever way round its weight is stored."""
+
     in_features: int
     out_features: int
     input_dim: int
     has_bias: bool
 
 
-def _projection(model: nn.Module, owner: str, name: str) -> _Projection:
-    """The shape of a linear projection, whichever way round its weight is stored."""
+def projection(model: nn.Module, owner: str, name: str) -> Projection:
+    """The shape of the projection ``name`` within the module ``owner``.
+
+    Raises:
+        UnsupportedModelError: If it is missing, carries an adapter, or is not a linear projection.
+    """
     path = f"{owner}.{name}"
     try:
         module = model.get_submodule(path)
@@ -313,37 +524,63 @@ def _projection(model: nn.Module, owner: str, name: str) -> _Projection:
         )
     rows, columns = weight.shape
     has_bias = getattr(module, "bias", None) is not None
-    return _Projection(rows, columns, 0, has_bias) if transposed else _Projection(columns, rows, 1, has_bias)
+    return Projection(rows, columns, 0, has_bias) if transposed else Projection(columns, rows, 1, has_bias)
 
 
-def _produced(model: nn.Module, owner: str, name: str, rows: Tensor) -> Iterator[Slice]:
+def produced(model: nn.Module, owner: str, name: str, rows: Tensor) -> Iterator[Slice]:
     """The slices of a projection whose outputs belong to the groups: weight rows and biases."""
-    projection = _projection(model, owner, name)
-    yield Slice(f"{owner}.{name}.weight", 1 - projection.input_dim, rows, projection.input_dim)
-    if projection.has_bias:
+    found = projection(model, owner, name)
+    yield Slice(f"{owner}.{name}.weight", 1 - found.input_dim, rows, found.input_dim)
+    if found.has_bias:
         yield Slice(f"{owner}.{name}.bias", 0, rows)
 
 
-def _consumed(model: nn.Module, owner: str, name: str, columns: Tensor) -> Slice:
+def consumed(model: nn.Module, owner: str, name: str, columns: Tensor) -> Slice:
     """The slice of a projection whose inputs belong to the groups. Its bias belongs to none of them."""
-    projection = _projection(model, owner, name)
-    return Slice(f"{owner}.{name}.weight", projection.input_dim, columns, projection.input_dim)
+    found = projection(model, owner, name)
+    return Slice(f"{owner}.{name}.weight", found.input_dim, columns, found.input_dim)
 
 
-def _group_set(
+def part_of(
+    model: nn.Module, name: str, dim: int, index: Tensor, input_dim: int | None = None, opaque: bool = False
+) -> Slice:
+    """A slice of a parameter, checked against the parameter's shape.
+
+    Raises:
+        UnsupportedModelError: If there is no such parameter, or its dimension is not what the index covers.
+    """
+    owner, _, last = name.rpartition(".")
+    try:
+        parameter = getattr(model.get_submodule(owner), last)
+    except AttributeError:
+        parameter = None
+    if not isinstance(parameter, nn.Parameter):
+        raise UnsupportedModelError(f"The description names a parameter {name!r}; found {type(parameter).__name__}.")
+    if parameter.dim() <= dim or parameter.shape[dim] != index.numel():
+        raise UnsupportedModelError(
+            f"{name!r} has shape {tuple(parameter.shape)}; expected {index.numel()} entries along dimension {dim}."
+        )
+    return Slice(name, dim, index, input_dim, opaque)
+
+
+def group_set_of(
     model: nn.Module,
     name: str,
     layer: int,
     kind: str,
-    size: int,
     slices: tuple[Slice, ...],
     attributes: Mapping[str, str],
     counts: Mapping[str, int],
+    owner: str | None = None,
 ) -> GroupSet:
-    module = model.get_submodule(name)
-    present = tuple(
-        Attribute(name, attribute, counts[counted])
-        for attribute, counted in attributes.items()
-        if attribute.startswith("config.") or hasattr(module, attribute)
-    )
-    return GroupSet(name, layer, kind, size, group_cost(model, slices), slices, present)
+    """A group set with its cost, and those of the attributes that are there and counted; they are the module ``owner``'s."""
+    owner = name if owner is None else owner
+    present = []
+    for attribute, counted in attributes.items():
+        path, _, last = attribute.rpartition(".") if not attribute.startswith("config.") else ("", "", attribute)
+        module_name = f"{owner}.{path}" if path else owner
+        there = last.startswith("config.") or hasattr(model.get_submodule(module_name), last)
+        if there and counted in counts:
+            present.append(Attribute(module_name, last, counts[counted]))
+    size = len(slices[0].index)
+    return GroupSet(name, layer, kind, size, group_cost(model, slices) if size else 0, slices, tuple(present))

@@ -1,0 +1,195 @@
+"""Mixtures of experts, the weights of all experts of a layer fused into one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.architectures.base import (
+    INTERLEAVED,
+    MLP,
+    STACKED,
+    Architecture,
+    Attention,
+    Block,
+    group_set_of,
+    part_of,
+    part_rows,
+    register_architecture,
+)
+from lit_prune.config_view import override_config
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.groups import Adaptation, GroupSet
+
+ALIGNMENT = 8
+
+
+def expert_by_expert(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of experts to widths that grouped kernels refuse.
+
+    Grouped matrix products want rows of 16 bytes or multiples of them: of 8 channels, whichever floating-point type.
+    """
+    if len(kept) % ALIGNMENT == 0 or not hasattr(getattr(module, "config", None), "_experts_implementation"):
+        return lambda: None
+    return override_config(module, "_experts_implementation", "eager")
+
+
+@dataclass(frozen=True)
+class ExpertChannels(Block):
+    """The channels inside experts. One group is the channel of the same index in every expert of a layer.
+
+    Experts whose width is not a multiple of 8 afterwards run one after the other, as the grouped kernels of transformers
+    refuse them: prefer ``Limits(multiple_of={"mlp": 8})``.
+
+    Args:
+        path: Path of the module that holds the experts' parameters, see :class:`Block`.
+        inputs: Names of the parameters whose outputs are channels, each with the dimension that the channels lie along.
+        input_dims: The dimension of each of ``inputs`` that the features are read along; those not named have none.
+        output: Name of the parameter that reads the channels.
+        output_dim: Its dimension that they lie along.
+        parts: See :class:`MLP`.
+        layout: See :class:`MLP`.
+        attributes: Attributes of the module that count ``"channels"``.
+        kind: What the group table calls these groups.
+        having: See :class:`Block`.
+        optional: See :class:`Block`.
+    """
+
+    path: str
+    inputs: Mapping[str, int] = field(default_factory=lambda: {"gate_up_proj": 1})
+    input_dims: Mapping[str, int] = field(default_factory=lambda: {"gate_up_proj": 2})
+    output: str = "down_proj"
+    output_dim: int = 2
+    parts: int = 2
+    layout: str = STACKED
+    attributes: Mapping[str, str] = field(
+        default_factory=lambda: {"intermediate_dim": "channels", "intermediate_size": "channels"}
+    )
+    kind: str = "mlp"
+    having: str | None = None
+    optional: bool = False
+
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
+        """Describe the channels of the experts ``name``.
+
+        Raises:
+            UnsupportedModelError: If a parameter is missing or its shape does not fit the others.
+        """
+        output = getattr(model.get_submodule(name), self.output, None)
+        if not isinstance(output, nn.Parameter):
+            module = model.get_submodule(name)
+            raise UnsupportedModelError(
+                f"{name} ({type(module).__name__}) was expected to hold the fused weights of all experts as a parameter"
+                f" {self.output!r}; it has {[n for n, _ in module.named_parameters(recurse=False)]}."
+            )
+        width = output.shape[self.output_dim]
+        rows = part_rows(width, self.parts, self.layout)
+        slices = (
+            *(
+                part_of(model, f"{name}.{source}", dim, rows, self.input_dims.get(source), opaque=True)
+                for source, dim in self.inputs.items()
+            ),
+            part_of(
+                model,
+                f"{name}.{self.output}",
+                self.output_dim,
+                torch.arange(width).view(width, 1),
+                self.output_dim,
+                opaque=True,
+            ),
+        )
+        found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
+        return replace(found, minimum=1, adaptations=(Adaptation(name, expert_by_expert),))
+
+
+@dataclass(frozen=True)
+class Experts(Block):
+    """Whole experts. One group is an expert with its row of the router, which from then on chooses among the others.
+
+    Args:
+        path: Path of the module that holds experts and router, see :class:`Block`.
+        parameters: Names of the parameters with an entry for each expert along their first dimension.
+        top_k: Attribute that says how many experts a token goes to; as many have to stay.
+        attributes: Attributes that count ``"experts"``.
+        kind: What the group table calls these groups.
+        having: See :class:`Block`.
+        optional: See :class:`Block`.
+    """
+
+    path: str
+    parameters: tuple[str, ...] = ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
+    top_k: str = "gate.top_k"
+    attributes: Mapping[str, str] = field(
+        default_factory=lambda: {"experts.num_experts": "experts", "gate.num_experts": "experts"}
+    )
+    kind: str = "expert"
+    having: str | None = None
+    optional: bool = False
+
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
+        """Describe the experts of the module ``name``.
+
+        Raises:
+            UnsupportedModelError: If a parameter is missing, or they disagree on the number of experts.
+        """
+        owner, _, last = f"{name}.{self.top_k}".rpartition(".")
+        top_k = getattr(model.get_submodule(owner), last, None)
+        if not isinstance(top_k, int):
+            raise UnsupportedModelError(
+                f"{owner} ({type(model.get_submodule(owner)).__name__}) was expected to say by an integer attribute"
+                f" {last!r} how many experts a token goes to; found {top_k!r}."
+            )
+        first = model.get_parameter(f"{name}.{self.parameters[0]}")
+        index = torch.arange(len(first)).view(len(first), 1)
+        slices = tuple(part_of(model, f"{name}.{p}", 0, index) for p in self.parameters)
+        found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"experts": 1})
+        # the auxiliary loss concatenates the routers of all layers, which has to have one width
+        balanced = bool(getattr(getattr(model, "config", None), "output_router_logits", False))
+        return replace(found, minimum=len(first) if balanced else top_k)
+
+
+register_architecture(
+    Architecture(
+        name="mixtral",
+        models=("MixtralPreTrainedModel", "Qwen3MoePreTrainedModel"),
+        blocks=(
+            Attention(path="layers.*.self_attn", skippable=True),
+            MLP(path="layers.*.mlp", having="gate_proj"),
+            Experts(path="layers.*.mlp", having="experts"),
+            ExpertChannels(path="layers.*.mlp.experts", optional=True),
+        ),
+    )
+)
+
+register_architecture(
+    Architecture(
+        name="gpt-oss",
+        models=("GptOssPreTrainedModel",),
+        blocks=(
+            Attention(path="layers.*.self_attn", parameters={"sinks": "query_heads"}, skippable=True),
+            Experts(
+                path="layers.*.mlp",
+                parameters=(
+                    "experts.gate_up_proj",
+                    "experts.gate_up_proj_bias",
+                    "experts.down_proj",
+                    "experts.down_proj_bias",
+                    "router.weight",
+                    "router.bias",
+                ),
+                top_k="router.top_k",
+                attributes={"experts.num_experts": "experts", "router.num_experts": "experts"},
+            ),
+            ExpertChannels(
+                path="layers.*.mlp.experts",
+                inputs={"gate_up_proj": 2, "gate_up_proj_bias": 1},
+                input_dims={"gate_up_proj": 1},
+                output_dim=1,
+                layout=INTERLEAVED,
+            ),
+        ),
+    )
+)

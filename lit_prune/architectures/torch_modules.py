@@ -1,0 +1,183 @@
+"""The transformer modules of ``torch.nn`` itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lit_prune.architectures.base import (
+    MLP,
+    Architecture,
+    Block,
+    group_set_of,
+    part_of,
+    register_architecture,
+)
+from lit_prune.architectures.empty import become
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.groups import Adaptation, GroupSet
+
+
+class _WithFewerHeads:
+    """Mixed into ``nn.MultiheadAttention``, whose own forward expects as many features in the heads as in its input."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As of ``nn.MultiheadAttention``."""
+        module: Any = self
+        batched = query.dim() == 3
+        inputs = (query, key, value)
+        if batched and not module.batch_first:
+            inputs = tuple(x.transpose(0, 1) for x in inputs)
+        elif not batched:
+            inputs = tuple(x.unsqueeze(0) for x in inputs)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        weights = module.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        q, k, v = (
+            functional.linear(x, w, b).unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+            for x, w, b in zip(inputs, weights, biases, strict=True)
+        )
+        mask = self._mask(q, k, attn_mask, key_padding_mask)
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * module.head_dim**-0.5
+            probabilities = functional.softmax(scores if mask is None else scores + mask, dim=-1)
+            probabilities = functional.dropout(probabilities, module.dropout, module.training)
+            heads = probabilities @ v
+        else:
+            probabilities = None
+            dropout = module.dropout if module.training else 0.0
+            heads = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        output = module.out_proj(heads.transpose(1, 2).flatten(2))
+        if probabilities is not None and average_attn_weights:
+            probabilities = probabilities.mean(dim=1)
+        if not batched:
+            return output.squeeze(0), None if probabilities is None else probabilities.squeeze(0)
+        return (output if module.batch_first else output.transpose(0, 1)), probabilities
+
+    @staticmethod
+    def _mask(q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """Both masks as one that is added to the scores, of a shape that broadcasts to ``(batch, heads, queries, keys)``."""
+        if attn_mask is not None and attn_mask.dim() == 3:
+            raise ValueError(
+                f"An attn_mask of shape {tuple(attn_mask.shape)} is for every head by itself; some heads of this attention"
+                " were pruned. Give a mask of shape (queries, keys)."
+            )
+        if padding is not None:
+            padding = padding.view(len(q), 1, 1, k.shape[2])
+        masks = [
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
+            if mask.dtype == torch.bool
+            else mask
+            for mask in (attn_mask, padding)
+            if mask is not None
+        ]
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+@functools.cache
+def _class_with_fewer_heads(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{base.__name__}WithFewerHeads", (_WithFewerHeads, base), {})
+
+
+def fewer_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of ``nn.MultiheadAttention`` to fewer heads."""
+    if isinstance(module, _WithFewerHeads):
+        return lambda: None
+    back = become(module, _class_with_fewer_heads(type(module)))
+    # keeps nn.TransformerEncoderLayer from its fused path, which reads the weights past this module
+    module._qkv_same_embed_dim = False
+
+    def undo() -> None:
+        module._qkv_same_embed_dim = True  # type: ignore[assignment]
+        back()
+
+    return undo
+
+
+def no_nested_tensors(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation of ``nn.TransformerEncoder``, which packs padded batches for the fused path of its layers."""
+    before = module.use_nested_tensor
+    module.use_nested_tensor = False  # type: ignore[assignment]
+
+    def undo() -> None:
+        module.use_nested_tensor = before
+
+    return undo
+
+
+@dataclass(frozen=True)
+class MultiheadAttention(Block):
+    """An ``nn.MultiheadAttention``. One group is one head.
+
+    Args:
+        path: Its path, see :class:`Block`.
+        kind: What the group table calls these groups.
+        having: See :class:`Block`.
+        optional: See :class:`Block`.
+    """
+
+    path: str
+    kind: str = "attention"
+    having: str | None = None
+    optional: bool = False
+
+    def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
+        """Describe the heads of the module ``name``.
+
+        Raises:
+            UnsupportedModelError: If it is another module, or one whose keys and values have a width of their own, an
+                added bias, or an added zero.
+        """
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.MultiheadAttention):
+            raise UnsupportedModelError(f"{name} is a {type(module).__name__}; expected nn.MultiheadAttention.")
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+            raise UnsupportedModelError(
+                f"{name} ({type(module).__name__}) has kdim={module.kdim}, vdim={module.vdim},"
+                f" add_bias_kv={module.bias_k is not None}, add_zero_attn={module.add_zero_attn}; expected keys and values"
+                f" of {module.embed_dim} features and neither of the others."
+            )
+        heads, width = module.num_heads, module.head_dim
+        columns = torch.arange(heads * width).view(heads, width)
+        rows = torch.cat([part * heads * width + columns for part in range(3)], dim=1)
+        slices = [
+            part_of(model, f"{name}.in_proj_weight", 0, rows, 1, opaque=True),
+            part_of(model, f"{name}.out_proj.weight", 1, columns, 1, opaque=True),
+        ]
+        if module.in_proj_bias is not None:
+            slices.append(part_of(model, f"{name}.in_proj_bias", 0, rows))
+        adaptations = [Adaptation(name, fewer_heads)]
+        parent = ".".join(name.split(".")[:-3])
+        if hasattr(model.get_submodule(parent), "use_nested_tensor"):
+            adaptations.append(Adaptation(parent, no_nested_tensors))
+        found = group_set_of(model, name, layer, self.kind, tuple(slices), {"num_heads": "heads"}, {"heads": 1})
+        return replace(found, minimum=1, adaptations=tuple(adaptations))
+
+
+register_architecture(
+    Architecture(
+        name="torch-transformer",
+        models=("Transformer", "TransformerEncoder", "TransformerDecoder"),
+        blocks=(
+            MultiheadAttention(path="layers.*.self_attn"),
+            MultiheadAttention(path="layers.*.multihead_attn", kind="cross_attention", optional=True),
+            MLP(path="layers.*", inputs=("linear1",), output="linear2"),
+        ),
+    )
+)
