@@ -142,6 +142,11 @@ class GroupSet:
         return tuple(s for s in self.slices if s.consumes)
 
     @property
+    def masked(self) -> tuple[Slice, ...]:
+        """The slices to silence a group by: its consumers; for what nothing reads by itself, an expert, all of it."""
+        return self.consumers or self.slices
+
+    @property
     def refittable(self) -> tuple[Slice, ...]:
         """The consumers whose inputs and outputs can be observed, which is what repair works on."""
         return tuple(s for s in self.slices if s.consumes and not s.opaque)

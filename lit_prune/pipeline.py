@@ -252,8 +252,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
             for entry in plan.entries:
                 group_set = by_key[entry.key]
                 removed = group_set.kept_to_removed(entry.kept)
-                # what nothing reads by itself, an expert, is silenced where it speaks
-                for part in group_set.consumers or group_set.slices:
+                for part in group_set.masked:
                     weight: Tensor = model.get_parameter(part.parameter)
                     if sharding.is_sharded(weight) and sharding.sharded_dim(weight) == part.dim:
                         raise UnsupportedStrategyError(
