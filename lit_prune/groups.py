@@ -185,7 +185,7 @@ def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Seq
     total = 0
     for name, masks in left.items():
         stays = parameters[name].numel()
-        for dim, mask in masks.items():
+        for mask in masks.values():
             stays = stays // max(len(mask), 1) * int(mask.sum())
         total += parameters[name].numel() - stays
     return total

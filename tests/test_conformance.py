@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_is_repaired(case):
         with torch.no_grad():
             dense = torch.cat([output_of(model, b).flatten() for b in batches])
         config = PruningConfig(importance, 0.3, ratio_of="prunable", repair=method)
-        run = lambda batch, model=model: loss_of(model, batch)
+        run = partial(loss_of, model)
         statistics = calibrate(inner, group_sets, batches, run, config, root=model)
         _, plan = make_plan(inner, group_sets, statistics, config)
         with warnings.catch_warnings(record=True) as warned:

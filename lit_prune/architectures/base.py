@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.empty import without_heads, without_inputs
+from lit_prune.architectures.adapt import without_heads, without_inputs
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost
 from lit_prune.plan import get_plan
@@ -279,10 +279,10 @@ class MLP(Block):
         """
         width = projection(model, name, self.output).in_features
         for source in self.inputs:
-            found = projection(model, name, source).out_features
-            if found != width * self.parts:
+            rows_found = projection(model, name, source).out_features
+            if rows_found != width * self.parts:
                 raise UnsupportedModelError(
-                    f"{name}.{source} has {found} output features; expected {width * self.parts}, {self.parts} for each of"
+                    f"{name}.{source} has {rows_found} output features; expected {width * self.parts}, {self.parts} for each of"
                     f" the input features of {name}.{self.output}."
                 )
         rows = part_rows(width, self.parts, self.layout)
