@@ -87,29 +87,9 @@ class LearningRateRewarmup(Callback):
         self._release()
         self._hooked = list(optimizers)
         for number, optimizer in enumerate(optimizers):
-            rates: list[Any] = []
-            self._handles.append(optimizer.register_step_pre_hook(self._lower(number, rates)))
-            self._handles.append(optimizer.register_step_post_hook(self._restore(number, rates)))
-
-    def _lower(self, number: int, rates: list[Any]) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            assert self._since_cut is not None
-            factor = self.factor(self._since_cut[number] + 1)
-            rates[:] = [group["lr"] for group in optimizer.param_groups]
-            if factor < 1:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["lr"] * factor
-
-        return hook
-
-    def _restore(self, number: int, rates: list[Any]) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            assert self._since_cut is not None
-            self._since_cut[number] += 1
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-        return hook
+            warmed = _Warmed(self, number)
+            self._handles.append(optimizer.register_step_pre_hook(warmed.before))
+            self._handles.append(optimizer.register_step_post_hook(warmed.after))
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -129,6 +109,35 @@ class LearningRateRewarmup(Callback):
         """Go on in the middle of a warm-up."""
         since = state_dict["since_cut"]
         self._since_cut = None if since is None else list(since)
+
+
+class _Warmed:
+    """The step hooks of one optimizer."""
+
+    def __init__(self, owner: LearningRateRewarmup, number: int) -> None:
+        self._owner = owner
+        self._number = number
+        self._rates: list[Any] = []
+        # an optimizer whose step calls that of its base class runs the hooks of both
+        self._depth = 0
+
+    def before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            assert self._owner._since_cut is not None
+            factor = self._owner.factor(self._owner._since_cut[self._number] + 1)
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            if factor < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * factor
+
+    def after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            assert self._owner._since_cut is not None
+            self._owner._since_cut[self._number] += 1
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
