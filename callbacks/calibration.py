@@ -131,12 +131,14 @@ def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
 def untouched(trainer: pl.Trainer) -> Iterator[None]:
     """Run something inside a fit as if it had not happened.
 
-    Random number generators (also those of the dataloaders and samplers), buffers, torchmetrics' states, logged metrics,
-    loggers and the other callbacks are as before afterwards, also when an error is raised.
+    Random number generators (also those of the dataloaders and samplers), the dataloaders' positions, buffers,
+    torchmetrics' states, logged metrics, loggers and the other callbacks are as before afterwards, also when an error is
+    raised.
     """
     module = trainer.lightning_module
     connector = trainer._logger_connector
     generators = {id(g): (g, g.get_state()) for loader in _loaders(trainer) for g in _generators(loader)}
+    attributes_of = [(loader, dict(vars(loader))) for loader in _loaders(trainer)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(m, copy.deepcopy(m.__getstate__())) for m in module.modules() if isinstance(m, Metric)]
     values = {
@@ -161,6 +163,10 @@ def untouched(trainer: pl.Trainer) -> Iterator[None]:
             metric.__dict__.update(attributes)
         for generator, state in generators.values():
             generator.set_state(state)
+        # a dataloader that can be resumed remembers the iterator it gave out last, or how far it came
+        for loader, before in attributes_of:
+            vars(loader).clear()
+            vars(loader).update(before)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,9 @@ class StructuredPruning(Callback):
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
     ``on_pruning_load_start(trainer, pl_module, pruning, checkpoint)`` and ``on_pruning_load_end`` (the same arguments) are
-    called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load.
+    called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load;
+    ``on_optimizers_renewed(trainer, pl_module, pruning)`` after a callback of :mod:`lit_prune.callbacks.recovery` made new
+    optimizers.
 
     Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
     ``WeightAveraging`` is cut along. ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` forget their best

@@ -6,11 +6,11 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors.torch import load_model as load_weights
@@ -20,15 +20,13 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lit_prune import find_group_sets
+from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
-from lit_prune.errors import PruningError, UnsupportedStrategyError
+from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.files import replacing
 from lit_prune.statistics import attention_mask_of
 from lit_prune.training.loading import load_model
-
-if TYPE_CHECKING:
-    from lit_prune.callbacks.pruning import StructuredPruning
 
 
 class LearningRateRewarmup(Callback):
@@ -69,41 +67,29 @@ class LearningRateRewarmup(Callback):
         del pl_module
         if not pruning.dry_run:
             self._since_cut = [0] * len(trainer.optimizers)
+            self._take_hold(trainer.optimizers)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    def on_optimizers_renewed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning
     ) -> None:
-        """Take hold of the optimizers, which another callback may have made anew."""
-        del pl_module, batch, batch_idx
-        optimizers = trainer.optimizers
+        """Take hold of optimizers that another callback made in place of the old ones."""
+        del pl_module, pruning
+        self._take_hold(trainer.optimizers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on in the middle of a warm-up, in a resumed run."""
+        del pl_module
+        self._take_hold(trainer.optimizers)
+
+    def _take_hold(self, optimizers: Sequence[Optimizer]) -> None:
         if self._since_cut is None or [id(o) for o in optimizers] == [id(o) for o in self._hooked]:
             return
         self._release()
         self._hooked = list(optimizers)
         for number, optimizer in enumerate(optimizers):
-            rates: list[Any] = []
-            self._handles.append(optimizer.register_step_pre_hook(self._lower(number, rates)))
-            self._handles.append(optimizer.register_step_post_hook(self._restore(number, rates)))
-
-    def _lower(self, number: int, rates: list[Any]) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            assert self._since_cut is not None
-            factor = self.factor(self._since_cut[number] + 1)
-            rates[:] = [group["lr"] for group in optimizer.param_groups]
-            if factor < 1:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["lr"] * factor
-
-        return hook
-
-    def _restore(self, number: int, rates: list[Any]) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            assert self._since_cut is not None
-            self._since_cut[number] += 1
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-        return hook
+            warmed = _Warmed(self, number)
+            self._handles.append(optimizer.register_step_pre_hook(warmed.before))
+            self._handles.append(optimizer.register_step_post_hook(warmed.after))
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -123,6 +109,35 @@ class LearningRateRewarmup(Callback):
         """Go on in the middle of a warm-up."""
         since = state_dict["since_cut"]
         self._since_cut = None if since is None else list(since)
+
+
+class _Warmed:
+    """The step hooks of one optimizer."""
+
+    def __init__(self, owner: LearningRateRewarmup, number: int) -> None:
+        self._owner = owner
+        self._number = number
+        self._rates: list[Any] = []
+        # an optimizer whose step calls that of its base class runs the hooks of both
+        self._depth = 0
+
+    def before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            assert self._owner._since_cut is not None
+            factor = self._owner.factor(self._owner._since_cut[self._number] + 1)
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            if factor < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * factor
+
+    def after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            assert self._owner._since_cut is not None
+            self._owner._since_cut[self._number] += 1
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -285,9 +300,9 @@ class Distillation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on teaching in a resumed run."""
         if self._active and not self._undo:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if hasattr(callback, "stages_done"):
-                    self._attach(pl_module, callback.model(pl_module))
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            pruning = next(c for c in callbacks if isinstance(c, StructuredPruning))
+            self._attach(pl_module, pruning.model(pl_module))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -442,12 +457,19 @@ class LoRARecovery(Callback):
         self._flags: list[tuple[nn.Parameter, bool]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that shard the model.
+        """Refuse strategies that shard the model, and averages of it.
 
         Raises:
             UnsupportedStrategyError: Under ``ModelParallelStrategy``.
+            UnsupportedCallbackError: Beside ``WeightAveraging``.
         """
         del pl_module, stage
+        averaging = next((c for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)  # type: ignore[attr-defined]
+        if averaging is not None:
+            raise UnsupportedCallbackError(
+                f"{type(averaging).__name__} averages into a copy of the module that LoRARecovery's adapters are not in."
+                " Use one of the two."
+            )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UnsupportedStrategyError(
                 "LoRARecovery puts layers into the model in the middle of a run, which FSDP2 cannot take up. Use DDP or one"
@@ -459,7 +481,9 @@ class LoRARecovery(Callback):
         if pruning.dry_run or pruning.stages_done < len(pruning.stages):
             return
         self._inject(pruning.model(pl_module))
-        _renew_optimizers(trainer)
+        if trainer.optimizers:
+            _renew_optimizers(trainer)
+            pruning.notify(trainer, pl_module, "on_optimizers_renewed")
         renew_wrapper(trainer)
 
     def on_pruning_load_end(
@@ -482,14 +506,14 @@ class LoRARecovery(Callback):
         if targets is None:
             names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
             targets = sorted(names)
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._flags += [(p, p.requires_grad) for p in model.parameters()]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
         with isolate_rng():
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        self._transposed = [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
+        self._transposed += [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
         self._phase = ADAPTERS
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -503,6 +527,7 @@ class LoRARecovery(Callback):
             setattr(pl_module.get_submodule(owner), attribute, layer.get_base_layer())
         for parameter, requires_grad in self._flags:
             parameter.requires_grad_(requires_grad)
+        self._flags.clear()
         self._phase = "merged"
 
     def on_save_checkpoint(

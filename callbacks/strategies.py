@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lit_prune.callbacks.others import averages
 from lit_prune.checkpoint import cut_as_saved, merge_adapters
@@ -45,6 +46,11 @@ def check_strategy(strategy: Strategy) -> None:
     if isinstance(strategy, DeepSpeedStrategy):
         raise UnsupportedStrategyError(
             f"{name} gives parameters and optimizer state to DeepSpeed's engine, where they cannot be replaced. {_SHARDED}"
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise UnsupportedStrategyError(
+            f"{name} is to start its processes by {strategy.launcher._start_method!r} (ddp_spawn, ddp_fork, ddp_notebook). They"
+            " hand weights back to a model that was not cut. Use strategy='ddp', or start the processes with torchrun."
         )
     supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
     if not supported or "XLA" in name:

@@ -283,3 +283,9 @@ def test_strategies_that_keep_parameters_to_themselves_are_refused(strategy, mes
     # DeepSpeed is not installed, and FSDP1 wants a GPU to be built: the class is all that is looked at
     with pytest.raises(UnsupportedStrategyError, match=message):
         check_strategy(strategy.__new__(strategy))
+
+
+def test_processes_that_only_hand_weights_back_are_refused():
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
+    with pytest.raises(UnsupportedStrategyError, match=r"'spawn' .*Use strategy='ddp'"):
+        check_strategy(trainer.strategy)

@@ -7,7 +7,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from test_pruning import Module, corpus, fit, pruning
 from test_resume import Loadable, Repeatable, quiet
@@ -18,6 +18,7 @@ from conftest import tiny
 from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, Stage
 from lit_prune.callbacks.recovery import distillation_loss, hidden_state_loss
+from lit_prune.errors import UnsupportedCallbackError
 
 
 class Recording(torch.optim.SGD):
@@ -41,6 +42,10 @@ SCHEDULERS = {
 }
 
 
+# from its first instance on, a class of optimizers runs hooks around its step: also around a subclass's call of it
+torch.optim.SGD([torch.zeros(1)])
+
+
 class Scheduled(Repeatable):
     def __init__(self, name):
         super().__init__()
@@ -60,6 +65,25 @@ def test_rewarmup_multiplies_what_any_scheduler_says_and_leaves_the_scheduler_al
     expected = [rate * factor for rate, factor in zip(plain.optimizer.rates, factors, strict=True)]
     assert warmed.optimizer.rates == pytest.approx(expected, rel=1e-12)
     assert warmed.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_rewarmup_starts_with_the_first_step_whatever_the_order_of_callbacks(tmp_path, order):
+    """Also if LoRA makes new optimizers in the middle of an epoch; train.py puts the pruning callback last."""
+    made = []
+
+    class Lora(Scheduled):
+        def configure_optimizers(self):
+            result = super().configure_optimizers()
+            made.append(self.optimizer)
+            return result
+
+    callbacks = (pruning(step=8), LearningRateRewarmup(steps=4), LoRARecovery())
+    fit(tmp_path, *(callbacks[k] for k in order), module=Lora("step"))
+    expected = [0.01 * 0.9**k for k in range(18)]
+    assert made[0].rates == pytest.approx(expected[:8])
+    factors = [0.25, 0.5, 0.75] + [1.0] * 7
+    assert made[1].rates == pytest.approx([r * f for r, f in zip(expected[8:], factors, strict=True)])
 
 
 def test_rewarmup_goes_on_in_the_middle_after_resuming(tmp_path):
@@ -294,3 +318,8 @@ def test_peft_itself_takes_the_pruned_model(tmp_path):
 def test_bad_adapters_are_refused(arguments):
     with pytest.raises(ValueError, match="found"):
         LoRARecovery(**arguments)
+
+
+def test_adapters_beside_an_average_are_refused(tmp_path):
+    with pytest.raises(UnsupportedCallbackError, match="EMAWeightAveraging averages into a copy"):
+        fit(tmp_path, pruning(), LoRARecovery(), EMAWeightAveraging())

@@ -88,6 +88,52 @@ def test_a_killed_process_resumed_ends_with_the_same_weights_bit_for_bit(tmp_pat
             assert torch.equal(end["weights"][key], value), (name, key)
 
 
+class Stateful:
+    """A dataloader that can be resumed in the middle of an epoch, as torchdata's can."""
+
+    def __init__(self):
+        self.batches = corpus(24, 0).split(4)
+        self.position = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.position %= len(self.batches)
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict):
+        self.position = state_dict["position"]
+
+
+class MidEpoch(Repeatable):
+    def train_dataloader(self):
+        return Stateful()
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
+    """With cuts in the middle of epochs, too, from before, just after and between them."""
+
+    def callback():
+        return pruning(schedule=[Stage(0.1, step=8), Stage(0.2, step=15)])
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    _, whole = fit(tmp_path, callback(), saver, module=MidEpoch(), enable_checkpointing=True)
+    assert len(whole.losses) == 18
+    for step in (3, 8, 9, 14, 16):
+        again = MidEpoch()
+        quiet(callback(), max_epochs=3).fit(again, ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert again.losses == whole.losses[step:], step
+        for name, value in whole.state_dict().items():
+            if not name.startswith("accuracy"):
+                assert torch.equal(again.state_dict()[name], value), (step, name)
+
+
 def quiet(*callbacks, **options) -> pl.Trainer:
     return pl.Trainer(
         **{
