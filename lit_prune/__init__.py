@@ -12,6 +12,7 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.export import load_pruned, save_pruned
 from lit_prune.importance import criteria, register_criterion
@@ -48,6 +49,7 @@ __all__ = [
     "get_plan",
     "load_pruned",
     "make_plan",
+    "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",
     "repair",

@@ -19,11 +19,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
+from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, to_ranges
-from lit_prune.plan import FORMAT, PruningPlan, get_plan, plan_from_config, set_plan
+from lit_prune.plan import PruningPlan, get_plan, plan_from_config, set_plan
 from lit_prune.surgery import apply_plan
 
 
@@ -126,6 +127,7 @@ def to_pretrained(
         fields = dense_config.to_dict()
         fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
         if self_contained:
+            _check_self_contained(model, base, dense_config, pruning)
             fields["auto_map"] = modeling_pruned.auto_map()
         cls = modeling_pruned.pruned_model_class(base, dense_config.model_type)
         config = PrunedConfig.from_dict(fields)
@@ -222,15 +224,15 @@ def convert_checkpoint(
             f"No file at {checkpoint}; expected a Lightning checkpoint in one file. Consolidate a sharded one first."
         )
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if not isinstance(content, Mapping) or "state_dict" not in content:
+    if not isinstance(content, dict) or "state_dict" not in content:
         raise PruningError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict.")
-    states = [s for s in content.get("callbacks", {}).values() if isinstance(s, Mapping)]
-    plans = [s["plan"] for s in states if isinstance(s.get("plan"), Mapping) and s["plan"].get("format") == FORMAT]
+    plans = [s["plan"] for s in pruning_states(content) if s["plan"] is not None]
     if not plans:
         raise PruningError(
             f"{checkpoint} holds no pruning plan: it was written before the cut, or by a run without one."
         )
     apply_plan(model, PruningPlan.from_dict(plans[0]))
+    merge_adapters(model, content)
     weights = content["state_dict"]
     wanted = dict(model.state_dict())
     first = next(iter(wanted))
@@ -305,6 +307,26 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _check_self_contained(
+    model: PreTrainedModel, base: type[PreTrainedModel], dense_config: PreTrainedConfig, pruning: Mapping[str, Any]
+) -> None:
+    """Refuse what the code beside the weights cannot rebuild: modules that run on code of lit_prune since the cut.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
+    config: Any = type(dense_config).from_dict(dense_config.to_dict())
+    with torch.device("meta"):
+        rebuilt = base._from_config(config)
+        modeling_pruned.resize(rebuilt, pruning)
+    for (name, found), (_, wanted) in zip(rebuilt.named_modules(), model.named_modules(), strict=True):
+        if name and type(found) is not type(wanted):
+            raise UnsupportedModelError(
+                f"{name!r} became a {type(wanted).__name__} when it lost groups, which is code of lit_prune: the model cannot be"
+                " saved with self_contained=True. Save it without, or keep at least one group there."
+            )
 
 
 def _dense_class(cls: type) -> type[PreTrainedModel]:

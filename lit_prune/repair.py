@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
+from lit_prune import sharding
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -93,13 +95,15 @@ def bias_fold(
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.refittable:
             module = model.get_submodule(part.module)
-            weight = model.get_parameter(part.parameter)
+            weight = sharding.full(model.get_parameter(part.parameter))
             columns = part.index[removed].flatten().to(weight.device)
             mean = statistics.activations[part.module].mean[columns].to(weight.device)
             lost = weight.index_select(part.dim, columns).double()
             lost = lost.T @ mean if part.dim == 0 else lost @ mean
             present = getattr(module, "bias", None)
-            biases[f"{part.module}.bias"] = (lost if present is None else lost + present).to(weight.dtype)
+            biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(
+                weight.dtype
+            )
     added = [
         name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
     ]
@@ -156,12 +160,13 @@ def least_squares(
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, group_sets, batches, forward):
+            sharding.reshard(model)
             dense, pruned = stream.inputs, stream.inputs
             started = False
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
                 started = started or any(s.key in touched for s in members)
-                block = model.get_submodule(name)
+                block = sharding.plain_copy(model.get_submodule(name))
                 if not started:
                     dense = pruned = _run(block, dense, stream.calls[name])
                     continue
@@ -180,7 +185,11 @@ def least_squares(
                     transposed = parts[path].input_dim == 0
                     solved = ridge(gram, cross, weight.T if transposed else weight, damping)
                     weight.copy_(solved.T if transposed else solved)
-                    weights[parts[path].parameter] = weight.detach().clone()
+                    original: Tensor = model.get_parameter(parts[path].parameter)
+                    refitted = weight.detach().clone()
+                    if sharding.is_sharded(original):
+                        refitted = sharding.shard_like(refitted, original)
+                    weights[parts[path].parameter] = refitted
                 dense, pruned = following, _run(smaller, pruned, stream.calls[name])
     return weights
 
@@ -191,7 +200,7 @@ def _record(
 ) -> list[_Stream]:
     """Run the batches once and note what every block is called with; check that blocks follow each other."""
     stacks: dict[str, list[str]] = {}
-    for group_set in group_sets:
+    for group_set in (s for s in group_sets if s.block and s.refittable):
         blocks = stacks.setdefault(group_set.block.rpartition(".")[0], [])
         if group_set.block not in blocks:
             blocks.append(group_set.block)
@@ -233,14 +242,21 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
+    for stream in streams:
+        for name, calls in stream.calls.items():
+            if len(calls) != len(stream.inputs):
+                raise UnsupportedModelError(
+                    f"{name} was called {len(calls)} times and {stream.blocks[0]} {len(stream.inputs)} times, so the blocks"
+                    " cannot be repaired one after the other. Use repair='bias' or repair=None."
+                )
     return streams
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states that a block is called with, and everything else. Caches are left out: they would remember."""
-    named = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+    named = {k: v for k, v in kwargs.items() if k != "use_cache" and not isinstance(v, Cache)}
     if args:
-        return args[0], args[1:], named
+        return args[0], tuple(None if isinstance(a, Cache) else a for a in args[1:]), named
     hidden = named.pop("hidden_states")
     return hidden, (), named
 
@@ -268,7 +284,8 @@ def _trace(
 
     def hook(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            found[path] = (args[0], output)
+            # some blocks flatten batch and tokens before a projection, some add to what it gives in place
+            found[path] = (args[0].reshape(*x.shape[:-1], -1), output.reshape(*x.shape[:-1], -1).clone())
             if path == until:
                 raise _Reached
 

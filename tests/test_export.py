@@ -20,11 +20,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5ForConditionalGeneration,
 )
 
 from conftest import SMALL, tiny, uneven_kept
@@ -317,6 +319,19 @@ def test_a_self_contained_folder_loads_without_lit_prune_and_saves_itself_again(
     done = loads(folder, tokens, model, imports="import lit_prune", known=True)
     assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
     assert "lit_prune" in (folder / "modeling_pruned.py").read_text()
+
+
+def test_what_needs_code_of_lit_prune_cannot_be_self_contained(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_kv=8, num_heads=4, d_ff=24, num_layers=2)
+    model = T5ForConditionalGeneration(config).eval()
+    group_sets = find_group_sets(model)
+    apply_plan(model, PruningPlan.from_kept(group_sets, uneven_kept(group_sets)))
+    with pytest.raises(UnsupportedModelError, match=r"SelfAttention' became a .* cannot be saved with self_contained"):
+        save_pruned(model, tmp_path / "model", self_contained=True)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(save_pruned(model, tmp_path / "model"))
+    ids = {"input_ids": torch.arange(2, 9)[None], "decoder_input_ids": torch.arange(2, 6)[None]}
+    assert torch.equal(loaded(**ids).logits, model(**ids).logits)
 
 
 def test_without_lit_prune_a_folder_that_needs_it_says_so_and_a_uniform_one_loads(tmp_path, tokens):
