@@ -237,5 +237,6 @@ def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(tmp_path):
         found = [served.log_probability(w[: i + 1], w[i + 1]) for w in windows for i in range(len(w) - 1)]
         ratio = math.exp((sum(expected) - sum(found)) / len(expected))
         print(dtype, path.stat().st_size, "perplexity", math.exp(-sum(expected) / len(expected)), "ratio", ratio)
-        assert abs(ratio - 1) < 0.005
+        # llama.cpp rounds activations to 8 bit, too, where weights are q8_0
+        assert abs(ratio - 1) < (0.03 if dtype == "q8_0" else 0.005)
         del served
