@@ -14,21 +14,14 @@ The last two (An et al., AAAI 2024) are the published formulas and allocations, 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from quality import add_protocol, arguments_of_protocol, perplexity, prepare, report
 from torch import nn
 
-from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, repair
-from lit_prune.files import write_text
 from lit_prune.groups import count_parameters
 from lit_prune.selection import Limits
 

@@ -262,6 +262,12 @@ CASES = (
         absent=norms_over_kept,
         notes="norms over all heads count those that stay",
     ),
+    Case(
+        "OLMo 3",
+        hugging("olmo3", sliding_window=4),
+        absent=norms_over_kept,
+        notes="mixed layers, norms over all heads",
+    ),
     Case("OPT", hugging("opt", **OPT_SMALL), notes="learned positions"),
     Case("OPT, norms behind", hugging("opt", **OPT_SMALL, do_layer_norm_before=False)),
     Case(
