@@ -64,7 +64,7 @@ class _NormOverKept(nn.Module):
         self.weight, self.eps, self.kept = norm.weight, norm.variance_epsilon, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x[..., self.kept].float().square().mean(-1, keepdim=True)
+        mean = x[..., self.kept].float().square().sum(-1, keepdim=True) / max(len(self.kept), 1)
         return (self.weight * (x.float() * torch.rsqrt(mean + self.eps))).to(x.dtype)
 
 

@@ -39,8 +39,8 @@ EXPLANATION = """\
 * **trains**: two steps of AdamW with carried state are those of the zeroed dense model.
 * **importance**: `taylor` of a group is what a cut takes away from a model that holds plain autograd's abs(θ·g) as its weights.
 * **again**: two cuts are the one cut that their composed plan describes.
-* **empty**: kinds of which a layer may lose every group; it is then skipped, and caches keep working. Of the other kinds a group has
-  to stay in every layer (of experts, as many as a token goes to), which selection knows.
+* **empty**: kinds of which a layer may lose every group; it is then skipped, and caches keep working. Of the other kinds a
+  group has to stay in every layer (of experts, as many as a token goes to), which selection knows.
 * **repaired**: calibration, plan, repair and cut; least squares brings the model nearer to the dense one (`no` under *refit*
   where its blocks cannot be run one after the other, or have no linear layer behind the groups).
 """
