@@ -20,6 +20,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits
 from lit_prune.surgery import apply_plan, get_plan
 from lit_prune.table import GroupTable
+from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "register_architecture",
     "register_criterion",
     "repair",
+    "verify_architecture",
 ]

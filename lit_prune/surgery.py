@@ -15,7 +15,7 @@ from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, check_names
 from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
 
 
@@ -48,6 +48,7 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     Raises:
         PlanError: If the plan does not fit.
     """
+    check_names(model, group_sets)
     plan.validate(group_sets)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_key = {s.key: s for s in group_sets}
