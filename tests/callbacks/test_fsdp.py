@@ -106,6 +106,7 @@ CASES = {
     "mix": ({"importance": {"taylor_batch": 0.7, "output_wanda": 0.3}}, {"adam": True}),
     "wanda": ({"importance": "wanda", "step": 0}, {}),
     "magnitude": ({"importance": "magnitude", "repair": None}, {}),
+    "taylor_batch": ({"importance": "taylor_batch", "step": 4}, {}),
     "auto": ({"importance": "auto", "calibration_batches": 9}, {"sequences": 80}),
 }
 
