@@ -53,7 +53,8 @@ def save_pruned(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
     if plan is None:
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     with _replacing_directory(Path(directory)) as temporary:
-        model.save_pretrained(temporary)
+        # in the names of the model as it is in memory, not those that older files of its family have
+        model.save_pretrained(temporary, save_original_format=False)
         plan.save(temporary / PLAN_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -142,6 +142,11 @@ class GroupSet:
         return tuple(s for s in self.slices if s.consumes)
 
     @property
+    def masked(self) -> tuple[Slice, ...]:
+        """The slices to silence a group by: its consumers; for what nothing reads by itself, an expert, all of it."""
+        return self.consumers or self.slices
+
+    @property
     def refittable(self) -> tuple[Slice, ...]:
         """The consumers whose inputs and outputs can be observed, which is what repair works on."""
         return tuple(s for s in self.slices if s.consumes and not s.opaque)
@@ -159,6 +164,31 @@ def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:
     return sum(
         s.index.shape[1] * parameters[s.parameter].numel() // parameters[s.parameter].shape[s.dim] for s in slices
     )
+
+
+def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> int:
+    """Number of parameters that leave with some groups; a weight that belongs to groups of two sets counts once.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        removed: For every set the indices of the groups that leave.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left: dict[str, dict[int, Tensor]] = {}
+    for group_set, groups in zip(group_sets, removed, strict=True):
+        for part in group_set.slices:
+            length = parameters[part.parameter].shape[part.dim]
+            masks = left.setdefault(part.parameter, {})
+            mask = masks.setdefault(part.dim, torch.ones(length, dtype=torch.bool))
+            mask[part.index[groups].flatten()] = False
+    total = 0
+    for name, masks in left.items():
+        stays = parameters[name].numel()
+        for mask in masks.values():
+            stays = stays // max(len(mask), 1) * int(mask.sum())
+        total += parameters[name].numel() - stays
+    return total
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_prune import sharding
 from lit_prune.groups import GroupSet, Slice
-from lit_prune.statistics import ELEMENTWISE, STATISTICS, Statistics
+from lit_prune.statistics import ELEMENTWISE, GROUPWISE, STATISTICS, Statistics
 
 NORMALIZATIONS = ("mean", "kind", "standard")
 
@@ -45,6 +45,25 @@ def second_order(weight: Tensor, squared_gradient: Tensor) -> Tensor:
     Reference: LeCun et al., Optimal Brain Damage, NeurIPS 1989.
     """
     return 0.5 * (weight.square() * squared_gradient).abs()
+
+
+def fisher(mask_gradient: Tensor) -> Tensor:
+    r"""Empirical Fisher information of a mask of the groups, :math:`\frac1N\sum_i(\partial L_i/\partial m_j)^2`.
+
+    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j.
+    By the chain rule its derivative is :math:`\sum_{\theta\in j}\theta g_i` over the group's part of the consumer, so
+    only the consumers' gradients are needed. Unlike a sum of element by element terms it knows which of them cancel.
+    The smaller the calibration batches, the more of them there are to average over.
+
+    Args:
+        mask_gradient: The derivative by each group's mask in one batch, shape ``(groups,)``.
+
+    Returns:
+        Tensor of shape ``(groups,)``, to be averaged over the batches.
+
+    Reference: Kwon et al., A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022.
+    """
+    return mask_gradient.square()
 
 
 def taylor_2nd(weight: Tensor, gradient: Tensor, squared_gradient: Tensor) -> Tensor:
@@ -137,6 +156,7 @@ class Term:
         statistic: Name of the statistic that ``function`` takes as its second argument, one of
             :data:`lit_prune.statistics.STATISTICS`, or ``None``.
         consumers_only: Whether only the slices that read the groups count (``o_proj``, ``down_proj``).
+        per_group: Whether ``function`` takes the statistic alone, which is one number a group and batch.
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
     """
@@ -145,9 +165,12 @@ class Term:
     statistic: str | None = None
     consumers_only: bool = False
     per_input: bool = False
+    per_group: bool = False
 
-    def applies(self, part: Slice) -> bool:
-        """Whether the term counts this slice."""
+    def applies(self, group_set: GroupSet, part: Slice) -> bool:
+        """Whether the term counts this slice of a group set."""
+        if self.per_group:
+            return any(part is s for s in group_set.masked)
         return part.consumes or not self.consumers_only
 
 
@@ -181,6 +204,7 @@ _REGISTRY: dict[str, Criterion] = {
         Criterion("taylor", (Term(taylor, "gradient"),)),
         Criterion("taylor_2nd", (Term(taylor, "gradient"), Term(second_order, "squared_gradient"))),
         Criterion("taylor_batch", (Term(taylor, "absolute_gradient"),)),
+        Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
         Criterion("second_order", (Term(second_order, "squared_gradient"),)),
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
         Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
@@ -205,7 +229,8 @@ def register_criterion(
         name: The name, which must be free.
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
-        statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``.
+        statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
+            takes that alone, shape ``(groups,)``, and is averaged over the batches.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 
@@ -221,7 +246,8 @@ def register_criterion(
     if statistic is not None and statistic not in STATISTICS:
         raise ValueError(f"Unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}.")
     check_normalization(normalize)
-    criterion = Criterion(name, (Term(function, statistic, consumers_only),), normalize)
+    term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
+    criterion = Criterion(name, (term,), normalize)
     _REGISTRY[name] = criterion
     return criterion
 
@@ -285,9 +311,14 @@ def group_importance(
         total = torch.zeros(group_set.size)
         weights = [parameters[part.parameter] for part in group_set.slices]
         shared = sharding.any_sharded(weights)
+        for term in criterion.terms:
+            if term.per_group:
+                assert statistics is not None
+                value = statistics.reduced[term, group_set.key, 0].cpu()
+                total += value if shared is None else sharding.once(value, shared)
         for position, (part, weight) in enumerate(zip(group_set.slices, weights, strict=True)):
             for term in criterion.terms:
-                if term.applies(part):
+                if not term.per_group and term.applies(group_set, part):
                     value = _term_importance(term, weight, group_set, position, statistics).cpu()
                     whole = term.per_input or not sharding.is_sharded(weight)
                     total += value if shared is None or not whole else sharding.once(value, shared)

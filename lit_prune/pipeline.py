@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
-from lit_prune.groups import GroupSet, count_parameters
+from lit_prune.groups import GroupSet, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import REPAIRS, bias_fold, least_squares
@@ -127,7 +127,25 @@ class PruningConfig:
 
 def model_size(model: nn.Module, group_sets: Sequence[GroupSet]) -> tuple[int, int]:
     """Parameters of the model, and how many of them belong to groups."""
-    return count_parameters(model), sum(s.cost * s.size for s in group_sets)
+    return count_parameters(model), count_removed(model, group_sets, [torch.arange(s.size) for s in group_sets])
+
+
+def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, config: PruningConfig) -> int:
+    """Mark in the table which groups stay, and give the number of parameters that leave.
+
+    Groups of different sets may share weights (a channel of all experts and a whole expert), which leave once but are in
+    the cost of both: as many groups more leave as that leaves short of the budget.
+    """
+    budget = config.budget(model, group_sets)
+    asked, before = budget, -1
+    while True:
+        table.kept = select(table, asked, config.limits, _original_sizes(model))
+        nominal = table.removed_cost
+        removed = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
+        exact = count_removed(model, group_sets, removed)
+        if nominal in (exact, before) or budget - exact < table.cost.min():
+            return exact
+        asked, before = nominal + budget - exact, nominal
 
 
 def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -201,7 +219,7 @@ def make_plan(
             )
             parts.append((weight, importance))
         table = GroupTable.build(group_sets, parts[0][1] if len(parts) == 1 else mixed_importance(parts))
-        table.kept = select(table, config.budget(model, group_sets), config.limits, _original_sizes(model))
+        removed = _select(model, group_sets, table, config)
         info = {
             "importance": label,
             "weights": dict(weights),
@@ -211,7 +229,7 @@ def make_plan(
             "ratio_of": config.ratio_of,
             "calibration_batches": statistics.batches if statistics is not None else 0,
             "parameters_before": before,
-            "parameters_after": before - table.removed_cost,
+            "parameters_after": before - removed,
         }
         plan = PruningPlan.from_kept(group_sets, [k.tolist() for k in table.kept_groups()], info)
         results.append((table, plan))
@@ -234,7 +252,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
             for entry in plan.entries:
                 group_set = by_key[entry.key]
                 removed = group_set.kept_to_removed(entry.kept)
-                for part in group_set.consumers:
+                for part in group_set.masked:
                     weight: Tensor = model.get_parameter(part.parameter)
                     if sharding.is_sharded(weight) and sharding.sharded_dim(weight) == part.dim:
                         raise UnsupportedStrategyError(

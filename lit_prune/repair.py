@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from lit_prune import sharding
 from lit_prune.errors import UnsupportedModelError
@@ -199,7 +200,7 @@ def _record(
 ) -> list[_Stream]:
     """Run the batches once and note what every block is called with; check that blocks follow each other."""
     stacks: dict[str, list[str]] = {}
-    for group_set in group_sets:
+    for group_set in (s for s in group_sets if s.block and s.refittable):
         blocks = stacks.setdefault(group_set.block.rpartition(".")[0], [])
         if group_set.block not in blocks:
             blocks.append(group_set.block)
@@ -241,14 +242,21 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
+    for stream in streams:
+        for name, calls in stream.calls.items():
+            if len(calls) != len(stream.inputs):
+                raise UnsupportedModelError(
+                    f"{name} was called {len(calls)} times and {stream.blocks[0]} {len(stream.inputs)} times, so the blocks"
+                    " cannot be repaired one after the other. Use repair='bias' or repair=None."
+                )
     return streams
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states that a block is called with, and everything else. Caches are left out: they would remember."""
-    named = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+    named = {k: v for k, v in kwargs.items() if k != "use_cache" and not isinstance(v, Cache)}
     if args:
-        return args[0], args[1:], named
+        return args[0], tuple(None if isinstance(a, Cache) else a for a in args[1:]), named
     hidden = named.pop("hidden_states")
     return hidden, (), named
 
@@ -276,7 +284,8 @@ def _trace(
 
     def hook(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            found[path] = (args[0], output)
+            # some blocks flatten batch and tokens before a projection, some add to what it gives in place
+            found[path] = (args[0].reshape(*x.shape[:-1], -1), output.reshape(*x.shape[:-1], -1).clone())
             if path == until:
                 raise _Reached
 

@@ -3,7 +3,8 @@
 Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parameter's shape in CPU memory. ``streaming``
 reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
 criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
-under an absolute value is not and stays elementwise, on the parameter's own device).
+under an absolute value is not and stays elementwise, on the parameter's own device). ``mask_gradient``, the derivative
+of the loss by a mask of the groups, is a number a group and batch in either way.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from lit_prune.importance import Term
 
 ELEMENTWISE = ("gradient", "absolute_gradient", "squared_gradient")
+GROUPWISE = ("mask_gradient",)
 ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
-STATISTICS = (*ELEMENTWISE, *ACTIVATION)
+STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
 MODES = ("streaming", "elementwise")
 
 _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,7 +98,8 @@ class Statistics:
         elementwise: By statistic and parameter, a float32 tensor of the parameter's shape, a mean over the batches; of
             a sharded parameter only the local shard.
         reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,
-            a mean over the batches; of a sharded parameter only what the local shard adds to it.
+            a mean over the batches; of a sharded parameter only what the local shard adds to it. Terms of whole groups
+            (``mask_gradient``) are at position 0, and whole in every process.
         activations: By module, the statistics of its inputs.
         loss: Mean calibration loss, if losses were computed.
     """
@@ -188,7 +191,7 @@ def collect_statistics(
     root = model if root is None else root
     sharding.reshard(root)
     needed = {t.statistic for t in terms if t.statistic is not None}
-    gradients = bool(needed & set(ELEMENTWISE))
+    gradients = bool(needed & {*ELEMENTWISE, *GROUPWISE})
     statistics = Statistics()
     losses: list[Tensor] = []
     collector = _GradientCollector(model, root, group_sets, terms, mode, ranks) if gradients else None
@@ -335,10 +338,11 @@ class _GradientCollector:
         self._root = root
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
+        self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
         for group_set in group_sets:
             for position, part in enumerate(group_set.slices):
-                if any(t.applies(part) for t in self._terms):
+                if any(t.applies(group_set, part) for t in (*self._terms, *self._groupwise)):
                     self._uses.setdefault(part.parameter, []).append((group_set, position))
         self._parameters = {name: parameters[name] for name in self._uses}
         frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
@@ -351,6 +355,8 @@ class _GradientCollector:
         self._reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = {}
         self._finite: list[Tensor] = []
         self._batch_finite: dict[str, Tensor] = {}
+        # of the batch at hand: the derivative of the loss by a mask of the groups
+        self._mask_gradients: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
         self._batches = 0
         self._ranks = ranks
@@ -396,6 +402,7 @@ class _GradientCollector:
                 f"No gradient reached {missing[:3] or 'some parameters on another process'} ({len(missing)} parameters) in"
                 f" calibration batch {self._batches}; the loss does not depend on them."
             )
+        self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
         self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
         for parameter, _ in self._gradients:
@@ -429,6 +436,11 @@ class _GradientCollector:
         self._batch_finite[name] = gradient.sum(dtype=torch.float32).isfinite()
         gradient = gradient.float()
         weight = sharding.local(parameter.detach()).float()
+        if self._groupwise:
+            for group_set, position in self._uses[name]:
+                part = group_set.slices[position]
+                if self._groupwise[0].applies(group_set, part):
+                    self._add(self._mask_gradients, group_set.key, sharding.reduce(part, weight * gradient, parameter))
         elementwise = set()
         for term in self._terms:
             assert term.statistic is not None
@@ -438,7 +450,7 @@ class _GradientCollector:
             value = term.function(weight, _PER_BATCH[term.statistic](gradient))
             for group_set, position in self._uses[name]:
                 part = group_set.slices[position]
-                if term.applies(part):
+                if term.applies(group_set, part):
                     reduced = sharding.reduce(part, value, parameter)
                     self._add(self._reduced, (term, group_set.key, position), reduced)
         for statistic in elementwise:
@@ -446,6 +458,18 @@ class _GradientCollector:
             if self._mode == "elementwise":
                 value = value.cpu()
             self._add(self._elementwise.setdefault(statistic, {}), name, value)
+
+    def _take_mask_gradients(self) -> None:
+        shared = sharding.any_sharded(self._parameters.values())
+        if shared is not None and self._mask_gradients:
+            keys = sorted(self._mask_gradients)
+            whole = sharding.sum_over_shards(torch.cat([self._mask_gradients[k] for k in keys]), shared)
+            sizes = [len(self._mask_gradients[k]) for k in keys]
+            self._mask_gradients = dict(zip(keys, whole.split(sizes), strict=True))
+        for key, derivative in self._mask_gradients.items():
+            for term in self._groupwise:
+                self._add(self._reduced, (term, key, 0), term.function(derivative))
+        self._mask_gradients = {}
 
     @staticmethod
     def _add(store: dict[Any, Tensor], key: Any, value: Tensor) -> None:

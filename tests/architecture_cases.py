@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -127,8 +127,9 @@ class Case:
             rebuilt from plan and state_dict.
         attentions: The attention implementations to compare with the dense model.
         absent: What else the dense model needs to compute as the pruned one does, besides zeros.
-        repairs: Whether every one of its consumers can be refitted.
         notes: For the table.
+        kinds: The kinds of groups that it has.
+        refits: Whether least-squares repair refits its blocks.
     """
 
     name: str
@@ -139,7 +140,8 @@ class Case:
     attentions: tuple[str, ...] = ("eager", "sdpa")
     absent: Callable[..., contextlib.AbstractContextManager[None]] = nothing
     notes: str = ""
-    kinds: tuple[str, ...] = field(default=("attention", "mlp"))
+    kinds: tuple[str, ...] = ("attention", "mlp")
+    refits: bool = True
 
     def build(self, attention: str | None = None) -> nn.Module:
         """The model, the same at every call."""
@@ -378,7 +380,8 @@ CASES = (
         generates=False,
         saves=False,
         attentions=("own",),
-        notes="cut once",
+        notes="cut once; not refitted",
+        refits=False,
     ),
     Case(
         "nn.TransformerEncoder",
@@ -407,5 +410,6 @@ CASES = (
         attentions=("own",),
         notes="coupled by torch-pruning's dependency graph",
         kinds=("channel",),
+        refits=False,
     ),
 )

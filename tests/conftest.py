@@ -37,7 +37,7 @@ def tiny(model_type: str = "llama", attn: str = "sdpa", **overrides: object) -> 
 
 def unsettled(model: nn.Module) -> nn.Module:
     """The model with every weight, bias and norm away from its initial constant, in eval mode."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         with torch.no_grad():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Finds the groups of a model. Every file but the machinery (base, empty, traced) is nothing but descriptions."""
+"""Finds the groups of a model. Every file but the machinery (base, adapt, traced) is nothing but descriptions."""
 
 # importing a file registers what it describes
 from lit_prune.architectures import decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.empty import without_heads
+from lit_prune.architectures.adapt import without_heads, without_inputs
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost
 from lit_prune.plan import get_plan
@@ -171,7 +171,7 @@ class Attention(Block):
             *self._extra(model, name, counts, len(query_rows)),
             consumed(model, name, self.output, query_rows),
         )
-        adaptations = []
+        adaptations = list(reader_adaptations(model, name, self.output))
         minimum = 1
         if self.adapt is not None:
             adaptations.append(Adaptation(core_name, self.adapt))
@@ -279,10 +279,10 @@ class MLP(Block):
         """
         width = projection(model, name, self.output).in_features
         for source in self.inputs:
-            found = projection(model, name, source).out_features
-            if found != width * self.parts:
+            rows_found = projection(model, name, source).out_features
+            if rows_found != width * self.parts:
                 raise UnsupportedModelError(
-                    f"{name}.{source} has {found} output features; expected {width * self.parts}, {self.parts} for each of"
+                    f"{name}.{source} has {rows_found} output features; expected {width * self.parts}, {self.parts} for each of"
                     f" the input features of {name}.{self.output}."
                 )
         rows = part_rows(width, self.parts, self.layout)
@@ -290,7 +290,8 @@ class MLP(Block):
             *(s for source in self.inputs for s in produced(model, name, source, rows)),
             consumed(model, name, self.output, torch.arange(width).view(width, 1)),
         )
-        return group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
+        found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
+        return replace(found, adaptations=tuple(reader_adaptations(model, name, self.output)))
 
 
 def part_rows(width: int, parts: int, layout: str) -> Tensor:
@@ -511,7 +512,7 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
         )
     weight = getattr(module, "weight", None)
     # transformers' Conv1D stores (in, out); anything else that looks linear stores (out, in)
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = any(c.__name__ == "Conv1D" for c in type(module).__mro__)
     if (not isinstance(module, nn.Linear) and not transposed) or not isinstance(weight, Tensor):
         raise UnsupportedModelError(
             f"{path} is a {type(module).__name__}; expected nn.Linear or transformers' Conv1D. Quantised and wrapped"
@@ -539,6 +540,12 @@ def consumed(model: nn.Module, owner: str, name: str, columns: Tensor) -> Slice:
     """The slice of a projection whose inputs belong to the groups. Its bias belongs to none of them."""
     found = projection(model, owner, name)
     return Slice(f"{owner}.{name}.weight", found.input_dim, columns, found.input_dim)
+
+
+def reader_adaptations(model: nn.Module, owner: str, name: str) -> Iterator[Adaptation]:
+    """What the projection that reads the groups needs once there are none."""
+    if projection(model, owner, name).input_dim == 0:
+        yield Adaptation(f"{owner}.{name}", without_inputs)
 
 
 def part_of(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.adapt import nothing_to_undo
 from lit_prune.architectures.base import (
     INTERLEAVED,
     MLP,
@@ -33,7 +34,7 @@ def expert_by_expert(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     Grouped matrix products want rows of 16 bytes or multiples of them: of 8 channels, whichever floating-point type.
     """
     if len(kept) % ALIGNMENT == 0 or not hasattr(getattr(module, "config", None), "_experts_implementation"):
-        return lambda: None
+        return nothing_to_undo
     return override_config(module, "_experts_implementation", "eager")
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.architectures.adapt import become
 from lit_prune.architectures.base import MLP, Architecture, Attention, register_architecture
-from lit_prune.architectures.empty import become
 
 
-class _WithOwnHeads:
+class WithOwnHeads:
     """Mixed into T5's attention once it lost heads: of the biases, which come for all heads, it reads those of its own.
 
     What it passes on to the next layer is for all heads again. The table of biases stays whole, as the layers share it.
@@ -35,22 +34,17 @@ class _WithOwnHeads:
         return states, shared, weights
 
 
-@functools.cache
-def _class_with_own_heads(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{base.__name__}WithOwnHeads", (_WithOwnHeads, base), {})
-
-
 def own_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of T5's attention to fewer heads."""
-    if isinstance(module, _WithOwnHeads):
-        before = module.kept_heads
+    if isinstance(module, WithOwnHeads):
+        before: Tensor = module.kept_heads
         module.kept_heads = before[kept.to(before.device)]
 
         def undo() -> None:
             module.kept_heads = before
 
         return undo
-    back = become(module, _class_with_own_heads(type(module)))
+    back = become(module, WithOwnHeads)
     device = next(module.parameters()).device
     module.register_buffer("kept_heads", kept.to(device), persistent=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lit_prune.architectures.adapt import become, nothing_to_undo
 from lit_prune.architectures.base import (
     MLP,
     Architecture,
@@ -19,12 +19,11 @@ from lit_prune.architectures.base import (
     part_of,
     register_architecture,
 )
-from lit_prune.architectures.empty import become
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet
 
 
-class _WithFewerHeads:
+class WithFewerHeads:
     """Mixed into ``nn.MultiheadAttention``, whose own forward expects as many features in the heads as in its input."""
 
     def forward(
@@ -41,7 +40,7 @@ class _WithFewerHeads:
         """As of ``nn.MultiheadAttention``."""
         module: Any = self
         batched = query.dim() == 3
-        inputs = (query, key, value)
+        inputs: tuple[Tensor, ...] = (query, key, value)
         if batched and not module.batch_first:
             inputs = tuple(x.transpose(0, 1) for x in inputs)
         elif not batched:
@@ -90,18 +89,13 @@ class _WithFewerHeads:
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
 
-@functools.cache
-def _class_with_fewer_heads(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{base.__name__}WithFewerHeads", (_WithFewerHeads, base), {})
-
-
 def fewer_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of ``nn.MultiheadAttention`` to fewer heads."""
-    if isinstance(module, _WithFewerHeads):
-        return lambda: None
-    back = become(module, _class_with_fewer_heads(type(module)))
+    if isinstance(module, WithFewerHeads):
+        return nothing_to_undo
+    back = become(module, WithFewerHeads)
     # keeps nn.TransformerEncoderLayer from its fused path, which reads the weights past this module
-    module._qkv_same_embed_dim = False
+    module._qkv_same_embed_dim = False  # type: ignore[assignment]
 
     def undo() -> None:
         module._qkv_same_embed_dim = True  # type: ignore[assignment]

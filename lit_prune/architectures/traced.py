@@ -183,7 +183,7 @@ def _running_statistics(index: Tensor) -> Callable[[nn.Module, Tensor], Callable
         positions = mask.nonzero().flatten().to(before["running_mean"].device)
         module.running_mean = before["running_mean"][positions]
         module.running_var = before["running_var"][positions]
-        module.num_features = len(positions)
+        module.num_features = len(positions)  # type: ignore[assignment]
 
         def undo() -> None:
             for name, value in before.items():

@@ -1,0 +1,86 @@
+"""Adaptations of modules that need more than smaller parameters and integers to run with fewer groups, or with none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+_CACHES = ("past_key_values", "layer_past")
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def become(module: nn.Module, mixin: type) -> Callable[[], None]:
+    """Make a module an instance of its class with ``mixin`` before it; return a function that undoes this."""
+    before = type(module)
+    if (before, mixin) not in _CLASSES:
+        _CLASSES[before, mixin] = type(f"{before.__name__}{mixin.__name__}", (mixin, before), {})
+    module.__class__ = _CLASSES[before, mixin]
+
+    def undo() -> None:
+        module.__class__ = before
+
+    return undo
+
+
+def nothing_to_undo() -> None:
+    """What an adaptation returns that left the module as it was."""
+
+
+class WithoutHeads:
+    """Mixed into the class of an attention module that has no heads left: its forward computes none.
+
+    A cache gets one feature a token, so that the layers behind and the masks find it as long as it should be.
+    """
+
+    output_of_no_heads: str | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """What the heads give when there are none: states of no features, or what the output projection makes of them.
+
+        Args:
+            args: As of the class that this is mixed into; the first are hidden states, shape ``(batch, tokens, features)``.
+            kwargs: As of that class.
+        """
+        module: Any = self
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        for cache in (kwargs.get(name) for name in _CACHES):
+            if cache is not None:
+                token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+                cache.update(token, token, module.layer_idx)
+        states = hidden.new_zeros(*hidden.shape[:-1], 0)
+        if self.output_of_no_heads is not None:
+            states = module.get_submodule(self.output_of_no_heads)(states)
+        return states, None
+
+
+def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of attention that may lose all its heads.
+
+    Args:
+        output: Path of the output projection within the module; ``None`` if that is outside of it.
+    """
+
+    def apply(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+        if len(kept):
+            return nothing_to_undo
+        module.output_of_no_heads = output  # type: ignore[assignment]
+        return become(module, WithoutHeads)
+
+    return apply
+
+
+class WithoutInputs:
+    """Mixed into transformers' Conv1D once nothing is left to read: its own forward cannot tell the shape of nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bias for every token, shape ``(..., outputs)``."""
+        module: Any = self
+        return functional.linear(x, module.weight.T, module.bias)
+
+
+def without_inputs(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of a Conv1D that may lose all its inputs."""
+    return nothing_to_undo if len(kept) else become(module, WithoutInputs)
