@@ -111,8 +111,8 @@ def apply_plan(
     if unknown:
         raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
     if sharding.any_sharded(model.parameters()) is not None:
-        sharding.check_layout(model)
         sharding.reshard(model)
+        sharding.check_layout(model, group_sets)
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
     try:
