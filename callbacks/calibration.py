@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, RankMismatchError
 from lit_prune.plan import PruningPlan
 
@@ -33,7 +38,7 @@ def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, l
         dataloader: A dataloader for calibration, or ``None`` for the train dataloaders.
         limit: Number of batches at most.
     """
-    loader = CombinedLoader(trainer.train_dataloader if dataloader is None else dataloader, "max_size_cycle")
+    loader = CombinedLoader(_train_dataloader(trainer) if dataloader is None else dataloader, "max_size_cycle")
     loader.flattened = [_Fresh(item) for item in loader.flattened]
     module = trainer.lightning_module
     iterator = iter(loader)
@@ -48,6 +53,26 @@ def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, l
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
             bar.update()
+
+
+def _train_dataloader(trainer: pl.Trainer) -> Any:
+    """The train dataloaders of a fit, or those that a fit would have."""
+    if trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        raise CalibrationError(
+            "There is no train dataloader to calibrate on; give StructuredPruning a calibration_dataloader."
+        )
+    if isinstance(source.instance, pl.LightningDataModule):
+        call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+    return apply_to_collection(
+        source.dataloader(),
+        DataLoader,
+        trainer._data_connector._prepare_dataloader,
+        shuffle=True,
+        mode=RunningStage.TRAINING,
+    )
 
 
 def progress_bar(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -106,12 +131,14 @@ def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
 def untouched(trainer: pl.Trainer) -> Iterator[None]:
     """Run something inside a fit as if it had not happened.
 
-    Random number generators (also those of the dataloaders and samplers), buffers, torchmetrics' states, logged metrics,
-    loggers and the other callbacks are as before afterwards, also when an error is raised.
+    Random number generators (also those of the dataloaders and samplers), the dataloaders' positions, buffers,
+    torchmetrics' states, logged metrics, loggers and the other callbacks are as before afterwards, also when an error is
+    raised.
     """
     module = trainer.lightning_module
     connector = trainer._logger_connector
     generators = {id(g): (g, g.get_state()) for loader in _loaders(trainer) for g in _generators(loader)}
+    attributes_of = [(loader, dict(vars(loader))) for loader in _loaders(trainer)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(m, copy.deepcopy(m.__getstate__())) for m in module.modules() if isinstance(m, Metric)]
     values = {
@@ -132,9 +159,24 @@ def untouched(trainer: pl.Trainer) -> Iterator[None]:
             for buffer, content in buffers:
                 buffer.copy_(content)
         for metric, attributes in metrics:
-            metric.__setstate__(attributes)
+            # not __setstate__, which would wrap update and compute once more
+            metric.__dict__.update(attributes)
         for generator, state in generators.values():
             generator.set_state(state)
+        # a dataloader that can be resumed remembers the iterator it gave out last, or how far it came
+        for loader, before in attributes_of:
+            vars(loader).clear()
+            vars(loader).update(before)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled modules eagerly: compiled code does not see hooks that come after it."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager
@@ -169,17 +211,12 @@ def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
 
 
-def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """A function that sums a tensor over the processes of the run, or ``None`` if there is only one."""
+def ranks_of(trainer: pl.Trainer) -> Ranks | None:
+    """The processes of the run, or ``None`` if there is only one."""
     if trainer.world_size == 1:
         return None
-
-    def total(tensor: Tensor) -> Tensor:
-        summed = tensor.detach().clone().to(trainer.strategy.root_device)
-        torch.distributed.all_reduce(summed)
-        return summed.to(tensor.device)
-
-    return total
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return Ranks(trainer.strategy.root_device, mean_gradients=not sharded)
 
 
 def check_same_on_all_ranks(trainer: pl.Trainer, plan: PruningPlan) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_prune import (
@@ -24,23 +24,27 @@ from lit_prune import (
     find_model,
     make_plan,
     pipeline,
+    sharding,
 )
 from lit_prune.callbacks.calibration import (
     calibration_batches,
     check_calibration_loader,
     check_same_on_all_ranks,
     progress_bar,
+    ranks_of,
     silent_logging,
-    sum_over_ranks,
     training_loss,
+    uncompiled,
     untouched,
     validation_metrics,
 )
+from lit_prune.callbacks.others import check_references, cut_averages, start_over
 from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
-from lit_prune.errors import PlanError, UnsupportedStrategyError
+from lit_prune.callbacks.strategies import check_strategy, rebuild_on_load, renew_wrapper, stop_rebuilding
+from lit_prune.checkpoint import plan_digest
 from lit_prune.pipeline import masked_loss
+from lit_prune.plan import FORMAT
 from lit_prune.selection import Limits, check_ratio
-from lit_prune.surgery import get_plan
 from lit_prune.table import GroupTable
 
 log = logging.getLogger(__name__)
@@ -55,11 +59,21 @@ class StructuredPruning(Callback):
     the optimizer's state over. Calibration leaves no trace: random numbers, dropout, the dataloader's position, logged
     metrics, gradients and ``global_step`` are as if it had not happened.
 
+    ``trainer.validate`` prunes, too, without any training, if epoch or step is 0: what it measures is the pruned model.
+
     Every checkpoint written later carries the plan in this callback's state, and ``ckpt_path=`` rebuilds the smaller model
     from it before weights load.
 
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
+    ``on_pruning_load_start(trainer, pl_module, pruning, checkpoint)`` and ``on_pruning_load_end`` (the same arguments) are
+    called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load;
+    ``on_optimizers_renewed(trainer, pl_module, pruning)`` after a callback of :mod:`lit_prune.callbacks.recovery` made new
+    optimizers.
+
+    Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
+    ``WeightAveraging`` is cut along. ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` forget their best
+    score at the cut, so that a dense model does not win over the pruned ones.
 
     Args:
         importance: Name of the criterion, see :func:`lit_prune.criteria`; a mix of several, ``{name: weight}``; or
@@ -186,31 +200,33 @@ class StructuredPruning(Callback):
         return find_model(pl_module, self.model_path)[1]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Arrange that a checkpoint's plan is applied before its weights load."""
-        del trainer, stage
-        if not isinstance(pl_module.__dict__.get("on_load_checkpoint"), _RebuildOnLoad):
-            pl_module.__dict__["on_load_checkpoint"] = _RebuildOnLoad(self, pl_module)
+        """Check the strategy, and arrange that a checkpoint's plan is applied before its weights load.
+
+        Raises:
+            UnsupportedStrategyError: If the strategy keeps the parameters in a way that cannot be cut.
+        """
+        del stage
+        check_strategy(trainer.strategy)
+        rebuild_on_load(trainer, pl_module, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undo :meth:`setup`."""
-        del trainer, stage
-        if isinstance(pl_module.__dict__.get("on_load_checkpoint"), _RebuildOnLoad):
-            del pl_module.__dict__["on_load_checkpoint"]
+        del pl_module, stage
+        stop_rebuilding(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model and the budget before any work is done."""
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise UnsupportedStrategyError(
-                f"StructuredPruning works on one device and with DDP; found {type(trainer.strategy).__name__}, which shards"
-                " or holds the parameters in a way of its own. Use Trainer(strategy='auto') or strategy='ddp'."
-            )
         if self.stages_done < len(self.stages):
-            model = self.model(pl_module)
-            group_sets = find_group_sets(model)
-            if self._reference is None:
-                self._reference = pipeline.model_size(model, group_sets)
-                self._digests = {"start": _digest(model), "now": _digest(model)}
-            self._config().check(model, group_sets)
+            self._check(pl_module)
+
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        model = self.model(pl_module)
+        group_sets = find_group_sets(model)
+        sharding.check_layout(model)
+        if self._reference is None:
+            self._reference = pipeline.model_size(model, group_sets)
+            self._digests = {"start": plan_digest(model), "now": plan_digest(model)}
+        self._config().check(model, group_sets)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune if a stage is due at this epoch."""
@@ -222,6 +238,14 @@ class StructuredPruning(Callback):
         """Prune if a stage is due at this step."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune under ``trainer.validate``, without any training, if a stage is due at epoch or step 0."""
+        due = [k for k, s in enumerate(self.stages) if 0 in (s.epoch, s.step)]
+        if trainer.state.fn == TrainerFn.VALIDATING and due and due[-1] >= self.stages_done:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._check(pl_module)
+                self.prune(trainer, pl_module, due[-1])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run ended before the whole schedule was done."""
@@ -251,18 +275,20 @@ class StructuredPruning(Callback):
         Raises:
             CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
             BudgetError: If the ratio cannot be reached.
+            UnsupportedCallbackError: If another callback holds parts of the model that would be stale.
         """
-        self._notify(trainer, pl_module, "on_pruning_start")
-        if self.validate and "dense" not in self.metrics:
+        model = self.model(pl_module)
+        check_references(trainer, pl_module, model)
+        self.notify(trainer, pl_module, "on_pruning_start")
+        measure_around = self.validate and trainer.state.fn == TrainerFn.FITTING
+        if measure_around and "dense" not in self.metrics:
             self.metrics["dense"] = validation_metrics(trainer)
         config = self._config(stage)
-        model = self.model(pl_module)
         group_sets = find_group_sets(model)
+        ranks = ranks_of(trainer)
+        total = None if ranks is None else ranks.sum
         with self._batches(trainer) as (batches, loss):
-            statistics = calibrate(model, group_sets, batches, loss, config, root=pl_module)
-        total = sum_over_ranks(trainer)
-        if total is not None:
-            statistics.reduce(total)
+            statistics = calibrate(model, group_sets, batches, loss, config, root=pl_module, ranks=ranks)
 
         def measure(plan: PruningPlan) -> float:
             with self._batches(trainer) as (batches, loss):
@@ -270,6 +296,7 @@ class StructuredPruning(Callback):
             return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
 
         self.table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
+        check_same_on_all_ranks(trainer, plan)
         if not self.dry_run:
             with self._batches(trainer) as (batches, loss):
                 bar = progress_bar(trainer, "Repair")
@@ -285,26 +312,26 @@ class StructuredPruning(Callback):
                     progress=bar,
                     total=total,
                 )
-            check_same_on_all_ranks(trainer, plan)
             self._cut(trainer, pl_module, plan, weights)
             del weights
-            if self.validate:
-                self.metrics["pruned"] = validation_metrics(trainer)
+        renew_wrapper(trainer)
+        if measure_around and not self.dry_run:
+            self.metrics["pruned"] = validation_metrics(trainer)
         self.plan = plan if self.plan is None or self.dry_run else self.plan.then(plan)
         self.stages_done = stage % len(self.stages) + 1
-        self._digests["now"] = _digest(model)
+        self._digests["now"] = plan_digest(model)
         before, after = plan.info["parameters_before"], plan.info["parameters_after"]
         rank_zero_info(
             f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
             f" ({(before - after) / before:.2%}) by {plan.info['importance']}."
         )
         self._write()
-        self._notify(trainer, pl_module, "on_pruning_end")
+        self.notify(trainer, pl_module, "on_pruning_end")
 
     @contextlib.contextmanager
     def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
         """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-        with untouched(trainer), silent_logging(trainer.lightning_module):
+        with untouched(trainer), uncompiled(), silent_logging(trainer.lightning_module):
             batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
             yield batches, training_loss(trainer)
 
@@ -312,15 +339,14 @@ class StructuredPruning(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan, weights: dict[str, torch.Tensor]
     ) -> None:
         apply_plan(self.model(pl_module), plan, trainer.optimizers, weights=weights)
-        if isinstance(trainer.strategy, DDPStrategy):
-            # the reducer holds buckets of the old parameters: wrap anew
-            trainer.strategy.model = pl_module
-            trainer.strategy.configure_ddp()
+        cut_averages(trainer, pl_module, plan, self.model_path)
+        start_over(trainer)
 
-    def _notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str) -> None:
+    def notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str, *arguments: Any) -> None:
+        """Call a hook around pruning on every callback that defines it."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callable(function := getattr(callback, hook, None)):
-                function(trainer, pl_module, self)
+                function(trainer, pl_module, self, *arguments)
 
     @rank_zero_only
     def _write(self) -> None:
@@ -331,12 +357,19 @@ class StructuredPruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan and the metrics, as plain data."""
         return {
+            "format": FORMAT,
+            "model_path": self.model_path,
             "plan": None if self.plan is None or self.dry_run else self.plan.to_dict(),
             "stages_done": 0 if self.dry_run else self.stages_done,
             "reference": None if self._reference is None else list(self._reference),
             "digests": dict(self._digests),
             "metrics": {stage: dict(values) for stage, values in self.metrics.items()},
         }
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several pruning callbacks, each for a model of its own, apart."""
+        return super().state_key if self.model_path is None else self._generate_state_key(model_path=self.model_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the plan and the metrics of a checkpoint."""
@@ -346,35 +379,3 @@ class StructuredPruning(Callback):
         self._reference = None if state_dict["reference"] is None else tuple(state_dict["reference"])
         self._digests = dict(state_dict["digests"])
         self.metrics = {stage: dict(values) for stage, values in state_dict["metrics"].items()}
-
-
-class _RebuildOnLoad:
-    """Stands in for a module's ``on_load_checkpoint``: cuts as the checkpoint's plan says, then calls the module's own."""
-
-    def __init__(self, callback: StructuredPruning, pl_module: pl.LightningModule) -> None:
-        self._callback = callback
-        self._module = pl_module
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        callback, module = self._callback, self._module
-        state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
-        if state.get("plan") is not None:
-            model = callback.model(module)
-            if _digest(model) == state["digests"]["start"]:
-                apply_plan(model, PruningPlan.from_dict(state["plan"]))
-            elif _digest(model) != state["digests"]["now"]:
-                raise PlanError(
-                    "The checkpoint belongs to a model that was cut in another way: it was saved with the plan"
-                    f" {_short(state['digests']['now'])}, from a run that began with {_short(state['digests']['start'])};"
-                    f" the model given has {_short(_digest(model))}. Give the model that the run began with."
-                )
-        type(module).on_load_checkpoint(module, checkpoint)
-
-
-def _digest(model: torch.nn.Module) -> str | None:
-    plan = get_plan(model)
-    return None if plan is None else plan.digest()
-
-
-def _short(digest: str | None) -> str:
-    return "no plan (dense)" if digest is None else digest[:12]

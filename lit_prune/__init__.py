@@ -12,6 +12,7 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.importance import criteria, register_criterion
 from lit_prune.pipeline import PruningConfig, calibrate, make_plan, repair
@@ -47,6 +48,7 @@ __all__ = [
     "find_model",
     "get_plan",
     "make_plan",
+    "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",
     "repair",

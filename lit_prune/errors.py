@@ -27,3 +27,7 @@ class UnsupportedStrategyError(PruningError):
 
 class RankMismatchError(PruningError):
     """The processes of a distributed run do not agree on what to cut."""
+
+
+class UnsupportedCallbackError(PruningError):
+    """Another callback holds parts of the model that would be stale after the cut."""

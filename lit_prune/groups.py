@@ -54,11 +54,13 @@ class Slice:
         """Whether the inputs of the slice's module are the features that its parameter multiplies."""
         return self.input_dim is not None and not self.opaque
 
-    def reduce(self, values: Tensor) -> Tensor:
+    def reduce(self, values: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """Sum values that have the parameter's shape to one number a group.
 
         Args:
-            values: Tensor of the parameter's shape.
+            values: Tensor of the parameter's shape, or a part of it along ``dim``.
+            start: Position along ``dim`` where the part starts.
+            length: Length of the whole along ``dim``, if ``values`` is a part.
 
         Returns:
             Tensor of shape ``(groups,)`` in float32 (float64 if ``values`` is).
@@ -66,6 +68,8 @@ class Slice:
         dtype = values.dtype if values.dtype == torch.float64 else torch.float32
         other = [d for d in range(values.dim()) if d != self.dim]
         line = values.sum(dim=other, dtype=dtype) if other else values.to(dtype)
+        if length is not None:
+            line = torch.nn.functional.pad(line, (start, length - start - line.shape[0]))
         return line[self.index.to(line.device)].sum(dim=1)
 
 
@@ -136,6 +140,11 @@ class GroupSet:
     def consumers(self) -> tuple[Slice, ...]:
         """The slices that read what the groups produce."""
         return tuple(s for s in self.slices if s.consumes)
+
+    @property
+    def masked(self) -> tuple[Slice, ...]:
+        """The slices to silence a group by: its consumers; for what nothing reads by itself, an expert, all of it."""
+        return self.consumers or self.slices
 
     @property
     def refittable(self) -> tuple[Slice, ...]:

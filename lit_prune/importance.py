@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune import sharding
 from lit_prune.groups import GroupSet, Slice
-from lit_prune.statistics import ELEMENTWISE, STATISTICS, Statistics
+from lit_prune.statistics import ELEMENTWISE, GROUPWISE, STATISTICS, Statistics
 
 NORMALIZATIONS = ("mean", "kind", "standard")
 
@@ -44,6 +45,25 @@ def second_order(weight: Tensor, squared_gradient: Tensor) -> Tensor:
     Reference: LeCun et al., Optimal Brain Damage, NeurIPS 1989.
     """
     return 0.5 * (weight.square() * squared_gradient).abs()
+
+
+def fisher(mask_gradient: Tensor) -> Tensor:
+    r"""Empirical Fisher information of a mask of the groups, :math:`\frac1N\sum_i(\partial L_i/\partial m_j)^2`.
+
+    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j.
+    By the chain rule its derivative is :math:`\sum_{\theta\in j}\theta g_i` over the group's part of the consumer, so
+    only the consumers' gradients are needed. Unlike a sum of element by element terms it knows which of them cancel.
+    The smaller the calibration batches, the more of them there are to average over.
+
+    Args:
+        mask_gradient: The derivative by each group's mask in one batch, shape ``(groups,)``.
+
+    Returns:
+        Tensor of shape ``(groups,)``, to be averaged over the batches.
+
+    Reference: Kwon et al., A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022.
+    """
+    return mask_gradient.square()
 
 
 def taylor_2nd(weight: Tensor, gradient: Tensor, squared_gradient: Tensor) -> Tensor:
@@ -136,6 +156,7 @@ class Term:
         statistic: Name of the statistic that ``function`` takes as its second argument, one of
             :data:`lit_prune.statistics.STATISTICS`, or ``None``.
         consumers_only: Whether only the slices that read the groups count (``o_proj``, ``down_proj``).
+        per_group: Whether ``function`` takes the statistic alone, which is one number a group and batch.
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
     """
@@ -144,9 +165,12 @@ class Term:
     statistic: str | None = None
     consumers_only: bool = False
     per_input: bool = False
+    per_group: bool = False
 
-    def applies(self, part: Slice) -> bool:
-        """Whether the term counts this slice."""
+    def applies(self, group_set: GroupSet, part: Slice) -> bool:
+        """Whether the term counts this slice of a group set."""
+        if self.per_group:
+            return any(part is s for s in group_set.masked)
         return part.consumes or not self.consumers_only
 
 
@@ -180,6 +204,7 @@ _REGISTRY: dict[str, Criterion] = {
         Criterion("taylor", (Term(taylor, "gradient"),)),
         Criterion("taylor_2nd", (Term(taylor, "gradient"), Term(second_order, "squared_gradient"))),
         Criterion("taylor_batch", (Term(taylor, "absolute_gradient"),)),
+        Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
         Criterion("second_order", (Term(second_order, "squared_gradient"),)),
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
         Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
@@ -204,7 +229,8 @@ def register_criterion(
         name: The name, which must be free.
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
-        statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``.
+        statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
+            takes that alone, shape ``(groups,)``, and is averaged over the batches.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 
@@ -220,7 +246,8 @@ def register_criterion(
     if statistic is not None and statistic not in STATISTICS:
         raise ValueError(f"Unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}.")
     check_normalization(normalize)
-    criterion = Criterion(name, (Term(function, statistic, consumers_only),), normalize)
+    term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
+    criterion = Criterion(name, (term,), normalize)
     _REGISTRY[name] = criterion
     return criterion
 
@@ -271,6 +298,8 @@ def group_importance(
         normalize: Normalisation, see :class:`Criterion`.
         seed: Seed of ``random``.
 
+    Sharded parameters (FSDP2) are scored by their local shards, with one sum over the processes for each group set.
+
     Returns:
         For every group set a float32 tensor of shape ``(groups,)`` on the CPU.
     """
@@ -280,11 +309,20 @@ def group_importance(
     result = []
     for group_set in group_sets:
         total = torch.zeros(group_set.size)
-        for position, part in enumerate(group_set.slices):
+        weights = [parameters[part.parameter] for part in group_set.slices]
+        shared = sharding.any_sharded(weights)
+        for term in criterion.terms:
+            if term.per_group:
+                assert statistics is not None
+                value = statistics.reduced[term, group_set.key, 0].cpu()
+                total += value if shared is None else sharding.once(value, shared)
+        for position, (part, weight) in enumerate(zip(group_set.slices, weights, strict=True)):
             for term in criterion.terms:
-                if term.applies(part):
-                    total += _term_importance(term, parameters[part.parameter], group_set, position, statistics).cpu()
-        result.append(total)
+                if not term.per_group and term.applies(group_set, part):
+                    value = _term_importance(term, weight, group_set, position, statistics).cpu()
+                    whole = term.per_input or not sharding.is_sharded(weight)
+                    total += value if shared is None or not whole else sharding.once(value, shared)
+        result.append(total if shared is None else sharding.sum_over_shards(total, shared))
     return _normalized(result, group_sets, normalize)
 
 
@@ -336,9 +374,10 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return part.reduce(term.function(weight))
+        return sharding.reduce(part, term.function(sharding.local(weight)), weight)
     assert statistics is not None
     if term.per_input:
+        weight = sharding.full(weight)
         value = statistics.activation_of(part, term.statistic, weight).flatten()
         columns = term.function(weight.float().movedim(part.dim, -1).flatten(0, -2), value)
         return columns[part.index.to(columns.device)].sum(dim=1)
@@ -348,5 +387,5 @@ def _term_importance(
     if term.statistic in ELEMENTWISE:
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
     else:
-        value = statistics.activation_of(part, term.statistic, weight)
-    return part.reduce(term.function(weight.float(), value))
+        value = sharding.local_part(statistics.activation_of(part, term.statistic, weight), weight)
+    return sharding.reduce(part, term.function(sharding.local(weight).float(), value), weight)

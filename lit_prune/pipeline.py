@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import CalibrationError, UnsupportedModelError
+from lit_prune import sharding
+from lit_prune.distributed import Ranks
+from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
@@ -163,6 +165,7 @@ def calibrate(
     config: PruningConfig,
     *,
     root: nn.Module | None = None,
+    ranks: Ranks | None = None,
 ) -> Statistics:
     """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`."""
     return collect_statistics(
@@ -174,6 +177,7 @@ def calibrate(
         mode=config.statistics,
         activations=config.repair == "bias",
         root=root,
+        ranks=ranks,
     )
 
 
@@ -202,6 +206,7 @@ def make_plan(
         ValueError: If there are several candidates and no ``measure``.
     """
     check_names(model, group_sets)
+    sharding.reshard(model)
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before = count_parameters(model)
     results: list[tuple[GroupTable, PruningPlan]] = []
@@ -253,9 +258,14 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
             for entry in plan.entries:
                 group_set = by_key[entry.key]
                 removed = group_set.kept_to_removed(entry.kept)
-                # what nothing reads by itself, an expert, is silenced where it speaks
-                for part in group_set.consumers or group_set.slices:
-                    weight = model.get_parameter(part.parameter)
+                for part in group_set.masked:
+                    weight: Tensor = model.get_parameter(part.parameter)
+                    if sharding.is_sharded(weight) and sharding.sharded_dim(weight) == part.dim:
+                        raise UnsupportedStrategyError(
+                            f"{part.parameter!r} is sharded along dimension {part.dim}, along which its groups lie, so plans"
+                            f" cannot be compared by masks. Name one criterion in place of importance={AUTO!r}."
+                        )
+                    weight = sharding.local(weight)
                     columns = part.index[removed].flatten().to(weight.device)
                     before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
                     weight.index_fill_(part.dim, columns, 0.0)
@@ -283,6 +293,7 @@ def masked_loss(
         CalibrationError: If there is no batch.
     """
     losses: list[Tensor] = []
+    sharding.reshard(model)
     with evaluation_mode(model if root is None else root), masked(model, group_sets, plan):
         chosen = list(batches)
         held = [b for number, b in enumerate(chosen) if config.holds_back(number)]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lit_prune import sharding
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -94,13 +95,15 @@ def bias_fold(
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.refittable:
             module = model.get_submodule(part.module)
-            weight = model.get_parameter(part.parameter)
+            weight = sharding.full(model.get_parameter(part.parameter))
             columns = part.index[removed].flatten().to(weight.device)
             mean = statistics.activations[part.module].mean[columns].to(weight.device)
             lost = weight.index_select(part.dim, columns).double()
             lost = lost.T @ mean if part.dim == 0 else lost @ mean
             present = getattr(module, "bias", None)
-            biases[f"{part.module}.bias"] = (lost if present is None else lost + present).to(weight.dtype)
+            biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(
+                weight.dtype
+            )
     added = [
         name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
     ]
@@ -157,12 +160,13 @@ def least_squares(
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, group_sets, batches, forward):
+            sharding.reshard(model)
             dense, pruned = stream.inputs, stream.inputs
             started = False
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
                 started = started or any(s.key in touched for s in members)
-                block = model.get_submodule(name)
+                block = sharding.plain_copy(model.get_submodule(name))
                 if not started:
                     dense = pruned = _run(block, dense, stream.calls[name])
                     continue
@@ -181,7 +185,11 @@ def least_squares(
                     transposed = parts[path].input_dim == 0
                     solved = ridge(gram, cross, weight.T if transposed else weight, damping)
                     weight.copy_(solved.T if transposed else solved)
-                    weights[parts[path].parameter] = weight.detach().clone()
+                    original: Tensor = model.get_parameter(parts[path].parameter)
+                    refitted = weight.detach().clone()
+                    if sharding.is_sharded(original):
+                        refitted = sharding.shard_like(refitted, original)
+                    weights[parts[path].parameter] = refitted
                 dense, pruned = following, _run(smaller, pruned, stream.calls[name])
     return weights
 

@@ -3,7 +3,8 @@
 Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parameter's shape in CPU memory. ``streaming``
 reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
 criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
-under an absolute value is not and stays elementwise, on the parameter's own device).
+under an absolute value is not and stays elementwise, on the parameter's own device). ``mask_gradient``, the derivative
+of the loss by a mask of the groups, is a number a group and batch in either way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune import sharding
+from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import GroupSet, Slice, check_names
 
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from lit_prune.importance import Term
 
 ELEMENTWISE = ("gradient", "absolute_gradient", "squared_gradient")
+GROUPWISE = ("mask_gradient",)
 ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
-STATISTICS = (*ELEMENTWISE, *ACTIVATION)
+STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
 MODES = ("streaming", "elementwise")
 
 _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,9 +95,11 @@ class Statistics:
     Args:
         batches: Number of calibration batches.
         tokens: Number of tokens that the first observed projection saw (0 without activation statistics).
-        elementwise: By statistic and parameter, a float32 tensor of the parameter's shape, a mean over the batches.
+        elementwise: By statistic and parameter, a float32 tensor of the parameter's shape, a mean over the batches; of
+            a sharded parameter only the local shard.
         reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,
-            a mean over the batches.
+            a mean over the batches; of a sharded parameter only what the local shard adds to it. Terms of whole groups
+            (``mask_gradient``) are at position 0, and whole in every process.
         activations: By module, the statistics of its inputs.
         loss: Mean calibration loss, if losses were computed.
     """
@@ -109,26 +115,14 @@ class Statistics:
         """Number of tokens seen, 0 without activation statistics."""
         return max((a.count for a in self.activations.values()), default=0)
 
-    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Combine the statistics that several processes collected on their own batches, in place.
-
-        Args:
-            total: Sums a tensor over the processes; every process gets the same sum. All processes must have collected
-                the same statistics, in the same order; numbers of batches may differ.
-        """
-        batches = total(torch.tensor(float(self.batches)))
-        share = self.batches / float(batches)
-        for store in (self.reduced, *self.elementwise.values()):
-            for key, value in store.items():  # type: ignore[attr-defined]
-                store[key] = total(value * share)  # type: ignore[index]
-        for activation in self.activations.values():
-            activation.count = int(total(torch.tensor(float(activation.count), dtype=torch.float64)))
-            activation.sum = total(activation.sum)
-            activation.sum_abs = total(activation.sum_abs)
-            activation.sum_squares = total(activation.sum_squares)
-        if self.loss is not None:
-            self.loss = float(total(torch.tensor(self.loss * share)))
-        self.batches = int(batches)
+    def reduce_activations(self, ranks: Ranks) -> None:
+        """Add up, in place, what several processes observed on their own batches; the counts of tokens may differ."""
+        for name in sorted(self.activations):
+            activation = self.activations[name]
+            activation.count = int(ranks.sum(torch.tensor(activation.count)))
+            activation.sum = ranks.sum(activation.sum)
+            activation.sum_abs = ranks.sum(activation.sum_abs)
+            activation.sum_squares = ranks.sum(activation.sum_squares)
 
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
@@ -164,6 +158,7 @@ def collect_statistics(
     mode: str = "streaming",
     activations: bool = False,
     root: nn.Module | None = None,
+    ranks: Ranks | None = None,
 ) -> Statistics:
     """Run calibration batches and collect what the terms of a criterion need.
 
@@ -181,6 +176,9 @@ def collect_statistics(
         activations: Observe the inputs of the projections even if no term asks for it.
         root: The module that holds the model and computes the loss, if there is more to it than the model: its modes
             and gradients are guarded as well.
+        ranks: The processes of a distributed run, each of which calls this with its own batches. A batch is then the
+            batches of all of them together, its gradient their mean, as in training; calibration ends with the first
+            process that has no more. Every process gets the same statistics, or an error.
 
     Raises:
         CalibrationError: If there is no batch, the loss is missing or does not depend on the parameters, or a loss or
@@ -193,11 +191,12 @@ def collect_statistics(
     check_names(model, group_sets)
     terms = list(dict.fromkeys(terms))
     root = model if root is None else root
+    sharding.reshard(root)
     needed = {t.statistic for t in terms if t.statistic is not None}
-    gradients = bool(needed & set(ELEMENTWISE))
+    gradients = bool(needed & {*ELEMENTWISE, *GROUPWISE})
     statistics = Statistics()
     losses: list[Tensor] = []
-    collector = _GradientCollector(model, root, group_sets, terms, mode) if gradients else None
+    collector = _GradientCollector(model, root, group_sets, terms, mode, ranks) if gradients else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
         observer = None
@@ -206,12 +205,12 @@ def collect_statistics(
         if collector is not None:
             stack.enter_context(collector)
         stack.enter_context(torch.set_grad_enabled(gradients))
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(_together(batches, ranks)):
             if observer is not None:
                 observer.mask = attention_mask_of(batch)
             loss = loss_fn(batch)
             if collector is not None:
-                losses.append(_checked_loss(loss, number).detach())
+                losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
                 loss.backward()  # type: ignore[union-attr]
                 collector.end_batch()
@@ -222,7 +221,8 @@ def collect_statistics(
     if statistics.batches == 0:
         raise CalibrationError("The calibration dataloader gave no batch; expected at least one.")
     if losses:
-        stacked = torch.stack([loss.float() for loss in losses]).cpu()
+        stacked = torch.stack([loss.float() for loss in losses])
+        stacked = (stacked if ranks is None else ranks.mean(stacked)).cpu()
         if not bool(stacked.isfinite().all()):
             number = int((~stacked.isfinite()).nonzero()[0])
             raise CalibrationError(
@@ -234,25 +234,47 @@ def collect_statistics(
         collector.finish(statistics)
     if observer is not None:
         statistics.activations = observer.statistics
+        missing = sorted({s.module for g in group_sets for s in g.slices if s.observable} - set(observer.statistics))
+        if not _everywhere(not missing, ranks):
+            named = missing[:5] or "modules that another process's batches went through"
+            raise CalibrationError(f"No calibration batch went through {named}; their inputs cannot be measured.")
+        if ranks is not None:
+            statistics.reduce_activations(ranks)
         for name, activation in observer.statistics.items():
             if not bool(activation.sum_squares.isfinite().all()):
                 raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
-        missing = sorted({s.module for g in group_sets for s in g.slices if s.observable} - set(observer.statistics))
-        if missing:
-            raise CalibrationError(f"No calibration batch went through {missing[:5]}; their inputs cannot be measured.")
     return statistics
 
 
-def _checked_loss(loss: Tensor | None, number: int) -> Tensor:
+def _everywhere(flag: bool, ranks: Ranks | None) -> bool:
+    return flag if ranks is None else ranks.all(flag)
+
+
+def _together(batches: Iterable[Any], ranks: Ranks | None) -> Iterator[Any]:
+    """The batches, for as long as every process has one."""
+    iterator = iter(batches)
+    end = object()
+    while True:
+        batch = next(iterator, end)
+        if not _everywhere(batch is not end, ranks):
+            return
+        yield batch
+
+
+def _checked_loss(loss: Tensor | None, number: int, ranks: Ranks | None) -> Tensor:
+    fine = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
+    if _everywhere(fine, ranks):
+        assert loss is not None
+        return loss
+    if fine:
+        raise CalibrationError(f"Calibration batch {number} gave no usable loss on another process, which says why.")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise CalibrationError(f"Calibration batch {number} gave no scalar loss; found {found}.")
-    if not loss.requires_grad:
-        raise CalibrationError(
-            f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
-            " unknown. Was it detached, or computed under no_grad?"
-        )
-    return loss
+    raise CalibrationError(
+        f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
+        " unknown. Was it detached, or computed under no_grad?"
+    )
 
 
 @contextlib.contextmanager
@@ -306,16 +328,23 @@ class _GradientCollector:
     """Takes each parameter's gradient the moment it is ready, adds it to what the terms need, and frees it."""
 
     def __init__(
-        self, model: nn.Module, root: nn.Module, group_sets: Sequence[GroupSet], terms: Sequence[Term], mode: str
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        group_sets: Sequence[GroupSet],
+        terms: Sequence[Term],
+        mode: str,
+        ranks: Ranks | None,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._root = root
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
+        self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
         for group_set in group_sets:
             for position, part in enumerate(group_set.slices):
-                if any(t.applies(part) for t in self._terms):
+                if any(t.applies(group_set, part) for t in (*self._terms, *self._groupwise)):
                     self._uses.setdefault(part.parameter, []).append((group_set, position))
         self._parameters = {name: parameters[name] for name in self._uses}
         frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
@@ -328,8 +357,15 @@ class _GradientCollector:
         self._reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = {}
         self._finite: list[Tensor] = []
         self._batch_finite: dict[str, Tensor] = {}
+        # of the batch at hand: the derivative of the loss by a mask of the groups
+        self._mask_gradients: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
         self._batches = 0
+        self._ranks = ranks
+        # gradients that wait for those before them: the processes have to average them in one order, the last layers first
+        self._waiting: dict[str, Tensor] = {}
+        self._order = list(reversed(self._parameters)) if ranks is not None and ranks.mean_gradients else []
+        self._next = 0
 
     def __enter__(self) -> _GradientCollector:
         scored = {id(p) for p in self._parameters.values()}
@@ -338,7 +374,9 @@ class _GradientCollector:
         self._gradients = [(p, p.grad) for p in everything]
         for parameter in everything:
             parameter.grad = None
-            parameter.requires_grad_(id(parameter) in scored)
+            # FSDP2 fixes at its first forward which parameters it will ever reduce gradients of: leave it its flags
+            if not sharding.is_sharded(parameter):
+                parameter.requires_grad_(id(parameter) in scored)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
         return self
@@ -353,16 +391,24 @@ class _GradientCollector:
 
     def start_batch(self) -> None:
         self._batch_finite = {}
+        self._next = 0
 
     def end_batch(self) -> None:
-        missing = [name for name in self._parameters if name not in self._batch_finite]
-        if missing:
+        seen = self._waiting.keys() | self._batch_finite.keys()
+        missing = [name for name in self._parameters if name not in seen]
+        for name in missing if self._order else ():
+            self._waiting[name] = torch.zeros_like(self._parameters[name])
+        self._average_waiting()
+        if not _everywhere(not missing, self._ranks):
             raise CalibrationError(
-                f"No gradient reached {missing[:3]} ({len(missing)} parameters) in calibration batch {self._batches};"
-                " the loss does not depend on them."
+                f"No gradient reached {missing[:3] or 'some parameters on another process'} ({len(missing)} parameters) in"
+                f" calibration batch {self._batches}; the loss does not depend on them."
             )
+        self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
         self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
+        for parameter, _ in self._gradients:
+            parameter.grad = None
         self._batches += 1
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
@@ -371,28 +417,61 @@ class _GradientCollector:
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
-            self._batch_finite[name] = gradient.sum(dtype=torch.float32).isfinite()
-            gradient = gradient.float()
-            weight = parameter.detach().float()
-            elementwise = set()
-            for term in self._terms:
-                assert term.statistic is not None
-                if self._mode == "elementwise" or term.statistic == "gradient":
-                    elementwise.add(term.statistic)
-                    continue
-                value = term.function(weight, _PER_BATCH[term.statistic](gradient))
-                for group_set, position in self._uses[name]:
-                    if term.applies(group_set.slices[position]):
-                        self._add(
-                            self._reduced, (term, group_set.key, position), group_set.slices[position].reduce(value)
-                        )
-            for statistic in elementwise:
-                value = _PER_BATCH[statistic](gradient)
-                if self._mode == "elementwise":
-                    value = value.cpu()
-                self._add(self._elementwise.setdefault(statistic, {}), name, value)
+            if self._order:
+                self._waiting[name] = gradient
+                self._average_waiting()
+            else:
+                self._take(name, gradient)
 
         return hook
+
+    def _average_waiting(self) -> None:
+        assert self._ranks is not None or not self._order
+        while self._next < len(self._order) and self._order[self._next] in self._waiting:
+            name = self._order[self._next]
+            self._take(name, self._ranks.mean(self._waiting.pop(name)))  # type: ignore[union-attr]
+            self._next += 1
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        parameter = self._parameters[name]
+        gradient = sharding.local(gradient)
+        self._batch_finite[name] = gradient.sum(dtype=torch.float32).isfinite()
+        gradient = gradient.float()
+        weight = sharding.local(parameter.detach()).float()
+        if self._groupwise:
+            for group_set, position in self._uses[name]:
+                part = group_set.slices[position]
+                if self._groupwise[0].applies(group_set, part):
+                    self._add(self._mask_gradients, group_set.key, sharding.reduce(part, weight * gradient, parameter))
+        elementwise = set()
+        for term in self._terms:
+            assert term.statistic is not None
+            if self._mode == "elementwise" or term.statistic == "gradient":
+                elementwise.add(term.statistic)
+                continue
+            value = term.function(weight, _PER_BATCH[term.statistic](gradient))
+            for group_set, position in self._uses[name]:
+                part = group_set.slices[position]
+                if term.applies(group_set, part):
+                    reduced = sharding.reduce(part, value, parameter)
+                    self._add(self._reduced, (term, group_set.key, position), reduced)
+        for statistic in elementwise:
+            value = _PER_BATCH[statistic](gradient)
+            if self._mode == "elementwise":
+                value = value.cpu()
+            self._add(self._elementwise.setdefault(statistic, {}), name, value)
+
+    def _take_mask_gradients(self) -> None:
+        shared = sharding.any_sharded(self._parameters.values())
+        if shared is not None and self._mask_gradients:
+            keys = sorted(self._mask_gradients)
+            whole = sharding.sum_over_shards(torch.cat([self._mask_gradients[k] for k in keys]), shared)
+            sizes = [len(self._mask_gradients[k]) for k in keys]
+            self._mask_gradients = dict(zip(keys, whole.split(sizes), strict=True))
+        for key, derivative in self._mask_gradients.items():
+            for term in self._groupwise:
+                self._add(self._reduced, (term, key, 0), term.function(derivative))
+        self._mask_gradients = {}
 
     @staticmethod
     def _add(store: dict[Any, Tensor], key: Any, value: Tensor) -> None:
@@ -403,7 +482,8 @@ class _GradientCollector:
 
     def finish(self, statistics: Statistics) -> None:
         """Turn sums into means, and refuse gradients that were not finite."""
-        finite = torch.stack(self._finite).cpu()
+        finite = torch.stack(self._finite)
+        finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
         if not bool(finite.all()):
             batch, position = (int(i) for i in (~finite).nonzero()[0])
             raise CalibrationError(

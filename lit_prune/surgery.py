@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
@@ -76,6 +78,9 @@ def apply_plan(
 
     Every touched parameter is replaced by a smaller one, one at a time; of the old ones only what leaves is kept until the
     end, so that an error anywhere puts model and optimizers back as they were, without a second copy of the model.
+    Parameters that FSDP2 shards are gathered, cut and sharded again one at a time, and so is their optimizer state; all
+    processes have to call this. What can be known to fail is found before the first of them is cut; there is no way back
+    from an error after it.
     The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
 
@@ -105,6 +110,10 @@ def apply_plan(
     )
     if unknown:
         raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
+    if sharding.any_sharded(model.parameters()) is not None:
+        sharding.check_layout(model)
+        sharding.reshard(model)
+        _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
     try:
         for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
@@ -117,6 +126,35 @@ def apply_plan(
         for undo in reversed(journal):
             undo()
         raise
+
+
+def _check_sharded(
+    model: nn.Module,
+    cuts: Mapping[str, Sequence[Cut]],
+    weights: Mapping[str, Tensor],
+    plan: PruningPlan,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Find what would fail in the middle of cutting a sharded model."""
+    if plan.biases:
+        raise PruningError(
+            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards already."
+            " Use repair='least_squares' or repair=None."
+        )
+    for name in {*cuts, *weights}:
+        parameter = model.get_parameter(name)
+        shape = list(parameter.shape)
+        for cut in cuts.get(name, ()):
+            shape[cut.dim] = len(cut.kept)
+        if name in weights and list(weights[name].shape) != shape:
+            raise PlanError(
+                f"New weights for {name!r} have shape {tuple(weights[name].shape)}; expected {tuple(shape)}."
+            )
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    what = f"{type(optimizer).__name__} state {key!r} of {name!r}"
+                    _state_cuts(value, parameter.shape, cuts.get(name, ()), what)
 
 
 @torch.no_grad()
@@ -194,6 +232,9 @@ def _replace_parameter(
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     old: nn.Parameter = getattr(module, attribute)
+    if isinstance(old, DTensor):
+        _replace_sharded(model, name, old, cuts, values, optimizers)
+        return
     data, left = _cut(old.data, cuts)
     original = data
     if values is not None:
@@ -228,6 +269,34 @@ def _replace_parameter(
     old.grad = None
     for optimizer in optimizers:
         _replace_in_optimizer(optimizer, name, old, new, shape, cuts, journal)
+
+
+def _replace_sharded(
+    model: nn.Module,
+    name: str,
+    old: DTensor,
+    cuts: Sequence[Cut],
+    values: Tensor | None,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    shape = old.shape
+    whole = _cut(sharding.full(old), cuts)[0] if values is None else sharding.full(values).to(old.dtype)
+    new = sharding.replace(model, old, whole)
+    del whole
+    for module in model.modules():
+        if any(p is new for p in module._parameters.values()):
+            _sync_features(module)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    applied = _state_cuts(value, shape, cuts, key)
+                    cut = _cut(sharding.full(value), applied)[0]
+                    state[key] = sharding.shard_like(cut, value) if isinstance(value, DTensor) else cut
+            optimizer.state[new] = state
 
 
 def _sync_features(module: nn.Module) -> None:

@@ -284,3 +284,38 @@ def test_tied_projections_get_their_whole_gradient(batches, loss_of):
     )
     statistics = collect_statistics(model, group_sets, batches, twice, criterion.terms)
     torch.testing.assert_close(statistics.elementwise["gradient"]["model.layers.0.mlp.up_proj.weight"], total)
+
+
+@pytest.mark.parametrize("mode", ["streaming", "elementwise"])
+def test_fisher_equals_autograd_by_a_mask_on_what_the_consumers_read(batches, loss_of, mode):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    masks = {s.key: torch.ones(s.size, requires_grad=True) for s in group_sets}
+    expected = {s.key: torch.zeros(s.size) for s in group_sets}
+
+    def masked(key, index):
+        def hook(_, args):
+            scale = torch.ones(args[0].shape[-1]).index_copy(
+                0, index.flatten(), masks[key].repeat_interleave(index.shape[1])
+            )
+            return (args[0] * scale,)
+
+        return hook
+
+    handles = [
+        model.get_submodule(part.module).register_forward_pre_hook(masked(s.key, part.index))
+        for s in group_sets
+        for part in s.consumers
+    ]
+    for batch in batches:
+        gradients = torch.autograd.grad(loss_of(model)(batch), list(masks.values()))
+        for key, gradient in zip(masks, gradients, strict=True):
+            expected[key] += gradient.square() / len(batches)
+    for handle in handles:
+        handle.remove()
+    criterion = get_criterion("fisher")
+    statistics = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms, mode=mode)
+    found = group_importance(criterion, dict(model.named_parameters()), group_sets, statistics)
+    for group_set, importance in zip(group_sets, found, strict=True):
+        torch.testing.assert_close(importance, expected[group_set.key], rtol=1e-4, atol=1e-12)
+    assert not statistics.elementwise

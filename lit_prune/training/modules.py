@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.training.loading import load_model
+from lit_prune.training.sharded import empty_model, read_shards, shard_model
 
 IGNORED = -100
 
@@ -36,9 +39,11 @@ class CausalLMModule(pl.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: Attention implementation of transformers, ``sdpa`` or ``eager`` for instance.
         trust_remote_code: Whether code that lies beside the weights may run.
+        shard: For models larger than a device, with ``ModelParallelStrategy``: shard the model by FSDP2, and read of every
+            tensor only the part that belongs to the process. Needs a directory with safetensors files.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or ``shard`` is combined with ``random_weights``.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class CausalLMModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         if learning_rate <= 0 or weight_decay < 0 or warmup_steps < 0 or not 0 <= min_lr_factor <= 1:
@@ -63,17 +69,39 @@ class CausalLMModule(pl.LightningModule):
                 f" {learning_rate}, {weight_decay}, {warmup_steps} and {min_lr_factor}."
             )
         self.save_hyperparameters()
-        language_model: Any = load_model(
-            model,
-            random_weights=random_weights,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+        if shard and random_weights:
+            raise ValueError("shard=True reads pretrained weights; found random_weights=True.")
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        language_model: Any = (
+            empty_model(model, **options) if shard else load_model(model, random_weights=random_weights, **options)
         )
         if gradient_checkpointing:
             language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model: nn.Module = language_model.train()
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
+
+    def configure_model(self) -> None:
+        """Shard the model, if that is asked for, and read the shards.
+
+        Raises:
+            ValueError: If ``shard`` and the Trainer's strategy do not fit each other.
+        """
+        # Lightning calls this for load_from_checkpoint, too, without a trainer
+        strategy = None if self._trainer is None else self.trainer.strategy
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        if sharded != self.hparams["shard"]:
+            # or Lightning's tear-down fails on parameters without memory, and its error is all that is seen
+            del self.model
+            raise ValueError(
+                f"Expected shard=True with ModelParallelStrategy and shard=False without; found"
+                f" shard={self.hparams['shard']} with {'no Trainer' if strategy is None else type(strategy).__name__}."
+            )
+        if sharded and any(p.is_meta for p in self.model.parameters()):
+            assert self.device_mesh is not None
+            shard_model(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+            read_shards(self.model, self.hparams["model"])
 
     def forward(self, **batch: Tensor) -> Any:
         """Run the model."""
@@ -98,6 +126,10 @@ class CausalLMModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same as validation."""
         self.validation_step(batch, batch_idx)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cut the model as the checkpoint's was, so that ``load_from_checkpoint`` takes checkpoints of pruned models."""
+        rebuild_from_checkpoint(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and the chosen schedule."""

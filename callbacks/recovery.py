@@ -1,0 +1,572 @@
+"""What helps a pruned model heal: a new warm-up of the learning rate, distillation from the dense model, LoRA."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from lit_prune import find_group_sets
+from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.strategies import renew_wrapper
+from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
+from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
+from lit_prune.files import replacing
+from lit_prune.statistics import attention_mask_of
+from lit_prune.training.loading import load_model
+
+
+class LearningRateRewarmup(Callback):
+    r"""Let the learning rate rise anew after every cut, whatever its scheduler does meanwhile.
+
+    At the k-th optimizer step after a cut every learning rate is multiplied by
+    :math:`f + (1 - f)\,\min(1, k / \mathrm{steps})`, for the length of this step only: the scheduler, and whoever reads
+    ``param_groups`` between steps (``LearningRateMonitor``), see the learning rate of the schedule.
+
+    Args:
+        steps: Optimizer steps until the whole learning rate is reached again.
+        start_factor: The factor f, from 0 to 1.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example::
+
+        Trainer(callbacks=[StructuredPruning(), LearningRateRewarmup(steps=200)])
+    """
+
+    def __init__(self, steps: int = 100, start_factor: float = 0.0) -> None:
+        super().__init__()
+        if steps < 1 or not 0 <= start_factor <= 1:
+            raise ValueError(f"Expected steps >= 1 and start_factor in [0, 1]; found {steps} and {start_factor}.")
+        self.steps = steps
+        self.start_factor = start_factor
+        self._since_cut: list[int] | None = None
+        self._hooked: list[Optimizer] = []
+        self._handles: list[Any] = []
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at the given step after the cut, the first of which is 1."""
+        return self.start_factor + (1 - self.start_factor) * min(1.0, step / self.steps)
+
+    def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Start over."""
+        del pl_module
+        if not pruning.dry_run:
+            self._since_cut = [0] * len(trainer.optimizers)
+            self._take_hold(trainer.optimizers)
+
+    def on_optimizers_renewed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning
+    ) -> None:
+        """Take hold of optimizers that another callback made in place of the old ones."""
+        del pl_module, pruning
+        self._take_hold(trainer.optimizers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on in the middle of a warm-up, in a resumed run."""
+        del pl_module
+        self._take_hold(trainer.optimizers)
+
+    def _take_hold(self, optimizers: Sequence[Optimizer]) -> None:
+        if self._since_cut is None or [id(o) for o in optimizers] == [id(o) for o in self._hooked]:
+            return
+        self._release()
+        self._hooked = list(optimizers)
+        for number, optimizer in enumerate(optimizers):
+            warmed = _Warmed(self, number)
+            self._handles.append(optimizer.register_step_pre_hook(warmed.before))
+            self._handles.append(optimizer.register_step_post_hook(warmed.after))
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked = [], []
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        del trainer, pl_module, stage
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps ago the cut was, by optimizer."""
+        return {"since_cut": None if self._since_cut is None else list(self._since_cut)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the middle of a warm-up."""
+        since = state_dict["since_cut"]
+        self._since_cut = None if since is None else list(since)
+
+
+class _Warmed:
+    """The step hooks of one optimizer."""
+
+    def __init__(self, owner: LearningRateRewarmup, number: int) -> None:
+        self._owner = owner
+        self._number = number
+        self._rates: list[Any] = []
+        # an optimizer whose step calls that of its base class runs the hooks of both
+        self._depth = 0
+
+    def before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            assert self._owner._since_cut is not None
+            factor = self._owner.factor(self._owner._since_cut[self._number] + 1)
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            if factor < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * factor
+
+    def after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            assert self._owner._since_cut is not None
+            self._owner._since_cut[self._number] += 1
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    r"""Mean over tokens of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))`.
+
+    Args:
+        student: Logits s, shape ``(..., classes)``.
+        teacher: Logits t, same shape.
+        temperature: T, positive.
+        mask: Tokens that count, of the shape of ``student`` without its last dimension.
+
+    Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    log_student = functional.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _masked_mean(divergence, mask)
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Mean over layers of the squared error of hidden states, relative to the mean square of the teacher's.
+
+    Args:
+        student: Hidden states after each layer, shape ``(batch, tokens, hidden)``; cutting leaves their width as it was.
+        teacher: The same of the teacher.
+        mask: Tokens that count, shape ``(batch, tokens)``.
+    """
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        error = (s.float() - t.float()).square().mean(-1)
+        losses.append(_masked_mean(error, mask) / _masked_mean(t.float().square().mean(-1), mask))
+    return torch.stack(losses).mean()
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or mask.shape != values.shape:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+class Distillation(Callback):
+    """Let the pruned model learn from the dense one, beside the module's own loss.
+
+    From the cut on, the loss of every training step is ``(1 - weight) * own loss + weight * distillation_loss
+    + hidden_weight * hidden_state_loss``, logged as ``distillation_loss`` (and ``hidden_state_loss``). Calibration for
+    later cuts runs on the module's own loss alone.
+
+    The teacher is a frozen copy of the model as it was before the first cut, or a model that lies on disk and is loaded
+    once. A copy costs the memory of the dense weights and, for a run that is to be resumed, a ``directory`` to be written
+    to once: checkpoints do not carry it.
+
+    Args:
+        weight: Weight of the distillation loss, in (0, 1].
+        temperature: Temperature of the softmaxes, positive.
+        hidden_weight: Weight of the loss on hidden states; 0 leaves them out.
+        teacher: A directory in Hugging Face format, hub name, GGUF file or ``package:NAME`` to load the teacher from, in
+            place of copying the dense model.
+        directory: Where to keep the copy's weights for resumed runs, as ``teacher.safetensors``.
+        dtype: Data type of the teacher, ``"bfloat16"`` for instance to halve its memory; the model's own if ``None``.
+
+    Raises:
+        ValueError: If a number is out of its range, or both ``teacher`` and ``directory`` are given.
+
+    Example::
+
+        Trainer(callbacks=[StructuredPruning(), Distillation(weight=0.7, temperature=2.0)])
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.5,
+        temperature: float = 2.0,
+        hidden_weight: float = 0.0,
+        teacher: str | None = None,
+        directory: str | Path | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < weight <= 1 or temperature <= 0 or hidden_weight < 0:
+            raise ValueError(
+                "Expected weight in (0, 1], temperature > 0 and hidden_weight >= 0; found"
+                f" {weight}, {temperature} and {hidden_weight}."
+            )
+        if teacher is not None and directory is not None:
+            raise ValueError(
+                f"A teacher from disk ({teacher!r}) is not copied: leave directory={str(directory)!r} out."
+            )
+        self.weight = weight
+        self.temperature = temperature
+        self.hidden_weight = hidden_weight
+        self.teacher = teacher
+        self.directory = None if directory is None else Path(directory)
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        self._model: nn.Module | None = None
+        self._active = False
+        self._terms: list[tuple[Tensor, Tensor | None]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _file(self) -> Path | None:
+        return None if self.directory is None else self.directory / "teacher.safetensors"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that the Trainer leaves room for another loss."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UnsupportedStrategyError(
+                "Distillation holds a whole teacher on every process, which ModelParallelStrategy is there to avoid. Use DDP"
+                " or one device, or distil in a run of its own."
+            )
+        if not pl_module.automatic_optimization:
+            raise PruningError(
+                f"Distillation adds to the loss that training_step returns, and {type(pl_module).__name__} optimizes by"
+                " hand (automatic_optimization=False). Call lit_prune.callbacks.recovery.distillation_loss in its step."
+            )
+
+    def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Copy the dense model, before the first cut."""
+        if self._model is None and self.teacher is None and not pruning.dry_run:
+            self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
+            if self._file is not None and trainer.is_global_zero:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self._file) as name:
+                    save_weights(self._model, name)
+
+    def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Begin to teach."""
+        del trainer
+        if not pruning.dry_run and not self._active:
+            self._active = True
+            self._attach(pl_module, pruning.model(pl_module))
+
+    def on_pruning_load_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        pruning: StructuredPruning,
+        checkpoint: Mapping[str, Any],
+    ) -> None:
+        """Take the copy of a run that is being resumed from disk, while the model still has the dense one's shapes."""
+        active = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("active", False)
+        if not active or self.teacher is not None or not trainer.training:
+            return
+        if self._file is None or not self._file.exists():
+            raise PruningError(
+                f"The checkpoint is of a run that learns from a copy of the dense model, which is not at {self._file}. Give"
+                " Distillation the directory that the run wrote it to, or teacher= to load one."
+            )
+        model = pruning.model(pl_module)
+        state = checkpoint["callbacks"][pruning.state_key]
+        if plan_digest(model) != state["digests"]["start"]:
+            raise PruningError(
+                "To resume with a teacher, give the module as it was when the run began, not a pruned one."
+            )
+        self._model = copy.deepcopy(model)
+        load_weights(self._model, str(self._file))
+        self._frozen(self._model, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on teaching in a resumed run."""
+        if self._active and not self._undo:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            pruning = next(c for c in callbacks if isinstance(c, StructuredPruning))
+            self._attach(pl_module, pruning.model(pl_module))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        del trainer, pl_module, stage
+        while self._undo:
+            self._undo.pop()()
+
+    def _frozen(self, model: nn.Module, pl_module: pl.LightningModule) -> nn.Module:
+        for parameter in model.parameters():
+            parameter.grad = None
+        return model.requires_grad_(False).eval().to(device=pl_module.device, dtype=self.dtype)
+
+    def _attach(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        if self._model is None:
+            assert self.teacher is not None
+            dtype = self.dtype or next(model.parameters()).dtype
+            self._model = self._frozen(load_model(self.teacher, dtype=dtype), pl_module)
+        self._model.to(pl_module.device)
+        if self.hidden_weight:
+            handle = model.register_forward_pre_hook(self._ask_for_hidden_states(pl_module), with_kwargs=True)
+            self._undo.append(handle.remove)
+        self._undo.append(model.register_forward_hook(self._compare(pl_module), with_kwargs=True).remove)
+        own = pl_module.training_step
+        before = pl_module.__dict__.get("training_step")
+
+        @functools.wraps(own)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._terms.clear()
+            return self._added(pl_module, own(*args, **kwargs))
+
+        def restore() -> None:
+            if before is None:
+                del pl_module.__dict__["training_step"]
+            else:
+                pl_module.__dict__["training_step"] = before
+
+        pl_module.__dict__["training_step"] = training_step
+        self._undo.append(restore)
+
+    def _ask_for_hidden_states(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return (args, {**kwargs, "output_hidden_states": True}) if pl_module.training else None
+
+        return hook
+
+    def _compare(self, pl_module: pl.LightningModule) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            # calibration and validation run in eval mode
+            if not pl_module.training:
+                return
+            assert self._model is not None
+            if getattr(output, "logits", None) is None:
+                raise PruningError(
+                    f"Distillation compares logits; the model's output is a {type(output).__name__} without any."
+                )
+            inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+            with torch.no_grad():
+                taught = self._model(*args, **inputs)
+            mask = attention_mask_of(kwargs)
+            kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
+            hidden = None
+            if self.hidden_weight:
+                hidden = hidden_state_loss(output.hidden_states[1:], taught.hidden_states[1:], mask)
+            self._terms.append((kl, hidden))
+
+        return hook
+
+    def _added(self, pl_module: pl.LightningModule, output: Any) -> Any:
+        if output is None or not pl_module.training:
+            return output
+        if not self._terms:
+            raise PruningError(
+                "training_step did not run the forward of the model that was pruned (it may call parts of it), so there is"
+                " nothing for Distillation to compare. Call the model itself."
+            )
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        kl = torch.stack([k for k, _ in self._terms]).mean()
+        pl_module.log("distillation_loss", kl.detach())
+        total = (1 - self.weight) * loss + self.weight * kl
+        hidden = [h for _, h in self._terms if h is not None]
+        if hidden:
+            mean = torch.stack(hidden).mean()
+            pl_module.log("hidden_state_loss", mean.detach())
+            total = total + self.hidden_weight * mean
+        self._terms.clear()
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the cut, and with it the teaching, has begun."""
+        return {"active": self._active}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self._active = state_dict["active"]
+
+
+class LoRARecovery(Callback):
+    """Heal the pruned model by low-rank adapters alone, and merge them into it at the end.
+
+    After the last cut, peft's LoRA layers take the place of the projections that were pruned, everything else is frozen,
+    and the module's ``configure_optimizers`` is called anew for what is left to train; learning rates and the state of the
+    schedulers carry over. When the run is over the adapters are merged, and what remains is a plain pruned model.
+
+    Checkpoints of the healing hold adapters and the frozen weights. A run resumes from them, ``validate(ckpt_path=...)``
+    takes them, and :func:`lit_prune.rebuild_from_checkpoint` merges them for ``load_from_checkpoint``.
+
+    Args:
+        r: Rank of the adapters.
+        alpha: Scale of the adapters, in units of ``r``: they are multiplied by ``alpha / r``.
+        dropout: Dropout before the adapters.
+        target_modules: Names of the linear layers to adapt, as peft understands them; all that belong to groups if
+            ``None``.
+        merge: Whether to merge at the end; the adapters stay if not.
+        seed: Seed of the adapters' initial values, so that they do not depend on what the run drew before.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        ImportError: If peft is not installed.
+
+    Example::
+
+        Trainer(callbacks=[StructuredPruning(), LoRARecovery(r=16)])
+
+    Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; for pruned models Ma et al.,
+    LLM-Pruner, NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
+        merge: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
+            raise ValueError(f"Expected r >= 1, alpha > 0 and dropout in [0, 1); found {r}, {alpha} and {dropout}.")
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ImportError("LoRARecovery needs peft: pip install 'lit_prune[lora]'.") from error
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = None if target_modules is None else list(target_modules)
+        self.merge = merge
+        self.seed = seed
+        self._phase = "waiting"
+        self._transposed: list[str] = []
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies that shard the model, and averages of it.
+
+        Raises:
+            UnsupportedStrategyError: Under ``ModelParallelStrategy``.
+            UnsupportedCallbackError: Beside ``WeightAveraging``.
+        """
+        del pl_module, stage
+        averaging = next((c for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)  # type: ignore[attr-defined]
+        if averaging is not None:
+            raise UnsupportedCallbackError(
+                f"{type(averaging).__name__} averages into a copy of the module that LoRARecovery's adapters are not in."
+                " Use one of the two."
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UnsupportedStrategyError(
+                "LoRARecovery puts layers into the model in the middle of a run, which FSDP2 cannot take up. Use DDP or one"
+                " device, or save the pruned model and fine-tune it with peft in a run of its own."
+            )
+
+    def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Put the adapters in, after the last cut."""
+        if pruning.dry_run or pruning.stages_done < len(pruning.stages):
+            return
+        self._inject(pruning.model(pl_module))
+        if trainer.optimizers:
+            _renew_optimizers(trainer)
+            pruning.notify(trainer, pl_module, "on_optimizers_renewed")
+        renew_wrapper(trainer)
+
+    def on_pruning_load_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        pruning: StructuredPruning,
+        checkpoint: Mapping[str, Any],
+    ) -> None:
+        """Put the adapters in before a checkpoint that has some loads."""
+        del trainer
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if state.get("phase") == ADAPTERS:
+            self._inject(pruning.model(pl_module))
+
+    def _inject(self, model: nn.Module) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = self.target_modules
+        if targets is None:
+            names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
+            targets = sorted(names)
+        self._flags += [(p, p.requires_grad) for p in model.parameters()]
+        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        self._transposed += [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
+        self._phase = ADAPTERS
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Merge the adapters."""
+        del trainer, stage
+        if self._phase != ADAPTERS or not self.merge:
+            return
+        for name, layer in list(_adapted(pl_module)):
+            layer.merge()
+            owner, _, attribute = name.rpartition(".")
+            setattr(pl_module.get_submodule(owner), attribute, layer.get_base_layer())
+        for parameter, requires_grad in self._flags:
+            parameter.requires_grad_(requires_grad)
+        self._flags.clear()
+        self._phase = "merged"
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the adapters' optimizer state out of a checkpoint that has no adapters any more."""
+        del trainer, pl_module
+        if self._phase == "merged" and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the healing stands, and what merging needs to know."""
+        return {
+            "format": ADAPTERS_FORMAT,
+            "phase": self._phase,
+            "scaling": self.alpha / self.r,
+            "transposed": list(self._transposed),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self._phase = state_dict["phase"]
+        self._transposed = list(state_dict["transposed"])
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _renew_optimizers(trainer: pl.Trainer) -> None:
+    """Let the module configure its optimizers anew; learning rates and schedulers go on where they were."""
+    strategy = trainer.strategy
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in strategy.optimizers]
+    schedulers = [config.scheduler.state_dict() for config in strategy.lr_scheduler_configs]
+    strategy.setup_optimizers(trainer)
+    for optimizer, before in zip(strategy.optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
+    for config, state in zip(strategy.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(state)

@@ -1,0 +1,204 @@
+"""Parameters that FSDP2 shards over processes: scoring local shards, cutting one parameter at a time.
+
+A sharded parameter is a ``DTensor`` split along one dimension over a mesh of one dimension. Nothing here gathers more
+than one parameter at a time, and gradients are never gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from lit_prune.errors import UnsupportedStrategyError
+from lit_prune.groups import Slice
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a shard of a larger one."""
+    return isinstance(tensor, DTensor)
+
+
+def sharded_dim(tensor: DTensor) -> int:
+    """The dimension that a sharded tensor is split along."""
+    return tensor.placements[0].dim  # type: ignore[attr-defined]
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> DTensor | None:
+    """The first sharded one of some tensors."""
+    return next((t for t in tensors if isinstance(t, DTensor)), None)
+
+
+def check_layout(model: nn.Module) -> None:
+    """Refuse a model that is sharded in a way that cannot be cut.
+
+    Raises:
+        UnsupportedStrategyError: If parameters are sharded over more than one dimension of a mesh (tensor parallelism, or
+            replicated groups of shards), or not through ``fully_shard``.
+    """
+    managed = {id(p.sharded_param) for p in _managed(model)}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        if parameter.device_mesh.ndim != 1 or not isinstance(parameter.placements[0], Shard):
+            raise UnsupportedStrategyError(
+                f"{name!r} has the placements {parameter.placements} on a mesh of shape"
+                f" {tuple(parameter.device_mesh.shape)}; expected shards along one mesh dimension. Use fully_shard with"
+                " ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
+            )
+        if id(parameter) not in managed:
+            raise UnsupportedStrategyError(
+                f"{name!r} is sharded, but not by torch.distributed.fsdp.fully_shard; expected that, in configure_model."
+            )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of one tensor; a collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_range(tensor: DTensor) -> tuple[int, int, int]:
+    """The dimension that a tensor is split along, and where this process's part of it starts and ends."""
+    dim, size = sharded_dim(tensor), tensor.device_mesh.size()
+    length = tensor.shape[dim]
+    # as torch.chunk splits: every part but the last ones has the same length
+    chunk = (length + size - 1) // size
+    rank = tensor.device_mesh.get_local_rank()
+    return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
+
+
+def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
+    """What this process's part of a parameter adds to every group of a slice.
+
+    Args:
+        part: The slice.
+        values: One number for every element of the local part.
+        parameter: The parameter.
+
+    Returns:
+        Tensor of shape ``(groups,)``.
+    """
+    if isinstance(parameter, DTensor):
+        dim, start, _ = local_range(parameter)
+        if dim == part.dim:
+            return part.reduce(values, start, parameter.shape[dim])
+    return part.reduce(values)
+
+
+def local_part(values: Tensor, parameter: Tensor) -> Tensor:
+    """The part of values, broadcastable against the whole parameter, that belongs to the local part."""
+    if isinstance(parameter, DTensor) and values.dim() == parameter.dim():
+        dim, start, stop = local_range(parameter)
+        if values.shape[dim] > 1:
+            return values.narrow(dim, start, stop - start)
+    return values
+
+
+def once(values: Tensor, like: DTensor) -> Tensor:
+    """Values that every process holds whole, made ready for :func:`sum_over_shards`."""
+    return values if like.device_mesh.get_local_rank() == 0 else torch.zeros_like(values)
+
+
+def sum_over_shards(values: Tensor, like: DTensor) -> Tensor:
+    """The sum of what the parts of a sharded parameter add, over the processes that hold them."""
+    total = values.to(like.to_local().device, copy=True)
+    dist.all_reduce(total, group=like.device_mesh.get_group())
+    return total.to(values.device)
+
+
+def shard_like(whole: Tensor, like: DTensor) -> DTensor:
+    """Keep this process's part of a tensor that all processes hold, split as another tensor is."""
+    dim, rank, size = sharded_dim(like), like.device_mesh.get_local_rank(), like.device_mesh.size()
+    chunks = list(whole.chunk(size, dim=dim))
+    part = chunks[rank] if rank < len(chunks) else whole.narrow(dim, 0, 0)
+    return DTensor.from_local(
+        part.contiguous().clone(), like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _managed(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's own record of every parameter that it shards."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in groups:
+                if group is not None:
+                    yield from group.fsdp_params
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every module hold its shards: after a forward without a backward the outermost one holds whole parameters."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # type: ignore[operator]
+
+
+def replace(root: nn.Module, old: DTensor, whole: Tensor) -> nn.Parameter:
+    """Let FSDP2 manage a new, whole value of other sizes in the place of a sharded parameter.
+
+    Args:
+        root: A module that holds the parameter, and every module that FSDP2 manages it from.
+        old: The parameter.
+        whole: The new value, the same on all processes.
+
+    Returns:
+        The new sharded parameter, which is in its place already.
+    """
+    record = next(p for p in _managed(root) if p.sharded_param is old)
+    placement = record.fsdp_placement
+    new = nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad)
+    # FSDP2's own set-up of one parameter, once more: sizes, padding, the shard, and its place in the modules
+    record._init_sharded_param(new, record.device, lambda _: placement, record.mesh_info)
+    if record.post_forward_mesh_info:
+        record._init_sharded_post_forward_param_metadata(new)
+    record._init_extensions()
+    record.all_gather_outputs = []
+    record.unsharded_accumulated_grad = None
+    if hasattr(record, "_unsharded_param"):
+        del record._unsharded_param
+    record.__dict__.pop("_sharded_post_forward_param_data", None)
+    return record.sharded_param
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that is sharded nowhere, with whole parameters and without hooks; a collective.
+
+    The module itself, uncopied, if nothing in it is sharded.
+    """
+    if any_sharded(module.parameters()) is None:
+        return module
+    return _plain(module, {})
+
+
+def _plain(module: nn.Module, done: dict[int, Any]) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    kind: Any = type(module)
+    if hasattr(module, "_get_fsdp_state"):
+        # fully_shard gives a module a class of its own, made of FSDPModule and the class it had
+        kind = kind.__bases__[-1]
+    copy = kind.__new__(kind)
+    done[id(module)] = copy
+    for name, value in module.__dict__.items():
+        if name.startswith("__composable_api"):
+            # where fully_shard keeps its own state
+            continue
+        hooks = "hooks" in name and isinstance(value, Mapping)
+        copy.__dict__[name] = type(value)() if hooks else value
+    copy.__dict__["_parameters"] = {
+        n: None if p is None else nn.Parameter(full(p.detach()).clone(), requires_grad=p.requires_grad)
+        for n, p in module._parameters.items()
+    }
+    copy.__dict__["_buffers"] = dict(module._buffers)
+    copy.__dict__["_modules"] = {n: None if m is None else _plain(m, done) for n, m in module._modules.items()}
+    return copy

@@ -1,0 +1,270 @@
+"""Checkpoints: rebuilding before weights load, and a killed process that goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from processes import run, run_well
+from test_pruning import Module, corpus, fit, pruning
+from torch.utils.data import DataLoader
+
+from conftest import tiny
+from lit_prune import PlanError, get_plan, rebuild_from_checkpoint
+from lit_prune.callbacks import Stage
+from lit_prune.training import CausalLMModule
+
+
+class Repeatable(Module):
+    """Draws nothing that a checkpoint does not hold; may be killed at its n-th training_step, calibration included."""
+
+    def __init__(self, kill_at: int | None = None):
+        super().__init__()
+        self.dropout.p = 0.0
+        self.steps = 0
+        self.kill_at = kill_at
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        if self.steps == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        return DataLoader(corpus(24, 0), batch_size=4)
+
+
+SCHEDULE = [Stage(0.1, epoch=1), Stage(0.2, epoch=3)]
+
+
+def train(folder: str, kill_at: int | None, resume: bool) -> None:
+    """What a process of the kill test runs: four epochs, two stages, a checkpoint after every epoch."""
+    pl.seed_everything(7, verbose=False)
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True)
+    trainer = pl.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[pruning(schedule=SCHEDULE), saver],
+    )
+    module = Repeatable(kill_at)
+    last = Path(folder, "last.ckpt")
+    trainer.fit(module, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+    torch.save({"weights": module.state_dict(), "steps": module.steps}, Path(folder, "end.pt"))
+
+
+def test_a_killed_process_resumed_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run_well(train, str(whole), None, False, folder=whole)
+    expected = torch.load(whole / "end.pt", weights_only=True)
+    # an epoch is 6 steps; a stage calls training_step 6 more times: 3 to calibrate, 3 to repair
+    assert expected["steps"] == 4 * 6 + 2 * 6
+    points = {
+        "first epoch": 3,
+        "calibration": 8,
+        "repair": 11,
+        "after the cut": 15,
+        "second calibration": 25,
+        "end": 36,
+    }
+    for name, kill_at in points.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        [(code, _)] = run(train, str(folder), kill_at, False, folder=folder)
+        assert code == -signal.SIGKILL
+        assert not (folder / "end.pt").exists()
+        run_well(train, str(folder), None, True, folder=folder)
+        end = torch.load(folder / "end.pt", weights_only=True)
+        assert end["steps"] < expected["steps"] or name == "first epoch"
+        for key, value in expected["weights"].items():
+            assert torch.equal(end["weights"][key], value), (name, key)
+
+
+class Stateful:
+    """A dataloader that can be resumed in the middle of an epoch, as torchdata's can."""
+
+    def __init__(self):
+        self.batches = corpus(24, 0).split(4)
+        self.position = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.position %= len(self.batches)
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict):
+        self.position = state_dict["position"]
+
+
+class MidEpoch(Repeatable):
+    def train_dataloader(self):
+        return Stateful()
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
+    """With cuts in the middle of epochs, too, from before, just after and between them."""
+
+    def callback():
+        return pruning(schedule=[Stage(0.1, step=8), Stage(0.2, step=15)])
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    _, whole = fit(tmp_path, callback(), saver, module=MidEpoch(), enable_checkpointing=True)
+    assert len(whole.losses) == 18
+    for step in (3, 8, 9, 14, 16):
+        again = MidEpoch()
+        quiet(callback(), max_epochs=3).fit(again, ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert again.losses == whole.losses[step:], step
+        for name, value in whole.state_dict().items():
+            if not name.startswith("accuracy"):
+                assert torch.equal(again.state_dict()[name], value), (step, name)
+
+
+def quiet(*callbacks, **options) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+
+
+class Tested(Repeatable):
+    __test__ = False
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.inner["lm"](input_ids=batch, labels=batch).loss)
+
+    def predict_step(self, batch, batch_idx):
+        return self.inner["lm"](input_ids=batch).logits
+
+    test_dataloader = predict_dataloader = Module.val_dataloader
+
+
+def test_validate_test_and_predict_rebuild_from_checkpoints_of_every_time(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    seen = {}
+
+    class Recorder(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen[trainer.current_epoch] = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    fit(
+        tmp_path,
+        pruning(schedule=SCHEDULE),
+        Recorder(),
+        saver,
+        module=Tested(),
+        max_epochs=4,
+        enable_checkpointing=True,
+    )
+    for epoch in range(4):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        for function in ("validate", "test", "predict"):
+            trainer, module = quiet(pruning(schedule=SCHEDULE)), Tested()
+            options = {} if function == "predict" else {"verbose": False}
+            result = getattr(trainer, function)(module, ckpt_path=path, weights_only=True, **options)
+            assert result
+            for name, value in seen[epoch].items():
+                assert torch.equal(module.state_dict()[name], value), (epoch, function, name)
+            assert "load_checkpoint" not in vars(trainer.strategy)
+
+
+def test_a_module_that_was_cut_does_not_take_a_dense_checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    callback = pruning()
+    trainer, module = fit(tmp_path, callback, saver, module=Tested(), max_epochs=2, enable_checkpointing=True)
+    trainer.validate(module, ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    with pytest.raises(PlanError, match=r"cut in another way.*no plan \(dense\)"):
+        trainer.validate(module, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+
+
+class Loadable(Tested):
+    def on_load_checkpoint(self, checkpoint):
+        rebuild_from_checkpoint(self, checkpoint)
+
+
+def test_load_from_checkpoint_needs_no_trainer(tmp_path):
+    callback = pruning()
+    trainer, module = fit(tmp_path, callback, module=Loadable(), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    loaded = Loadable.load_from_checkpoint(tmp_path / "pruned.ckpt", weights_only=True)
+    assert get_plan(loaded.inner["lm"]).digest() == callback.plan.digest()
+    for name, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    # and within a trainer that has no pruning callback
+    assert quiet().validate(Loadable(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+
+
+def test_the_module_of_train_py_loads_pruned_checkpoints(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader([{"input_ids": ids} for ids in corpus(8, 0)], batch_size=4)
+
+    module = CausalLMModule(str(tmp_path), random_weights=True)
+    trainer = quiet(pruning(epoch=0, validate=False), max_epochs=1)
+    trainer.fit(module, Data())
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    loaded = CausalLMModule.load_from_checkpoint(tmp_path / "pruned.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), loaded.parameters(), strict=True))
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in tiny("llama").parameters())
+
+
+def test_a_dense_best_checkpoint_and_spent_patience_do_not_outlive_the_cut(tmp_path):
+    """The loss is best before the cut: what is kept as best afterwards is of the pruned model all the same."""
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=1)
+    patience = EarlyStopping("val_loss", patience=2)
+    seen = []
+
+    class Recorder(pl.Callback):
+        def on_pruning_start(self, trainer, pl_module, pruning):
+            patience.wait_count = 1
+            seen.append((saver.best_model_path, float(saver.best_model_score)))
+
+        def on_pruning_end(self, trainer, pl_module, pruning):
+            seen.append((saver.best_model_path, patience.wait_count))
+
+    class StopsLearning(Module):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch < 4))]
+
+    callback = pruning(pruning_ratio=0.4, epoch=4, repair=None, min_fraction=0.1)
+    fit(
+        tmp_path,
+        callback,
+        saver,
+        patience,
+        Recorder(),
+        module=StopsLearning(),
+        max_epochs=6,
+        enable_checkpointing=True,
+    )
+    (dense, dense_score), (none, waited) = seen
+    assert none == "" and waited == 0
+    assert Path(dense).exists()
+    assert saver.best_model_path not in ("", dense)
+    assert float(saver.best_model_score) > dense_score
+    state = torch.load(saver.best_model_path, weights_only=True)["callbacks"][callback.state_key]
+    assert state["plan"] is not None
