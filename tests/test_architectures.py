@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -34,9 +35,11 @@ from lit_prune import (
     get_plan,
     make_plan,
     register_architecture,
+    repair,
     verify_architecture,
 )
 from lit_prune.callbacks import StructuredPruning
+from lit_prune.export import load_pruned, save_pruned
 from lit_prune.selection import select
 
 CASE = {case.name: case for case in CASES}
@@ -44,7 +47,8 @@ CASE = {case.name: case for case in CASES}
 
 def emptied(model, layers=(0,), kinds=("attention", "mlp")):
     group_sets = find_group_sets(model)
-    kept = [[] if s.layer in layers and s.kind in kinds else list(range(s.size)) for s in group_sets]
+    chosen = [s.layer in layers and s.kind in kinds and not s.minimum for s in group_sets]
+    kept = [[] if gone else list(range(s.size)) for s, gone in zip(group_sets, chosen, strict=True)]
     apply_plan(model, PruningPlan.from_kept(group_sets, kept))
     return model
 
@@ -198,6 +202,44 @@ def test_a_layer_without_heads_computes_none_and_waits_for_no_gradient():
     assert not called
     assert {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
     assert not attention.q_proj.weight.requires_grad and attention.q_proj.weight.shape == (0, 32)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT, masked language model"])
+@pytest.mark.parametrize("method", ["least_squares", "bias"])
+def test_what_is_left_of_a_layer_is_repaired(name, method):
+    case = CASE[name]
+    model = case.build()
+    group_sets = find_group_sets(model)
+    batches = [case.batch(seed) for seed in range(6)]
+    config = PruningConfig("wanda", 0.1, repair=method)
+    forward = partial(loss_of, model)
+    statistics = calibrate(model, group_sets, batches, forward, config)
+    kept = [[] if (s.layer, s.kind) in ((0, "attention"), (1, "mlp")) else list(range(s.size)) for s in group_sets]
+    plan, weights = repair(
+        model, group_sets, PruningPlan.from_kept(group_sets, kept), statistics, batches, forward, config
+    )
+    errors = []
+    for new in ({}, weights):
+        cut = copy.deepcopy(model)
+        apply_plan(cut, plan, weights=new)
+        with torch.no_grad():
+            errors.append(sum(float((output_of(cut, b) - output_of(model, b)).square().mean()) for b in batches))
+    assert weights and errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Phi-3 / Phi-4", "BERT, masked language model", "Mixtral"])
+def test_a_model_with_empty_layers_is_saved_and_pruned_again(tmp_path, name):
+    case = CASE[name]
+    model, once = emptied(case.build()), case.build()
+    save_pruned(model, tmp_path / "model")
+    group_sets = find_group_sets(model)
+    assert [s.key for s in find_group_sets(load_pruned(tmp_path / "model"))] == [s.key for s in group_sets]
+    with torch.no_grad():
+        assert torch.equal(output_of(load_pruned(tmp_path / "model"), case.batch(0)), output_of(model, case.batch(0)))
+    apply_plan(model, PruningPlan.from_kept(group_sets, uneven_kept(group_sets)))
+    apply_plan(once, get_plan(model))
+    with torch.no_grad():
+        assert torch.equal(output_of(once, case.batch(0)), output_of(model, case.batch(0)))
 
 
 # adapted modules
