@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "taylor_2nd": {"importance": "taylor_2nd"},
     "taylor_batch": {"importance": "taylor_batch"},
     "second_order": {"importance": "second_order"},
+    "fisher": {"importance": "fisher"},
     "taylor_batch + output_wanda": {"importance": {"taylor_batch": 0.75, "output_wanda": 0.25}},
     "auto": {"importance": "auto"},
 }

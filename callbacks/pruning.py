@@ -225,7 +225,7 @@ class StructuredPruning(Callback):
     def _check(self, pl_module: pl.LightningModule) -> None:
         model = self.model(pl_module)
         group_sets = find_group_sets(model)
-        sharding.check_layout(model)
+        sharding.check_layout(model, group_sets)
         if self._reference is None:
             self._reference = pipeline.model_size(model, group_sets)
             self._digests = {"start": plan_digest(model), "now": plan_digest(model)}

@@ -21,6 +21,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits
 from lit_prune.surgery import apply_plan, get_plan
 from lit_prune.table import GroupTable
+from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "register_criterion",
     "repair",
     "save_pruned",
+    "verify_architecture",
 ]

@@ -196,6 +196,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def check_names(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+    """Refuse group sets that are not of this model, but of one inside it for instance.
+
+    Raises:
+        UnsupportedModelError: If the model lacks a parameter that they name.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for group_set in group_sets:
+        for part in group_set.slices:
+            if part.parameter not in names:
+                raise UnsupportedModelError(
+                    f"The group sets name the parameter {part.parameter!r}, which this {type(model).__name__} does not have."
+                    " Names are relative to the model that was found: give find_model(module)[1], and the module as root."
+                )
+
+
 def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
     """Refuse weights that cannot be scored or sliced.
 

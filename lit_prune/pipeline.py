@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
-from lit_prune.groups import GroupSet, count_parameters, count_removed
+from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import REPAIRS, bias_fold, least_squares
@@ -34,6 +34,7 @@ CANDIDATES: dict[str, dict[str, float]] = {
     "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
 }
 HELD_BACK = 8
+_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,18 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
     the cost of both: as many groups more leave as that leaves short of the budget.
     """
     budget = config.budget(model, group_sets)
-    asked, before = budget, -1
-    while True:
+    asked, best, chosen = budget, -1, table.kept
+    for _ in range(_ROUNDS):
         table.kept = select(table, asked, config.limits, _original_sizes(model))
-        nominal = table.removed_cost
-        removed = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
-        exact = count_removed(model, group_sets, removed)
-        if nominal in (exact, before) or budget - exact < table.cost.min():
-            return exact
-        asked, before = nominal + budget - exact, nominal
+        groups = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
+        removed, nominal = count_removed(model, group_sets, groups), table.removed_cost
+        if best < removed <= budget:
+            best, chosen = removed, table.kept
+        if nominal == removed or 0 <= budget - removed < table.cost.min():
+            break
+        asked = nominal + budget - removed
+    table.kept = chosen
+    return best
 
 
 def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -198,9 +202,11 @@ def make_plan(
     Raises:
         BudgetError: If the ratio cannot be reached under the limits.
         CalibrationError: If an importance is not finite.
+        UnsupportedModelError: If the group sets are of another model.
         ValueError: If there are several candidates and no ``measure``.
     """
     sharding.reshard(model)
+    check_names(model, group_sets)
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before = count_parameters(model)
     results: list[tuple[GroupTable, PruningPlan]] = []

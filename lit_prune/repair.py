@@ -177,7 +177,7 @@ def least_squares(
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
                 order = list(wanted[0])
                 residual = _adds_up(dense[0], wanted[0], following[0])
-                for path in order:
+                for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
                     gram, cross = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
                     if total is not None:
                         gram, cross = total(gram), total(cross)
@@ -285,7 +285,11 @@ def _trace(
     def hook(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             # some blocks flatten batch and tokens before a projection, some add to what it gives in place
-            found[path] = (args[0].reshape(*x.shape[:-1], -1), output.reshape(*x.shape[:-1], -1).clone())
+            shape = x.shape[:-1]
+            found[path] = (
+                args[0].reshape(*shape, args[0].shape[-1]),
+                output.reshape(*shape, output.shape[-1]).clone(),
+            )
             if path == until:
                 raise _Reached
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_prune.errors import UnsupportedStrategyError
-from lit_prune.groups import Slice
+from lit_prune.groups import GroupSet, Slice
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -33,15 +33,16 @@ def any_sharded(tensors: Iterable[Tensor]) -> DTensor | None:
     return next((t for t in tensors if isinstance(t, DTensor)), None)
 
 
-def check_layout(model: nn.Module) -> None:
-    """Refuse a model that is sharded in a way that cannot be cut.
+def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
+    """Refuse a model whose groups are sharded in a way that cannot be cut.
 
     Raises:
-        UnsupportedStrategyError: If parameters are sharded over more than one dimension of a mesh (tensor parallelism, or
-            replicated groups of shards), or not through ``fully_shard``.
+        UnsupportedStrategyError: If their parameters are sharded over more than one dimension of a mesh (tensor
+            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model.
     """
     managed = {id(p.sharded_param) for p in _managed(model)}
-    for name, parameter in model.named_parameters():
+    for name in {part.parameter: None for group_set in group_sets for part in group_set.slices}:
+        parameter = model.get_parameter(name)
         if not isinstance(parameter, DTensor):
             continue
         if parameter.device_mesh.ndim != 1 or not isinstance(parameter.placements[0], Shard):
@@ -52,7 +53,8 @@ def check_layout(model: nn.Module) -> None:
             )
         if id(parameter) not in managed:
             raise UnsupportedStrategyError(
-                f"{name!r} is sharded, but not by torch.distributed.fsdp.fully_shard; expected that, in configure_model."
+                f"{name!r} is sharded, but not by torch.distributed.fsdp.fully_shard on a module within the model; expected"
+                " that, in configure_model, on every block."
             )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
-from lit_prune.groups import GroupSet, Slice
+from lit_prune.groups import GroupSet, Slice, check_names
 
 if TYPE_CHECKING:
     from lit_prune.importance import Term
@@ -183,10 +183,12 @@ def collect_statistics(
     Raises:
         CalibrationError: If there is no batch, the loss is missing or does not depend on the parameters, or a loss or
             gradient is not finite; the message names the batch and the parameter.
+        UnsupportedModelError: If the group sets are of another model.
         ValueError: For an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"Unknown statistics mode {mode!r}; expected one of {', '.join(MODES)}.")
+    check_names(model, group_sets)
     terms = list(dict.fromkeys(terms))
     root = model if root is None else root
     sharding.reshard(root)

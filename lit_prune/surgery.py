@@ -15,7 +15,7 @@ from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, check_names
 from lit_prune.modeling_pruned import sync_features as _sync_features
 from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
 
@@ -49,6 +49,7 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     Raises:
         PlanError: If the plan does not fit.
     """
+    check_names(model, group_sets)
     plan.validate(group_sets)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_key = {s.key: s for s in group_sets}
@@ -111,8 +112,8 @@ def apply_plan(
     if unknown:
         raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
     if sharding.any_sharded(model.parameters()) is not None:
-        sharding.check_layout(model)
         sharding.reshard(model)
+        sharding.check_layout(model, group_sets)
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
     try:

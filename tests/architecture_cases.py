@@ -64,7 +64,7 @@ class _NormOverKept(nn.Module):
         self.weight, self.eps, self.kept = norm.weight, norm.variance_epsilon, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x[..., self.kept].float().square().mean(-1, keepdim=True)
+        mean = x[..., self.kept].float().square().sum(-1, keepdim=True) / max(len(self.kept), 1)
         return (self.weight * (x.float() * torch.rsqrt(mean + self.eps))).to(x.dtype)
 
 
@@ -261,6 +261,12 @@ CASES = (
         hugging("olmo2"),
         absent=norms_over_kept,
         notes="norms over all heads count those that stay",
+    ),
+    Case(
+        "OLMo 3",
+        hugging("olmo3", sliding_window=4),
+        absent=norms_over_kept,
+        notes="mixed layers, norms over all heads",
     ),
     Case("OPT", hugging("opt", **OPT_SMALL), notes="learned positions"),
     Case("OPT, norms behind", hugging("opt", **OPT_SMALL, do_layer_norm_before=False)),

@@ -50,7 +50,8 @@ class WithoutHeads:
             if cache is not None:
                 token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
                 cache.update(token, token, module.layer_idx)
-        states = hidden.new_zeros(*hidden.shape[:-1], 0)
+        # cut from what came in, so that the norm before has a gradient: zeros, where DDP would wait for one
+        states = hidden[..., :0]
         if self.output_of_no_heads is not None:
             states = module.get_submodule(self.output_of_no_heads)(states)
         return states, None

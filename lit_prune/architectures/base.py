@@ -548,6 +548,29 @@ def reader_adaptations(model: nn.Module, owner: str, name: str) -> Iterator[Adap
         yield Adaptation(f"{owner}.{name}", without_inputs)
 
 
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that name.
+
+    Raises:
+        UnsupportedModelError: If there is none; the message names the module that should have it.
+    """
+    owner, _, last = name.rpartition(".")
+    while True:
+        try:
+            module = model.get_submodule(owner)
+            break
+        except AttributeError:
+            owner = owner.rpartition(".")[0]
+    parameter = getattr(module, last, None) if name == f"{owner}.{last}" else None
+    if not isinstance(parameter, nn.Parameter):
+        parts = [n for n, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+        raise UnsupportedModelError(
+            f"{owner} ({type(module).__name__}) was expected to hold the parameter {name.removeprefix(owner + '.')!r}; it has"
+            f" {parts}."
+        )
+    return parameter
+
+
 def part_of(
     model: nn.Module, name: str, dim: int, index: Tensor, input_dim: int | None = None, opaque: bool = False
 ) -> Slice:
@@ -556,13 +579,7 @@ def part_of(
     Raises:
         UnsupportedModelError: If there is no such parameter, or its dimension is not what the index covers.
     """
-    owner, _, last = name.rpartition(".")
-    try:
-        parameter = getattr(model.get_submodule(owner), last)
-    except AttributeError:
-        parameter = None
-    if not isinstance(parameter, nn.Parameter):
-        raise UnsupportedModelError(f"The description names a parameter {name!r}; found {type(parameter).__name__}.")
+    parameter = parameter_of(model, name)
     if parameter.dim() <= dim or parameter.shape[dim] != index.numel():
         raise UnsupportedModelError(
             f"{name!r} has shape {tuple(parameter.shape)}; expected {index.numel()} entries along dimension {dim}."

@@ -17,6 +17,7 @@ from lit_prune.architectures.base import (
     Attention,
     Block,
     group_set_of,
+    parameter_of,
     part_of,
     part_rows,
     register_architecture,
@@ -79,13 +80,7 @@ class ExpertChannels(Block):
         Raises:
             UnsupportedModelError: If a parameter is missing or its shape does not fit the others.
         """
-        output = getattr(model.get_submodule(name), self.output, None)
-        if not isinstance(output, nn.Parameter):
-            module = model.get_submodule(name)
-            raise UnsupportedModelError(
-                f"{name} ({type(module).__name__}) was expected to hold the fused weights of all experts as a parameter"
-                f" {self.output!r}; it has {[n for n, _ in module.named_parameters(recurse=False)]}."
-            )
+        output = parameter_of(model, f"{name}.{self.output}")
         width = output.shape[self.output_dim]
         rows = part_rows(width, self.parts, self.layout)
         slices = (
@@ -143,7 +138,7 @@ class Experts(Block):
                 f"{owner} ({type(model.get_submodule(owner)).__name__}) was expected to say by an integer attribute"
                 f" {last!r} how many experts a token goes to; found {top_k!r}."
             )
-        first = model.get_parameter(f"{name}.{self.parameters[0]}")
+        first = parameter_of(model, f"{name}.{self.parameters[0]}")
         index = torch.arange(len(first)).view(len(first), 1)
         slices = tuple(part_of(model, f"{name}.{p}", 0, index) for p in self.parameters)
         found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"experts": 1})

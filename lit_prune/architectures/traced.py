@@ -43,7 +43,7 @@ class Traced(Block):
     kind: str = "channel"
     path: str = ""
     having: str | None = None
-    optional: bool = False
+    optional: bool = True
 
     def group_sets(self, model: nn.Module, pruned: Collection[tuple[str, str]]) -> Iterator[GroupSet]:
         """Trace the model and describe its channels.
