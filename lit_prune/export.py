@@ -22,7 +22,7 @@ from lit_prune.architectures import find_group_sets
 from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.files import write_text
-from lit_prune.groups import GroupSet, count_parameters
+from lit_prune.groups import GroupSet, check_weights, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, to_ranges
 from lit_prune.plan import PruningPlan, get_plan, plan_from_config, set_plan
 from lit_prune.surgery import apply_plan
@@ -113,9 +113,13 @@ def to_pretrained(
     if plan is None:
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     weights = dict(model.state_dict() if state_dict is None else state_dict)
-    group_sets = find_group_sets(model)
     base = _dense_class(type(model))
     dense_config = _dense_config(model.config)
+    with torch.device("meta"):
+        dense = base._from_config(dense_config)
+    # those of the dense model: a layer that lost everything has none left
+    group_sets = find_group_sets(dense)
+    check_weights(model, group_sets)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
     stock = _stock_config(base, dense_config, plan, shapes)

@@ -43,7 +43,7 @@ def perplexity(model: nn.Module, ids: torch.Tensor) -> float:
 
 def test_criteria_modes_and_repair_on_a_pretrained_llama(model, ids):
     """One pass of each kind; the plans agree between modes, and quality is in the order that theory and METHODS give."""
-    starts = torch.randperm(len(ids) // 256, generator=torch.Generator().manual_seed(0))[:12] * 128
+    starts = torch.randperm(len(ids) // 256, generator=torch.Generator().manual_seed(0))[:32] * 128
     batches = [ids[None, s : s + 128] for s in starts.tolist()]
     group_sets = find_group_sets(model)
     config = PruningConfig(importance="taylor_2nd", pruning_ratio=0.2, repair=None)
