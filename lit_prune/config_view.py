@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.modeling_pruned import ConfigView
+from lit_prune.modeling_pruned import overridden
 
 
 def override_config(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     """Let a module, and no other, see a value of its own for a field of its config; return a function that undoes this."""
     before: Any = module.config
-    shared, overrides = (before.shared, before.overrides) if isinstance(before, ConfigView) else (before, {})
-    module.config = ConfigView(shared, {**overrides, name: value})  # type: ignore[assignment]
+    module.config = overridden(before, name, value)  # type: ignore[assignment]
 
     def undo() -> None:
         module.config = before

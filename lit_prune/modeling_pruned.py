@@ -171,6 +171,12 @@ def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
     sync_features(module)
 
 
+def overridden(config: Any, name: str, value: Any) -> ConfigView:
+    """A view of a config, or of what a view shows already, with a value of its own for one field."""
+    shared, overrides = (config.shared, config.overrides) if isinstance(config, ConfigView) else (config, {})
+    return ConfigView(shared, {**overrides, name: value})
+
+
 def _set_attribute(model: nn.Module, path: str, value: int) -> None:
     owner, marker, name = path.partition(".config.")
     if not marker:
@@ -178,9 +184,7 @@ def _set_attribute(model: nn.Module, path: str, value: int) -> None:
         setattr(model.get_submodule(owner), name, value)
         return
     module: Any = model.get_submodule(owner)
-    view = module.config if isinstance(module.config, ConfigView) else None
-    shared, overrides = (module.config, {}) if view is None else (view.shared, view.overrides)
-    module.config = ConfigView(shared, {**overrides, name: value})
+    module.config = overridden(module.config, name, value)
 
 
 # where lit_prune is installed, its own engine takes the place of this

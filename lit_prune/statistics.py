@@ -439,10 +439,11 @@ class _GradientCollector:
         gradient = gradient.float()
         weight = sharding.local(parameter.detach()).float()
         if self._groupwise:
+            product = weight * gradient
             for group_set, position in self._uses[name]:
                 part = group_set.slices[position]
                 if self._groupwise[0].applies(group_set, part):
-                    self._add(self._mask_gradients, group_set.key, sharding.reduce(part, weight * gradient, parameter))
+                    self._add(self._mask_gradients, group_set.key, sharding.reduce(part, product, parameter))
         elementwise = set()
         for term in self._terms:
             assert term.statistic is not None
