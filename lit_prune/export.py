@@ -374,7 +374,7 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
                 "kind": entry.kind,
                 "layer": entry.layer,
                 "size": entry.size,
-                "kept": to_ranges(list(entry.kept)),
+                "kept": to_ranges(entry.kept),
                 "parameters": parameters,
                 "attributes": {f"{a.module}.{a.name}": a.per_group for a in group_set.attributes},
             }

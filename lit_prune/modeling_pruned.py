@@ -12,10 +12,11 @@ and making those parameters smaller; every other step of loading is that of tran
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -78,15 +79,15 @@ def sync_features(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
-def to_ranges(indices: list[int]) -> str:
+def to_ranges(indices: Sequence[int]) -> str:
     """Ascending indices as text: ``[0, 1, 2, 5]`` is ``"0-2 5"``."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    values = torch.as_tensor(indices, dtype=torch.long)
+    if not len(values):
+        return ""
+    breaks = (values.diff() != 1).nonzero().flatten()
+    first = torch.cat([values[:1], values[breaks + 1]]).tolist()
+    last = torch.cat([values[breaks], values[-1:]]).tolist()
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
 
 
 def from_ranges(text: str) -> list[int]:

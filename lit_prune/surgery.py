@@ -116,9 +116,10 @@ def apply_plan(
         sharding.check_layout(model, group_sets)
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
+    places = _places(model)
     try:
         for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
-            _replace_parameter(model, name, cuts.get(name, []), weights.get(name), optimizers, journal)
+            _replace_parameter(model, name, places, cuts.get(name, []), weights.get(name), optimizers, journal)
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
@@ -173,9 +174,10 @@ def cut_block(
     """
     prefix = f"{name}."
     journal: list[Callable[[], None]] = []
+    places = _places(block)
     for parameter, parameter_cuts in cuts.items():
         if parameter.startswith(prefix):
-            _replace_parameter(block, parameter.removeprefix(prefix), parameter_cuts, None, (), journal)
+            _replace_parameter(block, parameter.removeprefix(prefix), places, parameter_cuts, None, (), journal)
     _set_attributes(block, [s for s in group_sets if s.block == name], plan, journal, prefix)
 
 
@@ -202,6 +204,15 @@ def _is_added(name: str, plan: PruningPlan) -> bool:
     return name.removesuffix(".bias") in plan.biases
 
 
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of every parameter, the modules that hold it and the name that they hold it by."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    return places
+
+
 def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[Tensor]]:
     """Cut a tensor; also return what left, from which :func:`_paste` restores it bit for bit."""
     left = []
@@ -225,16 +236,16 @@ def _paste(tensor: Tensor, cuts: Sequence[Cut], left: Sequence[Tensor]) -> Tenso
 def _replace_parameter(
     model: nn.Module,
     name: str,
+    places: Mapping[int, Sequence[tuple[nn.Module, str]]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
     journal: list[Callable[[], None]],
 ) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old: nn.Parameter = getattr(module, attribute)
+    old = model.get_parameter(name)
+    owners = places[id(old)]
     if isinstance(old, DTensor):
-        _replace_sharded(model, name, old, cuts, values, optimizers)
+        _replace_sharded(model, old, owners, cuts, values, optimizers)
         return
     data, left = _cut(old.data, cuts)
     original = data
@@ -246,25 +257,19 @@ def _replace_parameter(
     new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)
     gradient = old.grad
-    places = [
-        (owner_module, key)
-        for owner_module in model.modules()
-        for key, parameter in owner_module._parameters.items()
-        if parameter is old
-    ]
     shape = old.shape
 
     def undo() -> None:
         old.data = _paste(original, cuts, left) if cuts else original
         old.grad = gradient
-        for owner_module, key in places:
-            owner_module._parameters[key] = old
-            _sync_features(owner_module)
+        for module, key in owners:
+            module._parameters[key] = old
+            _sync_features(module)
 
     journal.append(undo)
-    for owner_module, key in places:
-        owner_module._parameters[key] = new
-        _sync_features(owner_module)
+    for module, key in owners:
+        module._parameters[key] = new
+        _sync_features(module)
     if cuts:
         old.data = old.data.new_empty(0)
     old.grad = None
@@ -274,8 +279,8 @@ def _replace_parameter(
 
 def _replace_sharded(
     model: nn.Module,
-    name: str,
     old: DTensor,
+    owners: Sequence[tuple[nn.Module, str]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
@@ -284,9 +289,8 @@ def _replace_sharded(
     whole = _cut(sharding.full(old), cuts)[0] if values is None else sharding.full(values).to(old.dtype)
     new = sharding.replace(model, old, whole)
     del whole
-    for module in model.modules():
-        if any(p is new for p in module._parameters.values()):
-            _sync_features(module)
+    for module, _ in owners:
+        _sync_features(module)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import torch
 from torch import Tensor
 
 from lit_prune.errors import CalibrationError
@@ -107,6 +108,10 @@ class GroupTable:
         """For every set the indices of the groups that stay."""
         return [np.flatnonzero(k) for k in np.split(self.kept, self.offsets[1:-1])]
 
+    def removed_groups(self) -> list[Tensor]:
+        """For every set the indices of the groups that leave."""
+        return [torch.from_numpy(np.flatnonzero(~k)) for k in np.split(self.kept, self.offsets[1:-1])]
+
     def to_arrow(self) -> pa.Table:
         """The table with the columns :data:`COLUMNS`."""
         rows = pa.array(self.set_of_row)
@@ -133,12 +138,12 @@ class GroupTable:
         missing = [c for c in COLUMNS if c not in table.column_names]
         if missing:
             raise ValueError(f"A group table has the columns {COLUMNS}; {missing} are missing.")
-        names, kinds = table["name"].to_pylist(), table["kind"].to_pylist()
-        starts = [i for i in range(len(names)) if i == 0 or (names[i], kinds[i]) != (names[i - 1], kinds[i - 1])]
+        codes = [table[c].combine_chunks().dictionary_encode().indices.to_numpy() for c in ("name", "kind")]
+        starts = np.flatnonzero(np.any([np.diff(c, prepend=-1) != 0 for c in codes], axis=0))
         return cls(
-            keys=tuple((names[i], kinds[i]) for i in starts),
+            keys=tuple(zip(*(table[c].take(starts).to_pylist() for c in ("name", "kind")), strict=True)),
             layers=table["layer"].to_numpy()[starts],
-            offsets=np.array([*starts, len(names)]),
+            offsets=np.array([*starts, len(table)]),
             importance=table["importance"].to_numpy(),
             cost=table["cost"].to_numpy(),
             kept=table["kept"].to_numpy().copy(),
