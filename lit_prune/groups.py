@@ -160,10 +160,8 @@ class GroupSet:
 
 def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:
     """Number of parameters of ``model`` that one group of these slices holds."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return sum(
-        s.index.shape[1] * parameters[s.parameter].numel() // parameters[s.parameter].shape[s.dim] for s in slices
-    )
+    sizes = ((s, model.get_parameter(s.parameter)) for s in slices)
+    return sum(s.index.shape[1] * parameter.numel() // parameter.shape[s.dim] for s, parameter in sizes)
 
 
 def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> int:
