@@ -54,20 +54,17 @@ class Slice:
         """Whether the inputs of the slice's module are the features that its parameter multiplies."""
         return self.input_dim is not None and not self.opaque
 
-    def reduce(self, values: Tensor, start: int = 0, length: int | None = None) -> Tensor:
-        """Sum values that have the parameter's shape to one number a group.
+    def gather(self, line: Tensor, start: int = 0, length: int | None = None) -> Tensor:
+        """Sum values, one for each position along ``dim``, to one number a group.
 
         Args:
-            values: Tensor of the parameter's shape, or a part of it along ``dim``.
-            start: Position along ``dim`` where the part starts.
-            length: Length of the whole along ``dim``, if ``values`` is a part.
+            line: Tensor of the parameter's length along ``dim``, or a part of it.
+            start: Position where the part starts.
+            length: Length of the whole, if ``line`` is a part.
 
         Returns:
-            Tensor of shape ``(groups,)`` in float32 (float64 if ``values`` is).
+            Tensor of shape ``(groups,)``.
         """
-        dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-        other = [d for d in range(values.dim()) if d != self.dim]
-        line = values.sum(dim=other, dtype=dtype) if other else values.to(dtype)
         if length is not None:
             line = torch.nn.functional.pad(line, (start, length - start - line.shape[0]))
         return line[self.index.to(line.device)].sum(dim=1)

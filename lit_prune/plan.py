@@ -80,7 +80,10 @@ class PruningPlan:
 
     @classmethod
     def from_kept(
-        cls, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int] | np.ndarray], info: Mapping[str, Any] | None = None
+        cls,
+        group_sets: Sequence[GroupSet],
+        kept: Sequence[Sequence[int] | np.ndarray],
+        info: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """Make a plan from the kept group indices of every group set."""
         entries = tuple(
