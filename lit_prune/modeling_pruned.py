@@ -11,8 +11,9 @@ and making those parameters smaller; every other step of loading is that of tran
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,70 @@ def overridden(config: Any, name: str, value: Any) -> ConfigView:
     """A view of a config, or of what a view shows already, with a value of its own for one field."""
     shared, overrides = (config.shared, config.overrides) if isinstance(config, ConfigView) else (config, {})
     return ConfigView(shared, {**overrides, name: value})
+
+
+LAYER_INDEX = "layer_idx"
+
+
+def keep_blocks(blocks: nn.ModuleList, kept: Sequence[int]) -> Callable[[], None]:
+    """Let only some blocks (decoder layers) stay in a list, and tell each its new index in the cache of keys and values.
+
+    Args:
+        blocks: The list; changed in place.
+        kept: Indices of those that stay, ascending.
+
+    Returns:
+        A function that undoes this.
+    """
+    before, told = dict(blocks._modules), []
+    blocks._modules.clear()
+    for new, old in enumerate(kept):
+        block = before[str(old)]
+        blocks._modules[str(new)] = block
+        for module in block.modules():  # type: ignore[union-attr]
+            if module.__dict__.get(LAYER_INDEX) == old:
+                module.__dict__[LAYER_INDEX] = new
+                told.append((module, old))
+
+    def undo() -> None:
+        blocks._modules.clear()
+        blocks._modules.update(before)
+        for module, old in told:
+            module.__dict__[LAYER_INDEX] = old
+
+    return undo
+
+
+def of_kept_blocks(value: Any, kept: Sequence[int]) -> Any:
+    """What becomes of a number of blocks, or of a list with an entry for every block, when only some blocks stay."""
+    return len(kept) if isinstance(value, int) else type(value)(value[i] for i in kept)
+
+
+def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], None]:
+    """Give a model a copy of its config with other values for some fields; return a function that undoes this.
+
+    Modules that hold another copy of the config, as a model inside a task head may, get one likewise.
+    """
+    kind, changed = type(model.config), {}
+    places: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        config: Any = module.__dict__.get("config")
+        shared = config.shared if isinstance(config, ConfigView) else config
+        if type(shared) is not kind:
+            continue
+        if id(shared) not in changed:
+            changed[id(shared)] = copy.deepcopy(shared)
+            for name, value in fields.items():
+                setattr(changed[id(shared)], name, value)
+        places.append((module, config))
+        new = changed[id(shared)]
+        module.config = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
+
+    def undo() -> None:
+        for module, config in places:
+            module.config = config
+
+    return undo
 
 
 def _set_attribute(model: nn.Module, path: str, value: int) -> None:
