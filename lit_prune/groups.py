@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UnsupportedModelError
-
-BLOCK = "block"
-"""The kind of the group sets that are whole blocks of a model, one block each."""
+from lit_prune.modeling_pruned import BLOCK as BLOCK
 
 
 @dataclass(frozen=True, eq=False)

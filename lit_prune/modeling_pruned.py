@@ -5,8 +5,10 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 
 A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
 type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
-parameter they lie along, and how many positions of it a group takes. Building the model means building the dense one
-and making those parameters smaller; every other step of loading is that of transformers.
+parameter they lie along, and how many positions of it a group takes; and for every list of blocks that lost some, which
+were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
+every other step of loading is that of transformers. Where blocks left, the config says how many there are, and
+``pruning`` what the dense model's config says in the same fields.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "lit_prune"
 VERSION = 1
+BLOCK = "block"
+LAYER_INDEX = "layer_idx"
 PREFIX = "Pruned"
 AUTO_CLASSES = (
     "AutoModel",
@@ -136,6 +140,11 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
         for entry in pruning["groups"]:
             for name, per_group in entry["attributes"].items():
                 _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
+        for entry in pruning["groups"]:
+            if entry["kind"] == BLOCK:
+                kept = from_ranges(entry["kept"])
+                keep_blocks(model.get_submodule(local_name(model, entry["name"])), kept)  # type: ignore[arg-type]
+                change_config(model, {n: of_kept_blocks(v, kept) for n, v in pruning["dense"].items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
@@ -178,9 +187,6 @@ def overridden(config: Any, name: str, value: Any) -> ConfigView:
     return ConfigView(shared, {**overrides, name: value})
 
 
-LAYER_INDEX = "layer_idx"
-
-
 def keep_blocks(blocks: nn.ModuleList, kept: Sequence[int]) -> Callable[[], None]:
     """Let only some blocks (decoder layers) stay in a list, and tell each its new index in the cache of keys and values.
 
@@ -215,6 +221,14 @@ def of_kept_blocks(value: Any, kept: Sequence[int]) -> Any:
     return len(kept) if isinstance(value, int) else type(value)(value[i] for i in kept)
 
 
+def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    """A copy of a config with other values for some fields."""
+    config = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
 def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], None]:
     """Give a model a copy of its config with other values for some fields; return a function that undoes this.
 
@@ -228,9 +242,7 @@ def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], N
         if type(shared) is not kind:
             continue
         if id(shared) not in changed:
-            changed[id(shared)] = copy.deepcopy(shared)
-            for name, value in fields.items():
-                setattr(changed[id(shared)], name, value)
+            changed[id(shared)] = with_fields(shared, fields)
         places.append((module, config))
         new = changed[id(shared)]
         module.config = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
@@ -332,10 +344,14 @@ class _Pruned:
     """What the classes of pruned models have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        depth = config.pruning.get("dense", {}) if isinstance(config.pruning, Mapping) else {}
+        whole = with_fields(config, depth) if depth else config
+        super().__init__(whole, *args, **kwargs)  # type: ignore[call-arg]
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             build(self, config.pruning)
+        elif depth:
+            change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -220,21 +220,36 @@ def _remove_blocks(
         _remove_from_optimizer(optimizer, gone, journal)
     journal.append(keep_blocks(blocks, entry.kept))
     holder = model.get_submodule(entry.name.rpartition(".")[0])
-    config: Any = getattr(model, "config", None)
-    fields = {}
-    for name in depth_of(model):
-        of_config = name.startswith("config.")
-        field = name.removeprefix("config.")
-        value = getattr(config if of_config else holder, field, None)
-        if value != entry.size and not (isinstance(value, (list, tuple)) and len(value) == entry.size):
-            continue
-        if of_config:
-            fields[config.attribute_map.get(field, field)] = value
-        else:
-            _set_attribute(holder, field, of_kept_blocks(value, entry.kept), journal)
-    if fields:
+    for name in depth_of(model) or ():
+        value = None if name.startswith("config.") else getattr(holder, name, None)
+        if _counts_blocks(value, entry):
+            _set_attribute(holder, name, of_kept_blocks(value, entry.kept), journal)
+    if fields := depth_fields(model, entry):
         journal.append(change_config(model, {n: of_kept_blocks(v, entry.kept) for n, v in fields.items()}))
         _set_attribute(model, DEPTH_ATTRIBUTE, {**fields, **getattr(model, DEPTH_ATTRIBUTE, {})}, journal)
+
+
+def depth_fields(model: nn.Module, entry: PlanEntry) -> dict[str, Any]:
+    """The fields of a model's config that say how many blocks there are, or something for each of them.
+
+    Args:
+        model: The model, before blocks leave.
+        entry: What the plan says of its blocks.
+
+    Returns:
+        Their values by name.
+    """
+    config: Any = getattr(model, "config", None)
+    fields = {}
+    for name in depth_of(model) or ():
+        if name.startswith("config.") and _counts_blocks(getattr(config, name.removeprefix("config."), None), entry):
+            field = config.attribute_map.get(name.removeprefix("config."), name.removeprefix("config."))
+            fields[field] = getattr(config, field)
+    return fields
+
+
+def _counts_blocks(value: Any, entry: PlanEntry) -> bool:
+    return value == entry.size or (isinstance(value, (list, tuple)) and len(value) == entry.size)
 
 
 def _remove_from_optimizer(

@@ -471,10 +471,10 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
     return group_sets
 
 
-def depth_of(model: nn.Module) -> tuple[str, ...]:
+def depth_of(model: nn.Module) -> tuple[str, ...] | None:
     """Where the model says how many blocks it has, see :class:`Architecture`."""
     architecture = _architecture_of(model)
-    return (architecture.depth if architecture is not None else None) or ()
+    return None if architecture is None else architecture.depth
 
 
 def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:
