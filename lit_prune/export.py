@@ -59,8 +59,9 @@ def save_pruned(
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
     one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
-    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``, which ``import lit_prune`` makes known
-    to the Auto classes. Everything is written to a temporary folder that replaces ``directory`` at the end.
+    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
+    which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
+    ``directory`` at the end.
 
     Args:
         model: A transformers model that was cut by :func:`lit_prune.apply_plan`.

@@ -371,9 +371,7 @@ def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normal
     return result
 
 
-def mixed_importance(
-    parts: Sequence[tuple[float, Sequence[Tensor]]], group_sets: Sequence[GroupSet]
-) -> list[Tensor]:
+def mixed_importance(parts: Sequence[tuple[float, Sequence[Tensor]]], group_sets: Sequence[GroupSet]) -> list[Tensor]:
     """A weighted mix of importances, each scaled to sum to 1 over the model so that the weights mean something.
 
     Args:

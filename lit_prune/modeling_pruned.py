@@ -142,10 +142,10 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
                 _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
         for entry in pruning["groups"]:
             if entry["kind"] == BLOCK:
-                kept = from_ranges(entry["kept"])
-                keep_blocks(model.get_submodule(local_name(model, entry["name"])), kept)  # type: ignore[arg-type]
-                change_config(model, {n: of_kept_blocks(v, kept) for n, v in pruning["dense"].items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+                blocks, stay = model.get_submodule(local_name(model, entry["name"])), from_ranges(entry["kept"])
+                keep_blocks(blocks, stay)
+                change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
         raise PrunedModelError(
@@ -187,22 +187,23 @@ def overridden(config: Any, name: str, value: Any) -> ConfigView:
     return ConfigView(shared, {**overrides, name: value})
 
 
-def keep_blocks(blocks: nn.ModuleList, kept: Sequence[int]) -> Callable[[], None]:
+def keep_blocks(blocks: nn.Module, kept: Sequence[int]) -> Callable[[], None]:
     """Let only some blocks (decoder layers) stay in a list, and tell each its new index in the cache of keys and values.
 
     Args:
-        blocks: The list; changed in place.
+        blocks: The list, an ``nn.ModuleList``; changed in place.
         kept: Indices of those that stay, ascending.
 
     Returns:
         A function that undoes this.
     """
-    before, told = dict(blocks._modules), []
+    before: dict[str, Any] = dict(blocks._modules)
+    told = []
     blocks._modules.clear()
     for new, old in enumerate(kept):
         block = before[str(old)]
         blocks._modules[str(new)] = block
-        for module in block.modules():  # type: ignore[union-attr]
+        for module in block.modules():
             if module.__dict__.get(LAYER_INDEX) == old:
                 module.__dict__[LAYER_INDEX] = new
                 told.append((module, old))
@@ -245,11 +246,11 @@ def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], N
             changed[id(shared)] = with_fields(shared, fields)
         places.append((module, config))
         new = changed[id(shared)]
-        module.config = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
+        module.__dict__["config"] = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
 
     def undo() -> None:
         for module, config in places:
-            module.config = config
+            module.__dict__["config"] = config
 
     return undo
 

@@ -276,7 +276,9 @@ def _moved(name: str, layer: int, moved: Mapping[str, Mapping[int, int]]) -> tup
         if name.startswith(f"{stack}."):
             index, _, rest = name.removeprefix(f"{stack}.").partition(".")
             if not index.isdigit() or int(index) not in indices:
-                raise PlanError(f"The plans do not compose: {name!r} is in none of the {len(indices)} blocks of {stack!r}.")
+                raise PlanError(
+                    f"The plans do not compose: {name!r} is in none of the {len(indices)} blocks of {stack!r}."
+                )
             layer = indices[int(index)]
             name = ".".join(part for part in (stack, str(layer), rest) if part)
     return name, layer

@@ -144,11 +144,6 @@ def _check_sharded(
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Find what would fail in the middle of cutting a sharded model."""
-    if plan.blocks:
-        raise PruningError(
-            f"The plan removes blocks ({', '.join(plan.removed_blocks[:3])}, ...), which FSDP2 would go on to manage in a model"
-            " that it shards already. Remove blocks before the model is sharded, or prune other kinds."
-        )
     if plan.biases:
         raise PruningError(
             f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards already."
@@ -257,7 +252,7 @@ def _remove_from_optimizer(
 ) -> None:
     identities = {id(p) for p in gone}
     groups = [(group, group["params"]) for group in optimizer.param_groups]
-    states = {p: optimizer.state[p] for p in gone if p in optimizer.state}
+    states: dict[Tensor, Any] = {p: optimizer.state[p] for p in gone if p in optimizer.state}
 
     def undo() -> None:
         for group, parameters in groups:

@@ -115,10 +115,14 @@ class GroupTable:
         return rows[self.set_of_row]
 
     @property
+    def leaving(self) -> np.ndarray:
+        """Whether every row leaves by itself, and not with the whole block around it, whose cost that of the row is in."""
+        return ~self.kept & ~np.append(~self.kept, False)[self.block_of_row]
+
+    @property
     def removed_cost(self) -> int:
-        """Parameters of the rows that do not stay; what leaves with its block is in the cost of the block."""
-        with_block = np.append(~self.kept, False)[self.block_of_row]
-        return int(self.cost[~self.kept & ~with_block].sum())
+        """Parameters of the rows that do not stay."""
+        return int(self.cost[self.leaving].sum())
 
     def kept_groups(self) -> list[np.ndarray]:
         """For every set the indices of the groups that stay."""

@@ -61,7 +61,9 @@ def without(model: nn.Module, layers: list[int]) -> PruningPlan:
     """The plan that takes whole layers out."""
     group_sets = find_group_sets(model, blocks=True)
     gone = [s.kind == BLOCK and s.layer in layers for s in group_sets]
-    return PruningPlan.from_kept(group_sets, [[] if g else range(s.size) for g, s in zip(gone, group_sets, strict=True)])
+    return PruningPlan.from_kept(
+        group_sets, [[] if g else range(s.size) for g, s in zip(gone, group_sets, strict=True)]
+    )
 
 
 def weakened(model: nn.Module, layer: int) -> nn.Module:
@@ -119,8 +121,11 @@ def test_two_cuts_compose_to_one(tokens):
     assert not any("layers.1." in e.name for e in first.entries)
     apply_plan(model, first)
     sets = find_group_sets(model, blocks=True)
-    assert [s.size for s in sets if s.kind == "mlp"] == [len(k) for s, k in zip(
-        find_group_sets(other, blocks=True), kept, strict=True) if s.kind == "mlp" and s.layer != 1]
+    assert [s.size for s in sets if s.kind == "mlp"] == [
+        len(k)
+        for s, k in zip(find_group_sets(other, blocks=True), kept, strict=True)
+        if s.kind == "mlp" and s.layer != 1
+    ]
     kept = [[] if s.kind == BLOCK and s.layer == 0 else list(range(s.size))[1:] or [0] for s in sets]
     second = PruningPlan.from_kept(sets, kept)
     apply_plan(model, second)
@@ -327,7 +332,7 @@ def test_selection_with_blocks_is_that_of_one_row_after_the_other(seed):
         table.kept = select(table, budget, limits)
         expected = one_by_one(table, budget, {"attention": 1, "mlp": 1})
         assert table.kept.tolist() == expected.tolist()
-        assert 0 <= budget - table.removed_cost
+        assert table.removed_cost <= budget
 
 
 def test_limits_of_blocks():

@@ -290,7 +290,9 @@ def test_loses_blocks(case, tmp_path):
         pytest.skip("no block may leave")
     group_sets, inner = find_group_sets(model, blocks=True), find_model(model)[1]
     gone = [s.kind == BLOCK and s.layer == 0 for s in group_sets]
-    plan = PruningPlan.from_kept(group_sets, [[] if g else range(s.size) for g, s in zip(gone, group_sets, strict=True)])
+    plan = PruningPlan.from_kept(
+        group_sets, [[] if g else range(s.size) for g, s in zip(gone, group_sets, strict=True)]
+    )
     oracle, before = skipping(case.build(), plan.removed_blocks), count(model)
     apply_plan(model, plan)
     assert before - count(model) == sum(s.cost for g, s in zip(gone, group_sets, strict=True) if g)

@@ -199,7 +199,10 @@ def without_block(model, layer, widths=False):
     group_sets = find_group_sets(model, blocks=True)
     kept = uneven_kept(group_sets) if widths else [range(s.size) for s in group_sets]
     leaves = [s.kind == "block" and s.layer == layer for s in group_sets]
-    kept = [[] if gone else range(1) if s.kind == "block" else k for gone, s, k in zip(leaves, group_sets, kept, strict=True)]
+    kept = [
+        [] if gone else range(1) if s.kind == "block" else k
+        for gone, s, k in zip(leaves, group_sets, kept, strict=True)
+    ]
     apply_plan(model, PruningPlan.from_kept(group_sets, kept))
     return model
 

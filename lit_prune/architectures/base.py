@@ -488,7 +488,9 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
             f"Whole blocks cannot leave {type(model).__name__}: its description (architecture {architecture.name!r}) names no"
             " depth. Prune other kinds."
         )
-    stacks = dict.fromkeys(stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit())
+    stacks = dict.fromkeys(
+        stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit()
+    )
     places: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), set()).add(name)
@@ -501,7 +503,9 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
                 f" {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
             )
         if not isinstance(blocks, nn.ModuleList):
-            raise UnsupportedModelError(f"{stack} is a {type(blocks).__name__}; expected the blocks in an nn.ModuleList.")
+            raise UnsupportedModelError(
+                f"{stack} is a {type(blocks).__name__}; expected the blocks in an nn.ModuleList."
+            )
         for index in range(len(blocks)):
             name = f"{stack}.{index}"
             parameters = {f"{name}.{n}": p for n, p in blocks[index].named_parameters(remove_duplicate=False)}
