@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_prune.errors import UnsupportedStrategyError
-from lit_prune.groups import GroupSet, Slice
+from lit_prune.groups import BLOCK, GroupSet, Slice
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -38,8 +38,16 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
 
     Raises:
         UnsupportedStrategyError: If their parameters are sharded over more than one dimension of a mesh (tensor
-            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model.
+            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model; or if
+            whole blocks are among them.
     """
+    group_sets = list(group_sets)
+    whole = next((s for s in group_sets if s.kind == BLOCK), None)
+    if whole is not None and any_sharded(model.parameters()) is not None:
+        raise UnsupportedStrategyError(
+            f"Whole blocks ({whole.name!r}, ...) cannot leave a model that FSDP2 shards, as it would go on to manage them."
+            " Prune other kinds, or remove blocks in a run of its own on one device or with DDP."
+        )
     managed = {id(p.sharded_param) for p in _managed(model)}
     for name in {part.parameter: None for group_set in group_sets for part in group_set.slices}:
         parameter = model.get_parameter(name)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import sharding
+from lit_prune.blocks import hidden_input, hidden_output
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
-from lit_prune.groups import GroupSet, Slice, check_names
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
 from lit_prune.reduction import add_line, piece_size, pieces, product_lines
 
 if TYPE_CHECKING:
@@ -469,6 +470,8 @@ class _GradientCollector:
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
         self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
+        self._blocks = {s.key: model.get_submodule(s.name) for s in group_sets if s.kind == BLOCK and self._groupwise}
+        self._block_gradients: dict[tuple[str, str], Tensor] = {}
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
         for group_set in group_sets:
             for position, part in enumerate(group_set.slices):
@@ -517,6 +520,8 @@ class _GradientCollector:
                 parameter.requires_grad_(id(parameter) in scored)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+        for key, block in self._blocks.items():
+            self._handles.append(block.register_forward_hook(self._block_hook(key), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -560,6 +565,23 @@ class _GradientCollector:
                 self._average_waiting()
             else:
                 self._take(name, gradient)
+
+        return hook
+
+    def _block_hook(self, key: tuple[str, str]) -> Callable[..., None]:
+        """Take the derivative of the loss by a mask of what a block adds to its input, which needs no parameter."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = hidden_output(output)
+            before, after = hidden_input(args, kwargs).detach(), states.detach()
+
+            def take(gradient: Tensor) -> None:
+                derivative = (gradient.float() * (after.float() - before.float())).sum()
+                self._add(self._block_gradients, key, derivative.view(1))
+
+            if torch.is_grad_enabled():
+                # what has no scored weight before it would get no gradient
+                states.requires_grad_().register_hook(take)
 
         return hook
 
@@ -614,6 +636,10 @@ class _GradientCollector:
             whole = sharding.sum_over_shards(torch.cat([self._mask_gradients[k] for k in keys]), shared)
             sizes = [len(self._mask_gradients[k]) for k in keys]
             self._mask_gradients = dict(zip(keys, whole.split(sizes), strict=True))
+        if self._blocks:
+            of_blocks = torch.cat([self._block_gradients.pop(key) for key in self._blocks])
+            of_blocks = of_blocks if self._ranks is None else self._ranks.mean(of_blocks)
+            self._mask_gradients.update(zip(self._blocks, of_blocks.split(1), strict=True))
         for key, derivative in self._mask_gradients.items():
             for term in self._groupwise:
                 self._add(self._reduced, (term, key, 0), term.function(derivative))

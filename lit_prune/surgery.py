@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.base import depth_of
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, check_names
+from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks
 from lit_prune.modeling_pruned import sync_features as _sync_features
-from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
+from lit_prune.plan import DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPlan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_key = {s.key: s for s in group_sets}
     masks: dict[tuple[str, int], Tensor] = {}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.slices:
@@ -85,6 +87,9 @@ def apply_plan(
     The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
 
+    Blocks that leave are taken out of their list; those behind them move up, also in the cache of keys and values. The model
+    gets a config of its own that says how many there are now, and their parameters leave the optimizers.
+
     Args:
         model: The model, or a module that holds one; changed in place.
         plan: A plan that fits it.
@@ -97,7 +102,7 @@ def apply_plan(
         PruningError: If an optimizer's state cannot be cut.
     """
     model = find_model(model)[1]
-    group_sets = find_group_sets(model)
+    group_sets = find_group_sets(model, blocks=bool(plan.blocks))
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
     optimizers = list(optimizers)
@@ -123,6 +128,8 @@ def apply_plan(
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
+        for entry in plan.blocks:
+            _remove_blocks(model, entry, optimizers, journal)
         _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
     except BaseException:
         for undo in reversed(journal):
@@ -198,6 +205,67 @@ def _set_attributes(
             for adaptation in (a for a in group_set.adaptations if a.module.startswith(prefix)):
                 module = root.get_submodule(adaptation.module.removeprefix(prefix))
                 journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
+
+
+def _remove_blocks(
+    model: nn.Module, entry: PlanEntry, optimizers: Sequence[Optimizer], journal: list[Callable[[], None]]
+) -> None:
+    """Take blocks out of their list, out of the optimizers, and out of what the model says of its depth."""
+    blocks: Any = model.get_submodule(entry.name)
+    gone = [p for i in set(range(entry.size)) - set(entry.kept) for p in blocks[i].parameters()]
+    for optimizer in optimizers:
+        _remove_from_optimizer(optimizer, gone, journal)
+    journal.append(keep_blocks(blocks, entry.kept))
+    holder = model.get_submodule(entry.name.rpartition(".")[0])
+    for name in depth_of(model) or ():
+        value = None if name.startswith("config.") else getattr(holder, name, None)
+        if _counts_blocks(value, entry):
+            _set_attribute(holder, name, of_kept_blocks(value, entry.kept), journal)
+    if fields := depth_fields(model, entry):
+        journal.append(change_config(model, {n: of_kept_blocks(v, entry.kept) for n, v in fields.items()}))
+        _set_attribute(model, DEPTH_ATTRIBUTE, {**fields, **getattr(model, DEPTH_ATTRIBUTE, {})}, journal)
+
+
+def depth_fields(model: nn.Module, entry: PlanEntry) -> dict[str, Any]:
+    """The fields of a model's config that say how many blocks there are, or something for each of them.
+
+    Args:
+        model: The model, before blocks leave.
+        entry: What the plan says of its blocks.
+
+    Returns:
+        Their values by name.
+    """
+    config: Any = getattr(model, "config", None)
+    fields = {}
+    for name in depth_of(model) or ():
+        if name.startswith("config.") and _counts_blocks(getattr(config, name.removeprefix("config."), None), entry):
+            field = config.attribute_map.get(name.removeprefix("config."), name.removeprefix("config."))
+            fields[field] = getattr(config, field)
+    return fields
+
+
+def _counts_blocks(value: Any, entry: PlanEntry) -> bool:
+    return value == entry.size or (isinstance(value, (list, tuple)) and len(value) == entry.size)
+
+
+def _remove_from_optimizer(
+    optimizer: Optimizer, gone: Sequence[nn.Parameter], journal: list[Callable[[], None]]
+) -> None:
+    identities = {id(p) for p in gone}
+    groups = [(group, group["params"]) for group in optimizer.param_groups]
+    states: dict[Tensor, Any] = {p: optimizer.state[p] for p in gone if p in optimizer.state}
+
+    def undo() -> None:
+        for group, parameters in groups:
+            group["params"] = parameters
+        optimizer.state.update(states)
+
+    journal.append(undo)
+    for group, parameters in groups:
+        group["params"] = [p for p in parameters if id(p) not in identities]
+    for parameter in states:
+        del optimizer.state[parameter]
 
 
 def _is_added(name: str, plan: PruningPlan) -> bool:

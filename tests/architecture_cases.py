@@ -130,6 +130,7 @@ class Case:
         notes: For the table.
         kinds: The kinds of groups that it has.
         refits: Whether least-squares repair refits its blocks.
+        blocks: Whether whole blocks may leave.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Case:
     notes: str = ""
     kinds: tuple[str, ...] = ("attention", "mlp")
     refits: bool = True
+    blocks: bool = True
 
     def build(self, attention: str | None = None) -> nn.Module:
         """The model, the same at every call."""
@@ -319,6 +321,7 @@ CASES = (
         encoder("albert", "AutoModelForMaskedLM", embedding_size=16),
         generates=False,
         notes="one layer, run three times",
+        blocks=False,
     ),
     Case(
         "ViT, image classification",
@@ -332,12 +335,14 @@ CASES = (
         translated_batch,
         notes="relative biases of the first layer read by all",
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "T5, gated",
         hugging("t5", "AutoModelForSeq2SeqLM", T5_SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         translated_batch,
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "Mixtral",
@@ -388,6 +393,7 @@ CASES = (
         attentions=("own",),
         notes="cut once; not refitted",
         refits=False,
+        blocks=False,
     ),
     Case(
         "nn.TransformerEncoder",
@@ -417,5 +423,6 @@ CASES = (
         notes="coupled by torch-pruning's dependency graph",
         kinds=("channel",),
         refits=False,
+        blocks=False,
     ),
 )

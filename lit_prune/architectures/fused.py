@@ -28,6 +28,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -45,6 +46,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -63,6 +65,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -91,6 +94,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
         check=_check_falcon,
     )
 )
