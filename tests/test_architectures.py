@@ -57,17 +57,44 @@ def emptied(model, layers=(0,), kinds=("attention", "mlp")):
 
 
 def test_an_unknown_class_says_where_detection_stopped():
-    model = hugging("bloom", n_head=4)("eager")
+    model = hugging("mamba")("eager")
     with pytest.raises(
-        UnsupportedModelError,
-        match=r"stopped at 'transformer\.h\.0' \(BloomBlock, one of 3\).*self_attention: BloomAttention",
+        UnsupportedModelError, match=r"stopped at 'backbone\.layers\.0' \(MambaBlock, one of 3\).*mixer: MambaMixer"
     ):
         find_group_sets(model)
 
 
-def test_slopes_of_alibi_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"config\.alibi is True"):
-        find_group_sets(hugging("falcon", num_attention_heads=4, alibi=True)("eager"))
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("falcon", {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 4}, "ALiBi and heads that share"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("gpt_bigcode", {"n_head": 4, "multi_query": False}, "multi_query=False"),
+    ],
+)
+def test_options_that_no_description_covers_are_refused(model_type, options, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_group_sets(hugging(model_type, **options)("eager"))
+
+
+@pytest.mark.parametrize(("name", "attention"), [("BLOOM", "eager"), ("MPT", "eager"), ("Falcon, ALiBi", "sdpa")])
+def test_slopes_of_alibi_go_with_their_heads_where_batches_are_padded(name, attention):
+    """A heads' slope is a matter of which head it was; pruned twice, so that heads are counted from the dense model."""
+    model = CASE[name].build(attention)
+    dense = copy.deepcopy(model)
+    for kept in ([0, 2, 3], [1, 2]):
+        group_sets = [s for s in find_group_sets(model) if s.kind == "attention"]
+        apply_plan(model, PruningPlan.from_kept(group_sets, [kept for _ in group_sets]))
+    group_sets = find_group_sets(dense)
+    dense = zeroed(dense, [[2, 3] if s.kind == "attention" else list(range(s.size)) for s in group_sets])
+    ids, mask = random_ids(0), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids, attention_mask=mask).logits[:, 4:] for m in (model, dense))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    assert torch.equal(model.generate(ids, num_beams=3, **options), dense.generate(ids, num_beams=3, **options))
 
 
 def test_a_part_that_no_alternative_describes_is_named():

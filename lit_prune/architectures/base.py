@@ -107,7 +107,8 @@ class Attention(Block):
         layout: How the rows of ``fused`` lie: ``"stacked"``, all queries, all keys, all values; or ``"interleaved"``,
             for every key/value head its queries, its key and its value.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
-            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``.
+            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
+            lacks are passed over.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
         skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
             it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
@@ -231,7 +232,7 @@ class Attention(Block):
 
     def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
         for parameter, counted in self.parameters.items():
-            if counted not in counts:
+            if counted not in counts or not _has(model, f"{name}.{parameter}"):
                 continue
             entries = counts[counted] * groups
             yield part_of(model, f"{name}.{parameter}", 0, torch.arange(entries).view(groups, counts[counted]))
