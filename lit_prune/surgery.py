@@ -333,9 +333,9 @@ class _ShardedCut:
         return _paste(stayed, self._cuts, [sharding.full(part) for part in self._left])
 
 
-def _put_sharded(model: nn.Module, old: DTensor, whole: Tensor, optimizers: Sequence[Optimizer]) -> nn.Parameter:
+def _put_sharded(model: nn.Module, old: DTensor, whole: Tensor, optimizers: Sequence[Optimizer]) -> DTensor:
     """Put a new value of other sizes in the place of a sharded parameter, in the model and in the optimizers."""
-    new = sharding.replace(model, old, whole)
+    new: Any = sharding.replace(model, old, whole)
     for module in model.modules():
         if any(p is new for p in module._parameters.values()):
             _sync_features(module)

@@ -373,9 +373,30 @@ def test_a_description_is_verified():
     assert "stem.0" in verify_architecture(unsettled(MyResNet()), lambda m: m(torch.ones(1, 3, 8, 8))[0])
 
 
+def test_the_features_of_a_head_may_be_computed():
+    class Computed(MyGPT):
+        pass
+
+    attention = Attention(
+        path="h.*.attn",
+        fused="c_attn",
+        output="c_proj",
+        head_dim=lambda module: module.n_attn // module.n_head,
+        attributes={"n_head": "query_heads", "n_attn": "query_features"},
+    )
+    register_architecture(Architecture("computed", ("Computed",), (attention, MLP("h.*.mlp", ("c_fc",), "c_proj"))))
+    model = unsettled(Computed(64))
+    for _ in range(2):
+        assert verify_architecture(model, lambda m: m(random_ids(0))[0])
+        group_sets = find_group_sets(model)
+        apply_plan(model, PruningPlan.from_kept(group_sets, [list(range(1, s.size)) for s in group_sets]))
+    assert model.h[0].attn.c_attn.weight.shape == (3 * 16, 32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"head_dim": "head_width"}, r"h\.0\.attn \(CausalAttention\) .*'head_width'; found None.*lambda"),
         ({"layout": "interleaved"}, r"Without h\.0\.attn \(attention\), group 2 of 4, the output differs"),
         ({"attributes": {"n_head": "query_heads"}}, r"Without h\.0\.attn .*does not run.*an attribute"),
     ],
