@@ -31,7 +31,8 @@ class Slice:
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
         opaque: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
             ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
-            Criteria of activations take them all to be 1, and repair leaves the parameter as it is.
+            Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
+            experts.
     """
 
     parameter: str
