@@ -473,6 +473,43 @@ def test_an_unknown_tensor_is_refused(saved):
     both(saved, r"has unknown weights \['model.layers.1.mlp.extra.weight'\]")
 
 
+def drop(weights):
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "error"),
+    [
+        (drop, r"lacks the weights \['model.layers.1.mlp.up_proj.weight'\]", PruningError),
+        (lambda w: w.update(extra=torch.zeros(2)), r"has unknown weights \['extra'\]", PruningError),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(64, 30)}), r"has shape \(64, 30\); expected", PlanError),
+    ],
+)
+def test_a_stock_model_is_checked_as_strictly(tmp_path, change, message, error):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=message):
+        load_pruned(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(PruningError, match="are damaged"):
+        load_pruned(folder)
+
+
+def test_a_stock_model_is_not_quantised_on_loading(tmp_path):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="quantise the loaded model"):
+        load_pruned(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_config_that_is_no_json_is_refused(saved):
+    file = saved / "config.json"
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(PruningError, match=r"config\.json is damaged"):
+        load_pruned(saved)
+
+
 def test_another_plan_is_refused(saved):
     def keep_less(config):
         group = config["pruning"]["groups"][0]
