@@ -290,9 +290,7 @@ def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **k
     wanted = kwargs.pop("output_loading_info", False)
     tolerant = kwargs.pop("ignore_mismatched_sizes", False)
     try:
-        model, info = load(
-            path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        model, info = load(path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except SafetensorError as error:
         raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
     if info["mismatched_keys"] and not tolerant:
