@@ -133,6 +133,15 @@ def test_the_model_is_logged_only_if_asked_for(offline):
         PruningReport(log_model=True, save_model=False)
 
 
+def test_the_artifact_of_the_dense_model_is_named_offline_too(offline):
+    report = PruningReport(offline / "out", log_model=True, dense_artifact="me/dense:v3")
+    with pytest.warns(UserWarning, match="'me/dense:v3' is not noted as an input"):
+        fit(offline, pruning(), report, logger=WandbLogger(save_dir=offline))
+    (run,) = runs(offline)
+    for artifact in (f"pruning-plan-{run.id}", f"pruned-model-{run.id}"):
+        assert json.loads(run.artifacts[artifact].metadata)["dense_model"] == "me/dense:v3"
+
+
 @pytest.mark.parametrize("continued", [True, False])
 def test_a_resumed_run_continues_or_says_how(offline, continued):
     checkpoints = ModelCheckpoint(offline, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
