@@ -6,17 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from lit_prune.errors import CalibrationError
 from lit_prune.files import replacing
 from lit_prune.groups import BLOCK, GroupSet, is_inside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = ("layer", "kind", "name", "group", "importance", "cost", "score", "kept")
 
@@ -135,6 +136,8 @@ class GroupTable:
 
     def to_arrow(self) -> pa.Table:
         """The table with the columns :data:`COLUMNS`."""
+        import pyarrow as pa
+
         rows = pa.array(self.set_of_row)
         names, kinds = (pa.array(column) for column in zip(*self.keys, strict=True))
         columns = {
@@ -172,16 +175,23 @@ class GroupTable:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table as CSV."""
+        import pyarrow.csv
+
         with replacing(path) as temporary:
             pyarrow.csv.write_csv(self.to_arrow(), temporary)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the table as Parquet."""
+        import pyarrow.parquet
+
         with replacing(path) as temporary:
             pyarrow.parquet.write_table(self.to_arrow(), temporary)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> GroupTable:
         """Read a table from a CSV or Parquet file, told by its suffix."""
+        import pyarrow.csv
+        import pyarrow.parquet
+
         read = pyarrow.parquet.read_table if Path(path).suffix == ".parquet" else pyarrow.csv.read_csv
         return cls.from_arrow(read(path))
