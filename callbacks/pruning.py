@@ -94,6 +94,9 @@ class StructuredPruning(Callback):
             ``"default"`` for the criterion's own.
         statistics: How gradients are gathered: ``"streaming"`` keeps a number a group where the criterion allows it,
             ``"elementwise"`` keeps whole tensors in CPU memory.
+        gradient_dtype: What gradients are accumulated in where the criterion needs them element by element (``taylor``):
+            ``"float32"``, or ``"bfloat16"`` for half the memory.
+        offload_gradients: Accumulate those in CPU memory, copied there while the device computes on.
         repair: How the projections that read what leaves make up for it: ``"least_squares"`` refits them on the calibration
             batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds the mean of what
             leaves into their biases, ``None`` leaves them.
@@ -143,6 +146,8 @@ class StructuredPruning(Callback):
         ratio_of: Literal["all", "prunable"] = "all",
         normalize: str | None = "default",
         statistics: Literal["streaming", "elementwise"] = "streaming",
+        gradient_dtype: Literal["float32", "bfloat16"] = "float32",
+        offload_gradients: bool = False,
         repair: Literal["least_squares", "bias"] | None = "least_squares",
         min_groups: int = 1,
         min_fraction: float = 0.2,
@@ -175,6 +180,8 @@ class StructuredPruning(Callback):
             ratio_of=ratio_of,
             normalize=normalize,
             statistics=statistics,
+            gradient_dtype=gradient_dtype,
+            offload_gradients=offload_gradients,
             limits=Limits(
                 min_groups=min_groups,
                 min_fraction=min_fraction,

@@ -162,7 +162,7 @@ class Term:
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
         of_product: The same function for a single batch's gradient (or the mean gradient, if that is the statistic), given
-            the product of weight and gradient, which it leaves as it is, element by element. Calibration then works through
+            the product of weight and gradient, which it may change in place, element by element. Calibration then works through
             a parameter in small pieces.
     """
 
@@ -207,10 +207,10 @@ class Criterion:
 
 
 def _half_square(product: Tensor) -> Tensor:
-    return product.square().mul_(0.5)
+    return product.square_().mul_(0.5)
 
 
-_FIRST = Term(taylor, "gradient", of_product=torch.abs)
+_FIRST = Term(taylor, "gradient", of_product=torch.abs_)
 _SECOND = Term(second_order, "squared_gradient", of_product=_half_square)
 
 _REGISTRY: dict[str, Criterion] = {
@@ -218,7 +218,7 @@ _REGISTRY: dict[str, Criterion] = {
     for c in (
         Criterion("taylor", (_FIRST,)),
         Criterion("taylor_2nd", (_FIRST, _SECOND)),
-        Criterion("taylor_batch", (Term(taylor, "absolute_gradient", of_product=torch.abs),)),
+        Criterion("taylor_batch", (Term(taylor, "absolute_gradient", of_product=torch.abs_),)),
         Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
         Criterion("second_order", (_SECOND,)),
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),

@@ -20,7 +20,7 @@ from lit_prune.importance import Term, check_normalization, get_criterion, group
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import REPAIRS, bias_fold, least_squares
 from lit_prune.selection import Limits, check_ratio, parameter_budget, select
-from lit_prune.statistics import MODES, Statistics, collect_statistics, evaluation_mode
+from lit_prune.statistics import Statistics, check_gathering, collect_statistics, evaluation_mode
 from lit_prune.surgery import get_plan
 from lit_prune.table import GroupTable
 
@@ -50,6 +50,9 @@ class PruningConfig:
         ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
         normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
         statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
+        gradient_dtype: What gradients are accumulated in where a criterion needs them element by element (``taylor``):
+            ``"float32"`` or ``"bfloat16"``.
+        offload_gradients: Accumulate those in CPU memory in place of the model's device.
         limits: Floors, protections and rounding.
         repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
             :mod:`lit_prune.repair`.
@@ -63,6 +66,8 @@ class PruningConfig:
     ratio_of: str = "all"
     normalize: str | None = DEFAULT
     statistics: str = "streaming"
+    gradient_dtype: str = "float32"
+    offload_gradients: bool = False
     limits: Limits = field(default_factory=Limits)
     repair: str | None = "least_squares"
     seed: int = 0
@@ -84,8 +89,7 @@ class PruningConfig:
             check_normalization(self.normalize)
         if self.repair is not None and self.repair not in REPAIRS:
             raise ValueError(f"Unknown repair {self.repair!r}; expected None or one of {', '.join(REPAIRS)}.")
-        if self.statistics not in MODES:
-            raise ValueError(f"Unknown statistics mode {self.statistics!r}; expected one of {', '.join(MODES)}.")
+        check_gathering(self.statistics, self.gradient_dtype)
 
     @property
     def candidates(self) -> dict[str, Mapping[str, float]]:
@@ -182,6 +186,8 @@ def calibrate(
         config.terms,
         mode=config.statistics,
         activations=config.repair == "bias",
+        gradient_dtype=config.gradient_dtype,
+        offload_gradients=config.offload_gradients,
         root=root,
         ranks=ranks,
     )

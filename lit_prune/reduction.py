@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CPU_PIECE = 1 << 18
+CPU_PIECE = 1 << 19
 DEVICE_PIECE = 1 << 24
 
 
@@ -57,22 +57,23 @@ def product_lines(
     Args:
         weight: A parameter.
         gradient: Its gradient, or the mean of several, of the same shape.
-        wanted: Functions of the product, element by element, each with the dimension that stays and the float32 line of
-            its length to add to, in place.
+        wanted: Functions of the product, element by element, which may change it in place, each with the dimension that
+            stays and the float32 line of its length to add to, in place.
 
     Returns:
         The sum of the gradient, a scalar: not finite if an element is not.
     """
     total = torch.zeros((), device=gradient.device)
     functions = {function: [(dim, line) for f, dim, line in wanted if f is function] for function, *_ in wanted}
-    for index in pieces(weight.shape, piece_size(weight.device)):
-        part = gradient[index].float()
-        total += part.sum()
-        if not functions:
-            continue
-        product = weight[index].float() * part
+    size = piece_size(weight.device)
+    # written over and over: memory fresh from the system costs more than the arithmetic
+    scratch = torch.empty(min(size, weight.numel()) if wanted else 0, device=weight.device)
+    for index in pieces(weight.shape, size):
+        part = gradient[index]
+        total += part.sum(dtype=torch.float32)
         for function, lines in functions.items():
-            values = function(product)
+            product = scratch[: part.numel()].view(part.shape)
+            values = function(torch.mul(weight[index].float(), part.float(), out=product))
             for dim, line in lines:
                 add_line(line, values, dim, index)
     return total
