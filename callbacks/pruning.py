@@ -36,6 +36,7 @@ from lit_prune.callbacks.calibration import (
     silent_logging,
     training_loss,
     uncompiled,
+    unscaled,
     untouched,
     validation_metrics,
 )
@@ -335,7 +336,7 @@ class StructuredPruning(Callback):
     @contextlib.contextmanager
     def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
         """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-        with untouched(trainer), uncompiled(), silent_logging(trainer.lightning_module):
+        with untouched(trainer), uncompiled(), unscaled(trainer), silent_logging(trainer.lightning_module):
             batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
             yield batches, training_loss(trainer)
 

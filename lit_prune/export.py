@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, check_weights, count_parameters
-from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, to_ranges
+from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
 from lit_prune.surgery import apply_plan, depth_fields
 
@@ -38,7 +39,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
         with torch.device("cpu"):
             apply_plan(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
     except PruningError as error:
-        raise PrunedModelError(str(error)) from error
+        raise PrunedPlanError(str(error)) from error
 
 
 modeling_pruned.build = _build
@@ -170,11 +171,10 @@ def load_pruned(
     Raises:
         FileNotFoundError: If the folder or a file is missing.
         PlanError: If the plan was changed, or does not fit the weights.
-        PruningError: If the weights are damaged, incomplete, or not those of a pruned model.
+        PruningError: If files are damaged, weights are missing or unknown, or the model was not pruned.
         UnsupportedModelError: If the model's class is unknown, or quantisation is asked for.
     """
-    if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
+    _check_config_file(Path(directory))
     hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options}
     try:
         config = AutoConfig.from_pretrained(directory, **hub)
@@ -190,11 +190,14 @@ def load_pruned(
                 f"{directory}/config.json names the class {name!r}; expected one of transformers {transformers.__version__}."
             )
         cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if name.startswith(PREFIX) else base
-        model = cls.from_pretrained(directory, config=config, dtype=dtype, **options)
+        load: Any = cls.from_pretrained
+        if cls is base:
+            load = partial(modeling_pruned.load_whole, load)
+        model = load(directory, config=config, dtype=dtype, **options)
+    except PrunedPlanError as error:
+        raise PlanError(str(error)) from error
     except PrunedModelError as error:
-        raise (PlanError if "plan" in str(error) or "pruning entry" in str(error) else PruningError)(
-            str(error)
-        ) from error
+        raise PruningError(str(error)) from error
     except NotImplementedError as error:
         raise UnsupportedModelError(str(error)) from error
     except OSError as error:
@@ -209,6 +212,24 @@ def load_pruned(
                 f" has {group_set.size} groups; the plan keeps {kept[group_set.key]}."
             )
     return model
+
+
+def _check_config_file(directory: Path) -> None:
+    """Refuse a local folder whose ``config.json`` is missing or damaged.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        PruningError: If it is not valid JSON.
+    """
+    file = directory / "config.json"
+    if not directory.is_dir():
+        return
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PruningError(f"{file} is damaged: {error}.") from error
 
 
 def convert_checkpoint(
@@ -384,7 +405,7 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
                 "kind": entry.kind,
                 "layer": entry.layer,
                 "size": entry.size,
-                "kept": to_ranges(list(entry.kept)),
+                "kept": to_ranges(entry.kept),
                 "parameters": parameters,
                 "attributes": {f"{a.module}.{a.name}": a.per_group for a in attributes},
             }

@@ -1,7 +1,7 @@
 """Criteria of importance: small pure functions, tensors in, tensor out, and the registry that names them.
 
 Every function takes a parameter and one statistic of the calibration and returns the importance of each element; the
-importance of a group is the sum over its elements (:meth:`lit_prune.groups.Slice.reduce`). A criterion is a sum of such
+importance of a group is the sum over its elements (:meth:`lit_prune.groups.Slice.gather`). A criterion is a sum of such
 functions, so a mixed one, like ``taylor_2nd``, needs no code of its own.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_prune import sharding
 from lit_prune.groups import BLOCK, GroupSet, Slice
+from lit_prune.reduction import add_line, product_lines
 from lit_prune.statistics import ELEMENTWISE, GROUPWISE, STATISTICS, Statistics
 
 NORMALIZATIONS = ("mean", "kind", "standard")
@@ -159,6 +160,9 @@ class Term:
         per_group: Whether ``function`` takes the statistic alone, which is one number a group and batch.
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
+        of_product: The same function for a single batch's gradient (or the mean gradient, if that is the statistic), given
+            the product of weight and gradient, which it leaves as it is, element by element. Calibration then works through
+            a parameter in small pieces.
     """
 
     function: Callable[..., Tensor]
@@ -166,6 +170,7 @@ class Term:
     consumers_only: bool = False
     per_input: bool = False
     per_group: bool = False
+    of_product: Callable[[Tensor], Tensor] | None = None
 
     def applies(self, group_set: GroupSet, part: Slice) -> bool:
         """Whether the term counts this slice of a group set; whole blocks are scored by the sets in them."""
@@ -200,14 +205,21 @@ class Criterion:
         return frozenset(t.statistic for t in self.terms if t.statistic is not None)
 
 
+def _half_square(product: Tensor) -> Tensor:
+    return product.square().mul_(0.5)
+
+
+_FIRST = Term(taylor, "gradient", of_product=torch.abs)
+_SECOND = Term(second_order, "squared_gradient", of_product=_half_square)
+
 _REGISTRY: dict[str, Criterion] = {
     c.name: c
     for c in (
-        Criterion("taylor", (Term(taylor, "gradient"),)),
-        Criterion("taylor_2nd", (Term(taylor, "gradient"), Term(second_order, "squared_gradient"))),
-        Criterion("taylor_batch", (Term(taylor, "absolute_gradient"),)),
+        Criterion("taylor", (_FIRST,)),
+        Criterion("taylor_2nd", (_FIRST, _SECOND)),
+        Criterion("taylor_batch", (Term(taylor, "absolute_gradient", of_product=torch.abs),)),
         Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
-        Criterion("second_order", (Term(second_order, "squared_gradient"),)),
+        Criterion("second_order", (_SECOND,)),
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
         Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
         Criterion("flap", (Term(fluctuation, "activation_variance", True, True),), normalize="standard"),
@@ -400,7 +412,7 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return sharding.reduce(part, term.function(sharding.local(weight)), weight)
+        return sharding.gather(part, _line(term.function(sharding.local(weight)), part.dim), weight)
     assert statistics is not None
     if term.per_input:
         weight = sharding.full(weight)
@@ -412,6 +424,17 @@ def _term_importance(
         return streamed
     if term.statistic in ELEMENTWISE:
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
+        if term.statistic == "gradient" and term.of_product is not None:
+            whole = sharding.local(weight)
+            line = torch.zeros(whole.shape[part.dim], device=whole.device)
+            product_lines(whole, value, [(term.of_product, part.dim, line)])
+            return sharding.gather(part, line, weight)
     else:
         value = sharding.local_part(statistics.activation_of(part, term.statistic, weight), weight)
-    return sharding.reduce(part, term.function(sharding.local(weight).float(), value), weight)
+    return sharding.gather(part, _line(term.function(sharding.local(weight).float(), value), part.dim), weight)
+
+
+def _line(values: Tensor, dim: int) -> Tensor:
+    line = torch.zeros(values.shape[dim], dtype=torch.promote_types(values.dtype, torch.float32), device=values.device)
+    add_line(line, values, dim)
+    return line

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -45,6 +46,10 @@ AUTO_CLASSES = (
 
 class PrunedModelError(ValueError):
     """The files of a pruned model are damaged or do not belong together."""
+
+
+class PrunedPlanError(PrunedModelError):
+    """What ``config.json`` says was cut is malformed, was changed, or does not fit the weights."""
 
 
 class ConfigView:
@@ -83,22 +88,22 @@ def sync_features(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
-def to_ranges(indices: list[int]) -> str:
+def to_ranges(indices: Sequence[int]) -> str:
     """Ascending indices as text: ``[0, 1, 2, 5]`` is ``"0-2 5"``."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    values = torch.as_tensor(indices, dtype=torch.long)
+    if not len(values):
+        return ""
+    breaks = (values.diff() != 1).nonzero().flatten()
+    first = torch.cat([values[:1], values[breaks + 1]]).tolist()
+    last = torch.cat([values[breaks], values[-1:]]).tolist()
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
 
 
 def from_ranges(text: str) -> list[int]:
     """The inverse of :func:`to_ranges`.
 
     Raises:
-        PrunedModelError: If the text is not such a list.
+        PrunedPlanError: If the text is not such a list.
     """
     indices: list[int] = []
     try:
@@ -106,7 +111,7 @@ def from_ranges(text: str) -> list[int]:
             first, _, last = part.partition("-")
             indices.extend(range(int(first), int(last or first) + 1))
     except (AttributeError, ValueError) as error:
-        raise PrunedModelError(
+        raise PrunedPlanError(
             f"Expected indices like '0-2 5' in the pruning entry of config.json; found {text!r}."
         ) from error
     return indices
@@ -120,11 +125,11 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
         pruning: The ``pruning`` entry of the config.
 
     Raises:
-        PrunedModelError: If the entry is malformed or does not fit the model.
+        PrunedPlanError: If the entry is malformed or does not fit the model.
     """
     if not isinstance(pruning, Mapping) or pruning.get("version") != VERSION:
         found = pruning.get("version") if isinstance(pruning, Mapping) else pruning
-        raise PrunedModelError(f"The pruning entry of config.json has version {found!r}; expected {VERSION}.")
+        raise PrunedPlanError(f"The pruning entry of config.json has version {found!r}; expected {VERSION}.")
     lost: dict[str, dict[int, int]] = {}
     try:
         for entry in pruning["groups"]:
@@ -148,7 +153,7 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
-        raise PrunedModelError(
+        raise PrunedPlanError(
             f"The pruning entry of config.json is malformed or does not fit a {type(model).__name__}:"
             f" {type(error).__name__}: {error}."
         ) from error
@@ -170,7 +175,7 @@ def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
     data = parameter.data
     for dim, count in lost.items():
         if not 0 <= count <= data.shape[dim]:
-            raise PrunedModelError(
+            raise PrunedPlanError(
                 f"The pruning entry of config.json takes {count} of the {data.shape[dim]} positions of {name!r} along"
                 f" dimension {dim}; expected at least 0 and no more than there are."
             )
@@ -282,14 +287,14 @@ class PrunedConfig(PreTrainedConfig):
         """Build the config that the dense model's class would, with what pruning adds.
 
         Raises:
-            PrunedModelError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
+            PrunedPlanError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
                 entry is there.
         """
         if cls is not PrunedConfig:
             return super().from_dict(config_dict, **kwargs)
         base = str(config_dict.get("base_model_type"))
         if base not in CONFIG_MAPPING or not isinstance(config_dict.get("pruning"), Mapping):
-            raise PrunedModelError(
+            raise PrunedPlanError(
                 f"config.json has base_model_type {base!r} and a pruning entry of type"
                 f" {type(config_dict.get('pruning')).__name__}; expected a model type that transformers"
                 f" {transformers.__version__} knows, and a mapping."
@@ -341,6 +346,49 @@ def pruned_model_class(base: type[PreTrainedModel], base_model_type: str) -> typ
     return _MODELS[base]
 
 
+def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+    """Load as transformers does, and refuse files that are damaged or do not fit the config.
+
+    Args:
+        load: A ``from_pretrained`` of transformers, which by itself fills what is missing with random numbers.
+        path: The folder, or the name of a repository on the hub.
+        args: What else ``load`` takes.
+        config: The config of the pruned model.
+        kwargs: What else ``load`` takes.
+
+    Raises:
+        PrunedPlanError: If weights have other shapes than the plan leaves.
+        PrunedModelError: For a file that is no whole safetensors file, and for missing or unknown weights.
+        NotImplementedError: If quantisation is asked for.
+    """
+    if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
+        raise NotImplementedError(
+            f"{path} is a pruned model; quantising it on loading, or loading a quantised one, is not supported. Load it"
+            " in float32, bfloat16 or float16, and quantise the loaded model."
+        )
+    wanted = kwargs.pop("output_loading_info", False)
+    tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+    try:
+        model, info = load(path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except SafetensorError as error:
+        raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
+    if info["mismatched_keys"] and not tolerant:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise PrunedPlanError(
+            f"The weights in {path} do not fit the plan in its config.json: {name!r} has shape {tuple(found)}; expected"
+            f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
+        )
+    # as in any from_pretrained, another task's head may be new, and that of the files unused
+    same_task = type(model).__name__ in (config.architectures or ())
+    inner = "" if model.base_model is model else f"{model.base_model_prefix}."
+    missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
+    unknown = list(info["unexpected_keys"]) if same_task else []
+    for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
+        if names:
+            raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
+    return (model, info) if wanted else model
+
+
 class _Pruned:
     """What the classes of pruned models have in common."""
 
@@ -356,41 +404,9 @@ class _Pruned:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, and refuse files that are damaged or do not fit the config.
-
-        Raises:
-            PrunedModelError: For a file that is no whole safetensors file, and for missing, unknown or misshapen tensors.
-            NotImplementedError: If quantisation is asked for.
-        """
+        """Load as transformers does, and refuse files that are damaged or do not fit the config; see :func:`load_whole`."""
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
-        if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
-            raise NotImplementedError(
-                f"{path} is a pruned model; quantising it on loading, or loading a quantised one, is not supported. Load it"
-                " in float32, bfloat16 or float16, and quantise the loaded model."
-            )
-        wanted = kwargs.pop("output_loading_info", False)
-        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
-        if info["mismatched_keys"] and not tolerant:
-            name, found, expected = sorted(info["mismatched_keys"])[0]
-            raise PrunedModelError(
-                f"The weights in {path} do not fit the plan in its config.json: {name!r} has shape {tuple(found)}; expected"
-                f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
-            )
-        # as in any from_pretrained, another task's head may be new, and that of the files unused
-        same_task = type(model).__name__ in (config.architectures or ())
-        inner = "" if model.base_model is model else f"{model.base_model_prefix}."
-        missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
-        unknown = list(info["unexpected_keys"]) if same_task else []
-        for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
-            if names:
-                raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
-        return (model, info) if wanted else model
+        return load_whole(super().from_pretrained, path, *args, config=config, **kwargs)  # type: ignore[misc]
 
 
 class _Facade:

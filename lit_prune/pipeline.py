@@ -142,8 +142,7 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
     asked, best, chosen = budget, -1, table.kept
     for _ in range(_ROUNDS):
         table.kept = select(table, asked, config.limits, _original_sizes(model))
-        groups = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
-        removed, nominal = count_removed(model, group_sets, groups), table.removed_cost
+        removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
             best, chosen = removed, table.kept
         if nominal == removed or 0 <= budget - removed < table.cost.min():
@@ -245,7 +244,7 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = PruningPlan.from_kept(group_sets, [k.tolist() for k in table.kept_groups()], info)
+        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)

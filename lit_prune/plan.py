@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lit_prune.errors import PlanError
@@ -49,7 +50,7 @@ class PlanEntry:
         Raises:
             PlanError: If they are not ascending, distinct and within the set.
         """
-        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        ascending = bool((np.diff(np.asarray(self.kept)) > 0).all())
         if not ascending or (self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.size):
             raise PlanError(
                 f"The kept groups of {self.name!r} ({self.kind}) must be ascending and within 0..{self.size - 1}; found"
@@ -106,7 +107,10 @@ class PruningPlan:
 
     @classmethod
     def from_kept(
-        cls, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]], info: Mapping[str, Any] | None = None
+        cls,
+        group_sets: Sequence[GroupSet],
+        kept: Sequence[Sequence[int] | np.ndarray],
+        info: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """Make a plan from the kept group indices of every group set."""
         entries: list[PlanEntry] = []
@@ -116,7 +120,7 @@ class PruningPlan:
                 stack, index = stack_of(group_set.name)
                 stacks.setdefault(stack, {})[index] = len(groups) > 0
             elif len(groups) < group_set.size:
-                indices = tuple(int(i) for i in groups)
+                indices = tuple(np.asarray(groups, dtype=np.int64).tolist())
                 entries.append(PlanEntry(group_set.name, group_set.kind, group_set.layer, group_set.size, indices))
         for stack, stays in stacks.items():
             if not all(stays.values()):
@@ -173,11 +177,8 @@ class PruningPlan:
                     f"The plans do not compose: {key[0]!r} ({key[1]}) keeps {len(before.kept)} groups in the first plan, and"
                     f" the second was made for {after.size}."
                 )
-            entries.append(
-                PlanEntry(
-                    before.name, before.kind, before.layer, before.size, tuple(before.kept[i] for i in after.kept)
-                )
-            )
+            kept = np.asarray(before.kept, dtype=np.int64)[list(after.kept)]
+            entries.append(replace(before, kept=tuple(kept.tolist())))
         entries.sort(key=lambda e: (e.layer, e.name))
         biases = tuple(sorted({*self.biases, *(_moved(b, 0, back)[0] for b in later.biases)}))
         return PruningPlan(tuple(entries), biases, {**self.info, **later.info})
@@ -236,7 +237,7 @@ class PruningPlan:
                     _text(e["kind"]),
                     _integer(e["layer"]),
                     _integer(e["size"]),
-                    tuple(_integer(i) for i in e["kept"]),
+                    _integers(e["kept"]),
                 )
                 for e in data["group_sets"]
             )
@@ -249,8 +250,11 @@ class PruningPlan:
         return cls(entries, biases, info)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON, one line a group set."""
+        content = self.to_dict()
+        lines = ",\n  ".join(json.dumps(entry) for entry in content.pop("group_sets"))
+        rest = json.dumps(content, indent=1).removesuffix("\n}")
+        write_text(path, f'{rest},\n "group_sets": [\n  {lines}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -341,6 +345,15 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, found {value!r}")
     return value
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"expected a list of integers, found {values!r}")
+    # by type, in C: a large model has millions of them
+    if not set(map(type, values)) <= {int}:
+        raise TypeError(f"expected integers, found {next(v for v in values if type(v) is not int)!r}")
+    return tuple(values)
 
 
 def _text(value: Any) -> str:

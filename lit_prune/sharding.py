@@ -88,12 +88,12 @@ def local_range(tensor: DTensor) -> tuple[int, int, int]:
     return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
 
 
-def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
+def gather(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
     """What this process's part of a parameter adds to every group of a slice.
 
     Args:
         part: The slice.
-        values: One number for every element of the local part.
+        line: One number for every position of the local part along the slice's dimension.
         parameter: The parameter.
 
     Returns:
@@ -102,8 +102,8 @@ def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         dim, start, _ = local_range(parameter)
         if dim == part.dim:
-            return part.reduce(values, start, parameter.shape[dim])
-    return part.reduce(values)
+            return part.gather(line, start, parameter.shape[dim])
+    return part.gather(line)
 
 
 def local_part(values: Tensor, parameter: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ def apply_plan(
     Every touched parameter is replaced by a smaller one, one at a time; of the old ones only what leaves is kept until the
     end, so that an error anywhere puts model and optimizers back as they were, without a second copy of the model.
     Parameters that FSDP2 shards are gathered, cut and sharded again one at a time, and so is their optimizer state; all
-    processes have to call this. What can be known to fail is found before the first of them is cut; there is no way back
-    from an error after it.
+    processes have to call this. What leaves is kept as shards until the end, so that an error which all processes meet is
+    undone, too; after an error of one alone (out of memory, a broken connection) the others wait for it in vain.
     The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
 
@@ -121,9 +121,10 @@ def apply_plan(
         sharding.check_layout(model, group_sets)
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
+    places = _places(model)
     try:
         for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
-            _replace_parameter(model, name, cuts.get(name, []), weights.get(name), optimizers, journal)
+            _replace_parameter(model, name, places, cuts.get(name, []), weights.get(name), optimizers, journal)
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
@@ -180,9 +181,10 @@ def cut_block(
     """
     prefix = f"{name}."
     journal: list[Callable[[], None]] = []
+    places = _places(block)
     for parameter, parameter_cuts in cuts.items():
         if parameter.startswith(prefix):
-            _replace_parameter(block, parameter.removeprefix(prefix), parameter_cuts, None, (), journal)
+            _replace_parameter(block, parameter.removeprefix(prefix), places, parameter_cuts, None, (), journal)
     _set_attributes(block, [s for s in group_sets if s.block == name], plan, journal, prefix)
 
 
@@ -271,6 +273,15 @@ def _is_added(name: str, plan: PruningPlan) -> bool:
     return name.removesuffix(".bias") in plan.biases
 
 
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of every parameter, the modules that hold it and the name that they hold it by."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    return places
+
+
 def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[Tensor]]:
     """Cut a tensor; also return what left, from which :func:`_paste` restores it bit for bit."""
     left = []
@@ -294,16 +305,16 @@ def _paste(tensor: Tensor, cuts: Sequence[Cut], left: Sequence[Tensor]) -> Tenso
 def _replace_parameter(
     model: nn.Module,
     name: str,
+    places: Mapping[int, Sequence[tuple[nn.Module, str]]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
     journal: list[Callable[[], None]],
 ) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old: nn.Parameter = getattr(module, attribute)
+    old = model.get_parameter(name)
+    owners = places[id(old)]
     if isinstance(old, DTensor):
-        _replace_sharded(model, name, old, cuts, values, optimizers)
+        _replace_sharded(model, old, owners, cuts, values, optimizers, journal)
         return
     data, left = _cut(old.data, cuts)
     original = data
@@ -315,25 +326,19 @@ def _replace_parameter(
     new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)
     gradient = old.grad
-    places = [
-        (owner_module, key)
-        for owner_module in model.modules()
-        for key, parameter in owner_module._parameters.items()
-        if parameter is old
-    ]
     shape = old.shape
 
     def undo() -> None:
         old.data = _paste(original, cuts, left) if cuts else original
         old.grad = gradient
-        for owner_module, key in places:
-            owner_module._parameters[key] = old
-            _sync_features(owner_module)
+        for module, key in owners:
+            module._parameters[key] = old
+            _sync_features(module)
 
     journal.append(undo)
-    for owner_module, key in places:
-        owner_module._parameters[key] = new
-        _sync_features(owner_module)
+    for module, key in owners:
+        module._parameters[key] = new
+        _sync_features(module)
     if cuts:
         old.data = old.data.new_empty(0)
     old.grad = None
@@ -343,30 +348,85 @@ def _replace_parameter(
 
 def _replace_sharded(
     model: nn.Module,
-    name: str,
     old: DTensor,
+    owners: Sequence[tuple[nn.Module, str]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
+    journal: list[Callable[[], None]],
 ) -> None:
-    shape = old.shape
-    whole = _cut(sharding.full(old), cuts)[0] if values is None else sharding.full(values).to(old.dtype)
-    new = sharding.replace(model, old, whole)
-    del whole
-    for module in model.modules():
-        if any(p is new for p in module._parameters.values()):
-            _sync_features(module)
+    shape, gradient = old.shape, old.grad
+    kept = _ShardedCut(old, cuts)
+    new = _put_sharded(
+        model, old, owners, kept.whole if values is None else sharding.full(values).to(old.dtype), optimizers
+    )
+    kept.let_go(keep=values is not None)
+
+    def undo() -> None:
+        restored = _put_sharded(model, new, owners, kept.pasted(new), optimizers)
+        restored.grad = gradient
+
+    journal.append(undo)
+    for optimizer in optimizers:
+        state = optimizer.state.get(new, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                applied = _state_cuts(value, shape, cuts, key)
+                if isinstance(value, DTensor):
+                    _cut_sharded_state(state, key, value, applied, journal)
+                else:
+                    state[key], left = _cut(value, applied)
+                    journal.append(lambda s=state, k=key, a=applied, r=left: s.update({k: _paste(s[k], a, r)}))  # type: ignore[misc]
+
+
+def _cut_sharded_state(
+    state: dict[str, Any], key: str, value: DTensor, cuts: Sequence[Cut], journal: list[Callable[[], None]]
+) -> None:
+    kept = _ShardedCut(value, cuts)
+    state[key] = sharding.shard_like(kept.whole, value)
+    kept.let_go()
+    like = state[key]
+    journal.append(lambda: state.update({key: sharding.shard_like(kept.pasted(state[key]), like)}))
+
+
+class _ShardedCut:
+    """A sharded tensor, gathered and cut; of what left, this process keeps its share."""
+
+    def __init__(self, tensor: DTensor, cuts: Sequence[Cut]) -> None:
+        self._cuts, self._like = cuts, tensor
+        self.whole, left = _cut(sharding.full(tensor), cuts)
+        self._left = [sharding.shard_like(part, tensor) for part in left]
+        self._kept: DTensor | None = None
+
+    def let_go(self, keep: bool = False) -> None:
+        """Free what was gathered; with ``keep``, keep this process's share of it for :meth:`pasted`."""
+        if keep:
+            self._kept = sharding.shard_like(self.whole, self._like)
+        del self.whole, self._like
+
+    def pasted(self, kept: DTensor) -> Tensor:
+        """The whole tensor from before the cut; ``kept`` is what stayed of it, unless that was kept here."""
+        stayed = sharding.full(kept if self._kept is None else self._kept)
+        return _paste(stayed, self._cuts, [sharding.full(part) for part in self._left])
+
+
+def _put_sharded(
+    model: nn.Module,
+    old: DTensor,
+    owners: Sequence[tuple[nn.Module, str]],
+    whole: Tensor,
+    optimizers: Sequence[Optimizer],
+) -> DTensor:
+    """Put a new value of other sizes in the place of a sharded parameter, in the model and in the optimizers."""
+    new: Any = sharding.replace(model, old, whole)
+    for module, _ in owners:
+        _sync_features(module)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         if old in optimizer.state:
-            state = optimizer.state.pop(old)
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    applied = _state_cuts(value, shape, cuts, key)
-                    cut = _cut(sharding.full(value), applied)[0]
-                    state[key] = sharding.shard_like(cut, value) if isinstance(value, DTensor) else cut
-            optimizer.state[new] = state
+            optimizer.state[new] = optimizer.state.pop(old)
+    return new
 
 
 def _replace_in_optimizer(

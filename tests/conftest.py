@@ -36,8 +36,11 @@ def tiny(model_type: str = "llama", attn: str = "sdpa", **overrides: object) -> 
 
 
 def unsettled(model: nn.Module) -> nn.Module:
-    """The model with every weight, bias and norm away from its initial constant, in eval mode."""
-    for parameter in model.parameters():
+    """The model with every weight, bias and norm away from its initial constant, in eval mode.
+
+    What is not trained (sinusoids) stays: some models do not save it.
+    """
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         with torch.no_grad():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))

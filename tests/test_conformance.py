@@ -33,7 +33,9 @@ from lit_prune.groups import BLOCK
 from lit_prune.importance import get_criterion, group_importance
 from lit_prune.statistics import collect_statistics
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES]
+)
 
 
 def plan_of(model, kept=None) -> PruningPlan:
@@ -163,8 +165,9 @@ def test_trains(case):
             wanted = output_of(oracle.eval(), case.batch(0))
     for state in optimizer.state.values():
         state["exp_avg"].zero_()
+    stepped = len(optimizer.state)
     apply_plan(model, PruningPlan.from_kept(group_sets, kept), [optimizer])
-    assert len(optimizer.state) == len(list(model.parameters()))
+    assert len(optimizer.state.keys() & set(model.parameters())) == len(optimizer.state) == stepped
     found = [step(model, optimizer, seed) for seed in (1, 2)]
     assert_close(torch.stack(found), torch.stack(expected), 1e-4)
     with torch.no_grad():
@@ -275,7 +278,7 @@ def test_is_repaired(case):
                 )
         if method == "bias" or case.refits:
             assert weights
-            assert errors[1] < errors[0] * (1 if method == "least_squares" else 1.5)
+            assert errors[1] < errors[0] * (1 if method == "least_squares" else 2)
         else:
             assert not weights
 

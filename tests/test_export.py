@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
 from local_assets import write_tokenizer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 from test_pruning import fit
 from transformers import (
@@ -342,6 +345,8 @@ def test_the_card_tells_what_was_cut_and_how_it_did(tmp_path):
     assert "trust_remote_code" not in stock and "import lit_prune" not in stock
 
 
+# what lit_prune trains, draws, writes tables and reads the command line with, but does not need to load a model
+NOT_NEEDED = {"lightning", "torchmetrics", "datasets", "wandb", "jsonargparse", "pyarrow", "matplotlib"}
 LOAD = """
 import sys
 {block}
@@ -352,6 +357,7 @@ folder, tokens, expected = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(folder, **{options})
 torch.testing.assert_close(model(torch.load(tokens)).logits, torch.load(expected), rtol=0, atol=0)
 assert ("lit_prune" in sys.modules) == {known}, sorted(sys.modules)
+assert not {not_needed} & set(sys.modules), sorted(sys.modules)
 print("loaded", type(model).__name__)
 if len(sys.argv) > 4:
     model.save_pretrained(sys.argv[4])
@@ -363,7 +369,7 @@ def loads(folder, tokens, model, *more, python=sys.executable, imports="", optio
     torch.save(tokens, folder.parent / "tokens.pt")
     torch.save(model(tokens).logits.detach(), folder.parent / "logits.pt")
     script = folder.parent / "load.py"
-    script.write_text(LOAD.format(imports=imports, options=options, block=block, known=known))
+    script.write_text(LOAD.format(imports=imports, options=options, block=block, known=known, not_needed=NOT_NEEDED))
     command = [python, script, folder, folder.parent / "tokens.pt", folder.parent / "logits.pt", *more]
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
@@ -422,31 +428,50 @@ def test_without_lit_prune_a_folder_that_needs_it_says_so_and_a_uniform_one_load
     assert "loaded LlamaForCausalLM" in done.stdout, done.stderr
 
 
+def with_requirements(*names):
+    """Installed distributions and all that they require, extras aside."""
+    found, wanted = {}, list(names)
+    while wanted:
+        name = wanted.pop()
+        if canonicalize_name(name) in found:
+            continue
+        found[canonicalize_name(name)] = package = distribution(name)
+        for requirement in map(Requirement, package.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                wanted.append(requirement.name)
+    return found.values()
+
+
+def fresh_environment(folder, *names):
+    """A virtual environment that has these packages, shared with this one by links, and what they require."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    for package in with_requirements(*names):
+        for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+            (site / top).symlink_to(package.locate_file(top))
+    return folder / "bin" / "python"
+
+
 @pytest.mark.slow
 def test_fresh_virtual_environments_load_what_was_saved(tmp_path, tokens):
-    """One with transformers and lit_prune, installed from a wheel; one with transformers alone."""
+    """One with transformers and the wheel of lit_prune; one with transformers alone."""
+    run = {"check": True, "capture_output": True, "text": True, "timeout": 600, "cwd": tmp_path}
     root = Path(__file__).resolve().parent.parent
-    packages = Path(torch.__file__).parent.parent
-    run = {"check": True, "capture_output": True, "text": True, "timeout": 600}
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, str(root)], **run)
-    pythons = {}
-    for name in ("with", "without"):
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / name], **run)
-        pythons[name] = tmp_path / name / "bin" / "python"
-        site = next((tmp_path / name / "lib").glob("python*/site-packages"))
-        # everything but the finder of an editable installation of lit_prune, whose .pth would be run by addsitedir alone
-        (site / "shared.pth").write_text(f"{packages}\n")
-        if name == "with":
-            wheel = next(tmp_path.glob("lit_prune-*.whl"))
-            subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], **run)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, root], **run)
+    pythons = {name: fresh_environment(tmp_path / name, "torch", "transformers") for name in ("with", "without")}
+    (wheel,) = tmp_path.glob("lit_prune-*.whl")
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", pythons["with"], *install], **run)
+    listed = "from importlib.util import find_spec; print([n for n in {} if find_spec(n)])"
+    for name, wanted in (("with", ["lit_prune"]), ("without", [])):
+        script = listed.format(sorted({"lit_prune", *NOT_NEEDED}))
+        assert subprocess.run([pythons[name], "-c", script], **run).stdout.strip() == str(wanted)
+    where = subprocess.run([pythons["with"], "-c", "import lit_prune; print(lit_prune.__file__)"], **run)
+    assert str(tmp_path) in where.stdout
     model = pruned()
     folder = save_pruned(model, tmp_path / "model", self_contained=True)
     done = loads(folder, tokens, model, python=pythons["with"], imports="import lit_prune", known=True)
     assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
-    where = subprocess.run([pythons["with"], "-c", "import lit_prune; print(lit_prune.__file__)"], **run, cwd=tmp_path)
-    assert str(tmp_path) in where.stdout
-    absent = subprocess.run([pythons["without"], "-c", "import lit_prune"], **{**run, "check": False}, cwd=tmp_path)
-    assert "No module named 'lit_prune'" in absent.stderr
     done = loads(folder, tokens, model, python=pythons["without"], options="{'trust_remote_code': True}")
     assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
 
@@ -550,6 +575,43 @@ def test_an_unknown_tensor_is_refused(saved):
     weights["model.layers.1.mlp.extra.weight"] = torch.zeros(2)
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     both(saved, r"has unknown weights \['model.layers.1.mlp.extra.weight'\]")
+
+
+def drop(weights):
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "error"),
+    [
+        (drop, r"lacks the weights \['model.layers.1.mlp.up_proj.weight'\]", PruningError),
+        (lambda w: w.update(extra=torch.zeros(2)), r"has unknown weights \['extra'\]", PruningError),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(64, 30)}), r"has shape \(64, 30\); expected", PlanError),
+    ],
+)
+def test_a_stock_model_is_checked_as_strictly(tmp_path, change, message, error):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=message):
+        load_pruned(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(PruningError, match="are damaged"):
+        load_pruned(folder)
+
+
+def test_a_stock_model_is_not_quantised_on_loading(tmp_path):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="quantise the loaded model"):
+        load_pruned(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_config_that_is_no_json_is_refused(saved):
+    file = saved / "config.json"
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(PruningError, match=r"config\.json is damaged"):
+        load_pruned(saved)
 
 
 def test_another_plan_is_refused(saved):

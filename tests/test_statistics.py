@@ -125,7 +125,12 @@ def test_activation_statistics_equal_those_of_the_recorded_inputs_and_pass_over_
     mask = (torch.arange(8) < torch.tensor([[8], [5], [3]])).long()
     batches = [{"input_ids": ids, "attention_mask": mask}]
     terms = get_criterion("wanda").terms
-    statistics = collect_statistics(model, group_sets, batches, lambda b: model(**b).logits.sum(), terms)
+    few = collect_statistics(model, group_sets, batches, lambda b: model(**b).logits.sum(), terms)
+    with pytest.raises(CalibrationError, match="activations=True"):
+        _ = next(iter(few.activations.values())).variance
+    statistics = collect_statistics(
+        model, group_sets, batches, lambda b: model(**b).logits.sum(), terms, activations=True
+    )
     seen = inputs_by_hand(model, [ids], mask)
     assert statistics.tokens == 16
     for name, activation in statistics.activations.items():

@@ -65,7 +65,10 @@ class _Results:
 def main() -> int:
     """Run the suite, write the table, and say by the exit status whether everything passed."""
     results = _Results()
-    status = pytest.main([str(ROOT / "tests" / "test_conformance.py"), "-q", "-p", "no:cacheprovider"], [results])
+    status = pytest.main(
+        [str(ROOT / "tests" / "test_conformance.py"), "-q", "-p", "no:cacheprovider", "-m", "slow or not slow"],
+        [results],
+    )
     from architecture_cases import CASES
 
     found = {name for name, _ in results.outcomes}

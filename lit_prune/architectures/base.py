@@ -97,7 +97,7 @@ class Attention(Block):
         key: Name of the key projection.
         value: Name of the value projection.
         output: Name of the output projection, which reads the heads.
-        head_dim: Attribute of the core that holds the features of one head.
+        head_dim: Attribute of the core that holds the features of one head, or a function of the core that gives them.
         attributes: Attributes of the core that count heads or features, each mapped to what it counts:
             ``"query_heads"``, ``"key_value_heads"``, ``"query_features"``, ``"key_value_features"`` or
             ``"queries_per_key_value"``. Those that a module lacks are passed over. ``config.NAME`` stands for a field read
@@ -107,7 +107,8 @@ class Attention(Block):
         layout: How the rows of ``fused`` lie: ``"stacked"``, all queries, all keys, all values; or ``"interleaved"``,
             for every key/value head its queries, its key and its value.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
-            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``.
+            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
+            lacks are passed over.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
         skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
             it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
@@ -122,7 +123,7 @@ class Attention(Block):
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    head_dim: str = "head_dim"
+    head_dim: str | Callable[[nn.Module], int] = "head_dim"
     attributes: Mapping[str, str] = field(default_factory=lambda: dict(_HEAD_COUNTS))
     kind: str = "attention"
     fused: str | None = None
@@ -150,11 +151,12 @@ class Attention(Block):
         """
         core_name = f"{name}.{self.core}" if self.core else name
         core = model.get_submodule(core_name)
-        head_dim = getattr(core, self.head_dim, None)
+        head_dim = getattr(core, self.head_dim, None) if isinstance(self.head_dim, str) else self.head_dim(core)
         if not isinstance(head_dim, int):
             raise UnsupportedModelError(
                 f"{core_name} ({type(core).__name__}) was expected to hold the features of one head as an integer"
-                f" attribute {self.head_dim!r}; found {head_dim!r}."
+                f" attribute {self.head_dim!r}; found {head_dim!r}. Let head_dim be the name of the attribute that does, or a"
+                " function such as lambda attention: attention.n_embd // attention.n_head."
             )
         heads, kv_heads = self._heads(model, name, head_dim)
         # with one key/value head the earlier cut tells a model that always had one from one that was cut to one
@@ -231,7 +233,7 @@ class Attention(Block):
 
     def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
         for parameter, counted in self.parameters.items():
-            if counted not in counts:
+            if counted not in counts or not _has(model, f"{name}.{parameter}"):
                 continue
             entries = counts[counted] * groups
             yield part_of(model, f"{name}.{parameter}", 0, torch.arange(entries).view(groups, counts[counted]))

@@ -239,6 +239,23 @@ def test_a_pruned_run_equals_a_dense_one_with_the_removed_groups_at_zero(tmp_pat
         assert (value.double() - expected.double()).norm() <= tolerance * moved + 1e-6 * first.norm(), key
 
 
+class Faint(Base):
+    """A loss whose gradients vanish in float16, unless they are scaled."""
+
+    def training_step(self, batch, batch_idx):
+        return 1e-6 * super().training_step(batch, batch_idx)
+
+
+def test_gradients_of_calibration_do_not_vanish_in_float16(tmp_path):
+    """Importance is that of float32, to the precision of float16."""
+    tables = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu")]):
+        callback = pruning(importance="taylor", step=0)
+        fit(tmp_path, callback, module=Faint(), max_epochs=1, limit_train_batches=1, plugins=plugins)
+        tables.append(torch.as_tensor(callback.table.importance))
+    assert (tables[1] - tables[0]).norm() < 0.02 * tables[0].norm()
+
+
 def test_adafactor_keeps_its_factored_state(tmp_path):
     """Row and column statistics are means over what is cut, so the oracle above does not hold: the state's shapes do."""
     callback = pruning()
