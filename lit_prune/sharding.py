@@ -141,7 +141,7 @@ def _managed(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """FSDP2's own record of every parameter that it shards, with the name of the module that it shards it as a part of."""
     for name, module in model.named_modules():
         if hasattr(module, "_get_fsdp_state"):
-            state = module._get_fsdp_state()  # type: ignore[operator]
+            state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for group in groups:
                 if group is not None:
