@@ -51,16 +51,17 @@ def second_order(weight: Tensor, squared_gradient: Tensor) -> Tensor:
 def fisher(mask_gradient: Tensor) -> Tensor:
     r"""Empirical Fisher information of a mask of the groups, :math:`\frac1N\sum_i(\partial L_i/\partial m_j)^2`.
 
-    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j.
-    By the chain rule its derivative is :math:`\sum_{\theta\in j}\theta g_i` over the group's part of the consumer, so
-    only the consumers' gradients are needed. Unlike a sum of element by element terms it knows which of them cancel.
-    The smaller the calibration batches, the more of them there are to average over.
+    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j. Its
+    derivative for sample i is :math:`\sum x\,\partial L_i/\partial x` over the sample's tokens and the group's features,
+    so no weight needs a gradient (:mod:`lit_prune.masks`). Unlike a sum of element by element terms it knows which of
+    them cancel. Where the inputs of a consumer cannot be observed (fused experts, convolutions) it is taken from the
+    gradients of the weights, :math:`\sum_{\theta\in j}\theta g_i`, and a whole batch is one sample.
 
     Args:
-        mask_gradient: The derivative by each group's mask in one batch, shape ``(groups,)``.
+        mask_gradient: The derivative by each group's mask, shape ``(samples, groups)``, or ``(groups,)`` for one sample.
 
     Returns:
-        Tensor of shape ``(groups,)``, to be averaged over the batches.
+        Tensor of the same shape, to be averaged over the samples.
 
     Reference: Kwon et al., A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022.
     """
@@ -244,7 +245,7 @@ def register_criterion(
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
         statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
-            takes that alone, shape ``(groups,)``, and is averaged over the batches.
+            takes that alone, as :func:`fisher` does, and is averaged over the samples.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 

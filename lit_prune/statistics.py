@@ -4,7 +4,7 @@ Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parame
 reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
 criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
 under an absolute value is not and stays elementwise, on the parameter's own device or offloaded). ``mask_gradient``, the
-derivative of the loss by a mask of the groups, is a number a group and batch in either way.
+derivative of the loss by a mask of the groups, is a number a group and sample in either way (:mod:`lit_prune.masks`).
 
 Nothing here reads a value back from the device between two batches; what has to be finite is looked at after the last.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import sharding
-from lit_prune.blocks import hidden_input, hidden_output
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
+from lit_prune.masks import MaskCollector, observable, watch_block
 from lit_prune.reduction import add_line, piece_size, pieces, product_lines
 
 if TYPE_CHECKING:
@@ -221,7 +221,10 @@ def collect_statistics(
     statistics = Statistics()
     losses: list[Tensor] = []
     accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
-    collector = _GradientCollector(model, root, group_sets, terms, mode, accumulator, ranks) if gradients else None
+    masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
+    of_weights = [t for t in terms if t not in masked]
+    collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
+    masks = MaskCollector(model, group_sets, masked, ranks) if masked else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
         observer = None
@@ -230,6 +233,8 @@ def collect_statistics(
             observer = stack.enter_context(_ActivationObserver(model, group_sets, sorted(sums)))
         if collector is not None:
             stack.enter_context(collector)
+        if masks is not None:
+            stack.enter_context(masks)
         stack.enter_context(torch.set_grad_enabled(gradients))
         for number, batch in enumerate(_together(batches, ranks)):
             if observer is not None:
@@ -238,8 +243,10 @@ def collect_statistics(
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
+                if masks is not None:
+                    masks.start_batch()
                 loss.backward()  # type: ignore[union-attr]
-                collector.end_batch()
+                collector.end_batch(masks.end_batch() if masks is not None else [])
             elif isinstance(loss, Tensor):
                 losses.append(loss.detach().float().mean())
             statistics.batches += 1
@@ -258,6 +265,8 @@ def collect_statistics(
         statistics.loss = float(stacked.mean())
     if collector is not None:
         collector.finish(statistics)
+    if masks is not None:
+        statistics.reduced.update(masks.finish())
     if observer is not None:
         statistics.activations = observer.finish()
         modules = {s.module for g in group_sets for s in g.slices if s.observable}
@@ -521,7 +530,7 @@ class _GradientCollector:
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
         for key, block in self._blocks.items():
-            self._handles.append(block.register_forward_hook(self._block_hook(key), with_kwargs=True))
+            self._handles.append(watch_block(block, self._taker(key)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -536,20 +545,23 @@ class _GradientCollector:
         self._batch_finite = {}
         self._next = 0
 
-    def end_batch(self) -> None:
+    def end_batch(self, unreached: Sequence[str]) -> None:
+        """Finish a batch; ``unreached`` are modules whose masks its backward pass did not reach."""
         seen = self._waiting.keys() | self._batch_finite.keys()
         missing = [name for name in self._parameters if name not in seen]
         for name in missing if self._order else ():
             self._waiting[name] = torch.zeros_like(self._parameters[name])
         self._average_waiting()
+        missing += unreached
         if not _everywhere(not missing, self._ranks):
             raise CalibrationError(
-                f"No gradient reached {missing[:3] or 'some parameters on another process'} ({len(missing)} parameters) in"
+                f"No gradient reached {missing[:3] or 'some place on another process'} ({len(missing)} places) in"
                 f" calibration batch {self._batches}; the loss does not depend on them."
             )
         self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
-        self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
+        if self._parameters:
+            self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
         for parameter, _ in self._gradients:
             parameter.grad = None
         self._batches += 1
@@ -568,22 +580,8 @@ class _GradientCollector:
 
         return hook
 
-    def _block_hook(self, key: tuple[str, str]) -> Callable[..., None]:
-        """Take the derivative of the loss by a mask of what a block adds to its input, which needs no parameter."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            states = hidden_output(output)
-            before, after = hidden_input(args, kwargs).detach(), states.detach()
-
-            def take(gradient: Tensor) -> None:
-                derivative = (gradient.float() * (after.float() - before.float())).sum()
-                self._add(self._block_gradients, key, derivative.view(1))
-
-            if torch.is_grad_enabled():
-                # what has no scored weight before it would get no gradient
-                states.requires_grad_().register_hook(take)
-
-        return hook
+    def _taker(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
+        return lambda derivatives: self._add(self._block_gradients, key, derivatives.sum().view(1))
 
     def _average_waiting(self) -> None:
         assert self._ranks is not None or not self._order
@@ -654,14 +652,15 @@ class _GradientCollector:
 
     def finish(self, statistics: Statistics) -> None:
         """Turn sums into means, and refuse gradients that were not finite."""
-        finite = torch.stack(self._finite)
-        finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
-        if not bool(finite.all()):
-            batch, position = (int(i) for i in (~finite).nonzero()[0])
-            raise CalibrationError(
-                f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
-                " Nothing was pruned."
-            )
+        if self._finite:
+            finite = torch.stack(self._finite)
+            finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
+            if not bool(finite.all()):
+                batch, position = (int(i) for i in (~finite).nonzero()[0])
+                raise CalibrationError(
+                    f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
+                    " Nothing was pruned."
+                )
         for name, uses in self._uses.items():
             for group_set, position in uses:
                 part = group_set.slices[position]

@@ -224,8 +224,9 @@ def test_fisher_of_a_block_is_that_of_a_mask_of_what_it_adds(name, batches, loss
 
         block.register_forward_hook(hook)
     expected = torch.zeros(4)
-    for batch in batches:
-        expected += torch.autograd.grad(loss_of(model)(batch), masks)[0].square() / len(batches)
+    samples = [sample for batch in batches for sample in batch.split(1)]
+    for sample in samples:
+        expected += torch.autograd.grad(loss_of(model)(sample), masks)[0].square() / len(samples)
     torch.testing.assert_close(torch.tensor([found[i] for i in range(4)]), expected, rtol=1e-4, atol=0)
 
 
@@ -366,7 +367,7 @@ def test_uniform_widths_of_the_blocks_that_stay(loss_of, batches):
         assert len(widths) <= 1
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("llama", 0.3), ("llama", 0.5), ("mixtral", 0.5)])
+@pytest.mark.parametrize(("name", "ratio"), [("llama", 0.35), ("llama", 0.5), ("mixtral", 0.5)])
 def test_the_budget_counts_what_leaves_with_a_block_once(name, ratio, batches, loss_of):
     model = weakened(deep(name), 1)
     sets = find_group_sets(model, blocks=True)
