@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 MODEL_TYPE = "lit_prune"
 VERSION = 1
 BLOCK = "block"
-LAYER_INDEX = "layer_idx"
+LAYER_INDICES = ("layer_idx", "layer_id")
 PREFIX = "Pruned"
 AUTO_CLASSES = (
     "AutoModel",
@@ -203,21 +203,22 @@ def keep_blocks(blocks: nn.Module, kept: Sequence[int]) -> Callable[[], None]:
         A function that undoes this.
     """
     before: dict[str, Any] = dict(blocks._modules)
-    told = []
+    told: list[tuple[nn.Module, str, int]] = []
     blocks._modules.clear()
     for new, old in enumerate(kept):
         block = before[str(old)]
         blocks._modules[str(new)] = block
         for module in block.modules():
-            if module.__dict__.get(LAYER_INDEX) == old:
-                module.__dict__[LAYER_INDEX] = new
-                told.append((module, old))
+            for name in LAYER_INDICES:
+                if module.__dict__.get(name) == old:
+                    module.__dict__[name] = new
+                    told.append((module, name, old))
 
     def undo() -> None:
         blocks._modules.clear()
         blocks._modules.update(before)
-        for module, old in told:
-            module.__dict__[LAYER_INDEX] = old
+        for module, name, old in told:
+            module.__dict__[name] = old
 
     return undo
 

@@ -146,7 +146,7 @@ def select(
     cost_of = _Cost(table, step_of_row, step_cost)
     available = int(cost_of(np.arange(len(step_cost))).sum())
     if budget > available:
-        total = int(table.cost.sum())
+        total = int(table.cost[table.block_of_row < 0].sum())
         raise BudgetError(
             f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may leave"
             f" under the floors (min_groups={limits.min_groups}, min_fraction={limits.min_fraction}), protections"

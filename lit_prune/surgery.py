@@ -212,9 +212,10 @@ def _remove_blocks(
 ) -> None:
     """Take blocks out of their list, out of the optimizers, and out of what the model says of its depth."""
     blocks: Any = model.get_submodule(entry.name)
-    gone = [p for i in set(range(entry.size)) - set(entry.kept) for p in blocks[i].parameters()]
+    gone = [blocks[i] for i in set(range(entry.size)) - set(entry.kept)]
     for optimizer in optimizers:
-        _remove_from_optimizer(optimizer, gone, journal)
+        _remove_from_optimizer(optimizer, [p for block in gone for p in block.parameters()], journal)
+    journal.extend(sharding.release(block) for block in gone)
     journal.append(keep_blocks(blocks, entry.kept))
     holder = model.get_submodule(entry.name.rpartition(".")[0])
     for name in depth_of(model) or ():

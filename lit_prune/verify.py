@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures import find_group_sets, find_model
-from lit_prune.architectures.base import depth_of
 from lit_prune.blocks import passed_over
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, stack_of
@@ -38,7 +37,10 @@ def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor]
     Raises:
         UnsupportedModelError: If the outputs differ, or the smaller model does not run; the message names the group set.
     """
-    group_sets = find_group_sets(model, blocks=depth_of(find_model(model)[1]) is not None)
+    try:
+        group_sets = find_group_sets(model, blocks=True)
+    except UnsupportedModelError:
+        group_sets = find_group_sets(model)
     blocks = [s.name for s in group_sets if s.kind == BLOCK]
     checked = []
     for position, group_set in enumerate(group_sets):

@@ -329,6 +329,7 @@ CASES = (
         ),
         seen_batch,
         notes="the tower of images stays whole",
+        blocks=False,
     ),
     Case("SmolLM3", hugging("smollm3", no_rope_layer_interval=2), notes="layers without positions"),
     Case(
@@ -502,6 +503,7 @@ CASES = (
         image_batch,
         generates=False,
         slow=True,
+        blocks=False,
     ),
     Case(
         "CLIP",
@@ -516,6 +518,7 @@ CASES = (
         pair_batch,
         generates=False,
         notes="two towers in one table",
+        blocks=False,
     ),
     Case(
         "SigLIP",
@@ -529,12 +532,14 @@ CASES = (
         pair_batch,
         generates=False,
         slow=True,
+        blocks=False,
     ),
     Case(
         "BART",
         hugging("bart", "AutoModelForSeq2SeqLM", BART_SMALL),
         translated_batch,
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     *(
         Case(
@@ -543,6 +548,7 @@ CASES = (
             translated_batch,
             kinds=("attention", "cross_attention", "mlp"),
             slow=True,
+            blocks=False,
         )
         for name, model_type in (
             ("mBART", "mbart"),
@@ -557,6 +563,7 @@ CASES = (
         speech_batch,
         generates=False,
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "T5",
@@ -579,6 +586,7 @@ CASES = (
         translated_batch,
         kinds=("attention", "cross_attention", "mlp"),
         slow=True,
+        blocks=False,
     ),
     Case(
         "Mixtral",

@@ -369,7 +369,11 @@ def test_flex_attention(name):
 
 
 def test_a_description_is_verified():
-    assert verify_architecture(unsettled(MyGPT(64)), lambda m: m(random_ids(0))[0])[:2] == ["h.0.attn", "h.0.mlp"]
+    assert verify_architecture(unsettled(MyGPT(64)), lambda m: m(random_ids(0))[0])[:3] == [
+        "h.0",
+        "h.0.attn",
+        "h.0.mlp",
+    ]
     assert "stem.0" in verify_architecture(unsettled(MyResNet()), lambda m: m(torch.ones(1, 3, 8, 8))[0])
 
 
@@ -414,6 +418,33 @@ def test_a_wrong_description_is_found_out(change, message):
     for change in ({"layout": "diagonal"},):
         with pytest.raises(ValueError, match="Unknown layout 'diagonal'"):
             Attention("h.*.attn", **change)
+
+
+class Counted(MyGPT):
+    """Knows by a number of its own how many layers to run."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+        self.depth = len(self.h)
+
+    def forward(self, input_ids):
+        x = self.wte(input_ids)
+        for layer in range(self.depth):
+            x = self.h[layer](x)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_a_depth_that_nobody_described_is_found_out():
+    mlp = MLP("h.*.mlp", ("c_fc",), "c_proj")
+    for depth in ((), None, ("depth",)):
+        register_architecture(Architecture("counted", ("Counted",), (mlp,), depth=depth))
+        model = unsettled(Counted())
+        if depth == ():
+            with pytest.raises(UnsupportedModelError, match=r"Without h\.0 \(block\).*does not run.*number of blocks"):
+                verify_architecture(model, lambda m: m(random_ids(0)))
+        else:
+            checked = verify_architecture(model, lambda m: m(random_ids(0)))
+            assert ("h.0" in checked) == (depth is not None)
 
 
 # inside a fit

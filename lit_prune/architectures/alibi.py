@@ -67,6 +67,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -85,5 +86,6 @@ register_architecture(
             ),
             MLP(path="blocks.*.ffn", inputs=("up_proj",), output="down_proj"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )

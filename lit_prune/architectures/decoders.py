@@ -58,6 +58,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp"),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )
 
@@ -86,6 +87,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -97,6 +99,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("up_proj",)),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -108,6 +111,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -126,6 +130,7 @@ register_architecture(
         models=("StableLmPreTrainedModel",),
         blocks=(Attention(path="layers.*.self_attn", skippable=True), MLP(path="layers.*.mlp")),
         check=_check_stablelm,
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -137,6 +142,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", output="dense", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -148,6 +154,7 @@ register_architecture(
             Attention(path="h.*.attn", output="out_proj", skippable=True),
             MLP(path="h.*.mlp", inputs=("fc_in",), output="fc_out"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -159,6 +166,7 @@ register_architecture(
             Attention(path="h.*.attn.attention", output="out_proj"),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=("config.num_hidden_layers", "config.attention_layers"),
     )
 )
 

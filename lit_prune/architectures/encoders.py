@@ -56,6 +56,7 @@ register_architecture(
             ),
             MLP(path="layer.*", inputs=("intermediate.dense",), output="output.dense"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -75,6 +76,7 @@ register_architecture(
             ),
             MLP(path="layer.*.ffn", inputs=("lin1",), output="lin2"),
         ),
+        depth=("config.num_hidden_layers", "n_layers"),
     )
 )
 
@@ -86,6 +88,7 @@ register_architecture(
             Attention(path="layers.*.attn", fused="Wqkv", output="Wo", skippable=True),
             MLP(path="layers.*.mlp", inputs=("Wi",), output="Wo", parts=2),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )
 

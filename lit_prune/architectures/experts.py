@@ -172,6 +172,7 @@ register_architecture(
             Experts(path="layers.*.mlp", having="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )
 
@@ -189,6 +190,7 @@ register_architecture(
             Experts(path="layers.*.mlp"),
             ExpertChannels(path="layers.*.mlp.experts"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -206,6 +208,7 @@ register_architecture(
             ),
             ExpertChannels(path="layers.*.block_sparse_moe.experts"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -238,6 +241,7 @@ register_architecture(
                 optional=True,
             ),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types", "config.no_rope_layers"),
     )
 )
 

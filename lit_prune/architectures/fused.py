@@ -136,5 +136,6 @@ register_architecture(
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
         check=_check_bigcode,
+        depth=("config.num_hidden_layers",),
     )
 )

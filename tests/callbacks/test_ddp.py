@@ -110,6 +110,7 @@ def equal_runs(folder: str, world: int) -> None:
         ("taylor_2nd", {}, {"accumulate_grad_batches": 2}, 24),
         ("taylor_batch", {"statistics": "elementwise"}, {}, 24),
         ("wanda", {}, {}, 20),
+        ("fisher", {"kinds": ("block",), "pruning_ratio": 0.3}, {}, 24),
         ("auto", {"calibration_batches": 9}, {}, 80),
     ):
         pl.seed_everything(7, verbose=False)
@@ -148,7 +149,7 @@ def assert_close(one: dict, other: dict) -> None:
             torch.testing.assert_close(value, other["weights"][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "taylor_batch", "wanda", "auto"])
+@pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "taylor_batch", "wanda", "fisher", "auto"])
 def test_two_processes_equal_one_with_the_same_global_batch(folder, importance):
     both = [read(folder, f"{importance}-2-{rank}") for rank in range(RANKS)]
     single = read(folder, f"{importance}-1-0")

@@ -116,6 +116,7 @@ CASES = {
     "second_order": ({"importance": "second_order", "schedule": [Stage(0.1, epoch=1), Stage(0.2, epoch=2)]}, {}),
     "mix": ({"importance": {"taylor_batch": 0.7, "output_wanda": 0.3}}, {"adam": True}),
     "wanda": ({"importance": "wanda", "step": 0}, {}),
+    "blocks": ({"importance": "fisher", "kinds": ("block",), "pruning_ratio": 0.3}, {"adam": True}),
     "magnitude": ({"importance": "magnitude", "repair": None}, {}),
     "taylor_batch": ({"importance": "taylor_batch", "step": 4}, {}),
     "auto": ({"importance": "auto", "calibration_batches": 9}, {"sequences": 80}),
@@ -176,7 +177,7 @@ def resumed(folder: str, name: str, epoch: int, kind: str) -> None:
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_distributed_checkpoints_resume(folder, epoch):
     """Of a run with two stages, from before the first cut and from between the two: weights and optimizer state."""
-    for name in ("second_order", "mix"):
+    for name in ("second_order", "mix", "blocks"):
         run_well(resumed, str(folder), name, epoch, "fit", folder=folder, processes=RANKS)
         whole, again = read(folder, f"{name}-2-0"), read(folder, f"{name}-resumed-{epoch}-0")
         for key, value in whole["weights"].items():
@@ -320,15 +321,24 @@ def refused(folder: str, what: str) -> None:
             for layer in self.inner["lm"].model.layers:
                 parallelize_module(layer, self.device_mesh["tensor_parallel"], {"mlp.up_proj": ColwiseParallel()})
 
+    class Whole(Sharded):
+        def configure_model(self):
+            fully_shard(self.inner["lm"], mesh=self.device_mesh["data_parallel"])
+
     options = {"data_parallel_size": 1, "tensor_parallel_size": RANKS} if what == "tensors" else {}
     chosen = ModelParallelStrategy(process_group_backend="gloo", **options) if options else strategy()
-    callback = pruning(repair="bias" if what == "bias" else None)
-    trainer_of(RANKS, callback, strategy=chosen).fit(Tensors() if what == "tensors" else Sharded())
+    callback = pruning(repair="bias" if what == "bias" else None, kinds=("block",) if what == "block" else None)
+    module = {"tensors": Tensors, "block": Whole}.get(what, Sharded)()
+    trainer_of(RANKS, callback, strategy=chosen).fit(module)
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("tensors", "sharded, but not by .*fully_shard"), ("bias", "adds biases .* FSDP2 cannot take up")],
+    [
+        ("tensors", "sharded, but not by .*fully_shard"),
+        ("bias", "adds biases .* FSDP2 cannot take up"),
+        ("block", "sharded as a part of .*the block 'model.layers.0' that may leave"),
+    ],
 )
 def test_what_sharding_cannot_do_is_refused_on_every_process(tmp_path, what, message):
     for code, output in run(refused, str(tmp_path), what, folder=tmp_path, processes=RANKS):
