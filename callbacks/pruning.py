@@ -103,7 +103,8 @@ class StructuredPruning(Callback):
             module names.
         uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
         mlp_multiple_of: Keep MLP widths at multiples of this number.
-        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``; all if ``None``.
+        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``, and ``"block"`` for whole blocks (decoder
+            layers); ``None`` is all but blocks.
         model_path: Where the model is inside the LightningModule, if that holds several.
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
@@ -225,7 +226,7 @@ class StructuredPruning(Callback):
 
     def _check(self, pl_module: pl.LightningModule) -> None:
         model = self.model(pl_module)
-        group_sets = find_group_sets(model)
+        group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         sharding.check_layout(model, group_sets)
         if self._reference is None:
             self._reference = pipeline.model_size(model, group_sets)
@@ -288,7 +289,7 @@ class StructuredPruning(Callback):
         if measure_around and "dense" not in self.metrics:
             self.metrics["dense"] = validation_metrics(trainer)
         config = self._config(stage)
-        group_sets = find_group_sets(model)
+        group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         ranks = ranks_of(trainer)
         total = None if ranks is None else ranks.sum
         with self._batches(trainer) as (batches, loss), measured(self.costs, pl_module.device):

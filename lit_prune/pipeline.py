@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import sharding
+from lit_prune.blocks import passed_over
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
@@ -113,7 +114,7 @@ class PruningConfig:
             BudgetError: If it cannot.
             ValueError: If the limits name something the model does not have.
         """
-        table = GroupTable.build(group_sets, [torch.zeros(s.size) for s in group_sets])
+        table = _table(model, group_sets, [torch.zeros(s.size) for s in group_sets])
         select(table, self.budget(model, group_sets), self.limits, _original_sizes(model))
 
     def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
@@ -141,8 +142,7 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
     asked, best, chosen = budget, -1, table.kept
     for _ in range(_ROUNDS):
         table.kept = select(table, asked, config.limits, _original_sizes(model))
-        groups = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
-        removed, nominal = count_removed(model, group_sets, groups), table.removed_cost
+        removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
             best, chosen = removed, table.kept
         if nominal == removed or 0 <= budget - removed < table.cost.min():
@@ -150,6 +150,12 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
         asked = nominal + budget - removed
     table.kept = chosen
     return best
+
+
+def _table(model: nn.Module, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
+    """The group table, by the names and layers that everything had before blocks left in earlier cuts."""
+    plan = get_plan(model)
+    return GroupTable.build(group_sets if plan is None else [plan.original(s) for s in group_sets], importance)
 
 
 def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -224,7 +230,8 @@ def make_plan(
                 criterion, parameters, group_sets, statistics, normalize=normalize, seed=config.seed
             )
             parts.append((weight, importance))
-        table = GroupTable.build(group_sets, parts[0][1] if len(parts) == 1 else mixed_importance(parts))
+        total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
+        table = _table(model, group_sets, total)
         removed = _select(model, group_sets, table, config)
         info = {
             "importance": label,
@@ -237,7 +244,7 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = PruningPlan.from_kept(group_sets, [k.tolist() for k in table.kept_groups()], info)
+        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)
@@ -255,7 +262,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for entry in plan.entries:
+            for entry in plan.group_entries:
                 group_set = by_key[entry.key]
                 removed = group_set.kept_to_removed(entry.kept)
                 for part in group_set.masked:
@@ -269,7 +276,8 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
                     columns = part.index[removed].flatten().to(weight.device)
                     before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
                     weight.index_fill_(part.dim, columns, 0.0)
-        yield
+        with passed_over(model, plan.removed_blocks):
+            yield
     finally:
         with torch.no_grad():
             for tensor, dim, columns, values in before:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lit_prune import sharding
+from lit_prune.blocks import hidden_output
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import GroupSet
@@ -92,7 +93,7 @@ def bias_fold(
     """
     by_key = {s.key: s for s in group_sets}
     biases: dict[str, Tensor] = {}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.refittable:
@@ -138,7 +139,7 @@ def least_squares(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Refit every consumer of the blocks that a plan touches, and of those after them.
+    """Refit every consumer of the blocks that a plan touches, and of those after them. Blocks that leave are passed by.
 
     Args:
         model: The dense model; it is not changed.
@@ -159,6 +160,7 @@ def least_squares(
     """
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
+    gone = set(plan.removed_blocks)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, group_sets, batches, forward):
@@ -167,10 +169,14 @@ def least_squares(
             started = False
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
-                started = started or any(s.key in touched for s in members)
+                started = started or name in gone or any(s.key in touched for s in members)
                 block = sharding.plain_copy(model.get_submodule(name))
                 if not started:
                     dense = pruned = _run(block, dense, stream.calls[name])
+                    continue
+                if name in gone:
+                    # the pruned stream passes it by, and the blocks behind it make up for that
+                    dense = _run(block, dense, stream.calls[name])
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
@@ -275,7 +281,7 @@ def _record(
 
     def after(stream: _Stream) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            last[stream.blocks[0]] = _hidden(output)
+            last[stream.blocks[0]] = hidden_output(output)
 
         return hook
 
@@ -311,12 +317,8 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return hidden, (), named
 
 
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _run(block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [_hidden(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
+    return [hidden_output(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
 
 
 def _trace(
@@ -343,7 +345,7 @@ def _trace(
 
     handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
-        return _hidden(block(x, *call[0], **call[1])), found
+        return hidden_output(block(x, *call[0], **call[1])), found
     except Reached:
         return None, found
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_prune.errors import UnsupportedStrategyError
-from lit_prune.groups import GroupSet, Slice
+from lit_prune.groups import BLOCK, GroupSet, Slice
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -38,8 +38,16 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
 
     Raises:
         UnsupportedStrategyError: If their parameters are sharded over more than one dimension of a mesh (tensor
-            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model.
+            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model; or if
+            whole blocks are among them.
     """
+    group_sets = list(group_sets)
+    whole = next((s for s in group_sets if s.kind == BLOCK), None)
+    if whole is not None and any_sharded(model.parameters()) is not None:
+        raise UnsupportedStrategyError(
+            f"Whole blocks ({whole.name!r}, ...) cannot leave a model that FSDP2 shards, as it would go on to manage them."
+            " Prune other kinds, or remove blocks in a run of its own on one device or with DDP."
+        )
     managed = {id(p.sharded_param) for p in _managed(model)}
     for name in {part.parameter: None for group_set in group_sets for part in group_set.slices}:
         parameter = model.get_parameter(name)
@@ -78,12 +86,12 @@ def local_range(tensor: DTensor) -> tuple[int, int, int]:
     return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
 
 
-def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
+def gather(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
     """What this process's part of a parameter adds to every group of a slice.
 
     Args:
         part: The slice.
-        values: One number for every element of the local part.
+        line: One number for every position of the local part along the slice's dimension.
         parameter: The parameter.
 
     Returns:
@@ -92,8 +100,8 @@ def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         dim, start, _ = local_range(parameter)
         if dim == part.dim:
-            return part.reduce(values, start, parameter.shape[dim])
-    return part.reduce(values)
+            return part.gather(line, start, parameter.shape[dim])
+    return part.gather(line)
 
 
 def local_part(values: Tensor, parameter: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ class Case:
         notes: For the table.
         kinds: The kinds of groups that it has.
         refits: Whether least-squares repair refits its blocks.
+        blocks: Whether whole blocks may leave.
         slow: Whether it differs so little from others that it is run with the slow tests only.
     """
 
@@ -168,6 +169,7 @@ class Case:
     notes: str = ""
     kinds: tuple[str, ...] = ("attention", "mlp")
     refits: bool = True
+    blocks: bool = True
     slow: bool = False
 
     def build(self, attention: str | None = None) -> nn.Module:
@@ -486,6 +488,7 @@ CASES = (
         encoder("albert", "AutoModelForMaskedLM", embedding_size=16),
         generates=False,
         notes="one layer, run three times",
+        blocks=False,
     ),
     Case("XLM-RoBERTa", encoder("xlm-roberta", "AutoModelForMaskedLM", pad_token_id=0), generates=False, slow=True),
     Case(
@@ -615,12 +618,14 @@ CASES = (
         translated_batch,
         notes="relative biases of the first layer read by all",
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "T5, gated",
         hugging("t5", "AutoModelForSeq2SeqLM", T5_SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         translated_batch,
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "mT5",
@@ -737,6 +742,7 @@ CASES = (
         attentions=("own",),
         notes="cut once; not refitted",
         refits=False,
+        blocks=False,
     ),
     Case(
         "nn.TransformerEncoder",
@@ -766,5 +772,6 @@ CASES = (
         notes="coupled by torch-pruning's dependency graph",
         kinds=("channel",),
         refits=False,
+        blocks=False,
     ),
 )

@@ -52,7 +52,7 @@ def test_bad_mixes_are_refused():
         with pytest.raises(ValueError, match=message):
             prune_config(importance=importance)
     with pytest.raises(ValueError, match="positive sum"):
-        mixed_importance([(1.0, [torch.tensor([-1.0, 1.0])])])
+        mixed_importance([(1.0, [torch.tensor([-1.0, 1.0])])], find_group_sets(tiny())[:1])
 
 
 def test_auto_takes_the_candidate_whose_masked_model_loses_least_on_held_back_batches(loss_of):

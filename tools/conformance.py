@@ -28,6 +28,7 @@ COLUMNS = {
     "test_is_pruned_again": "again",
     EMPTY: "empty",
     "test_is_repaired": "repaired",
+    "test_loses_blocks": "blocks",
 }
 MARKS = {"passed": "✓", "skipped": "–", "failed": "✗"}
 EXPLANATION = """\
@@ -43,6 +44,8 @@ EXPLANATION = """\
   group has to stay in every layer (of experts, as many as a token goes to), which selection knows.
 * **repaired**: calibration, plan, repair and cut; least squares brings the model nearer to the dense one (`no` under *refit*
   where its blocks cannot be run one after the other, or have no linear layer behind the groups).
+* **blocks**: without its first block the model computes what the dense one does that passes it over, with a cache and without,
+  and after saving; – where no block may leave.
 """
 
 

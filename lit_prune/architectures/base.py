@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.adapt import without_heads, without_inputs
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost
+from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
 from lit_prune.plan import get_plan
 
 STACKED = "stacked"
@@ -322,6 +322,10 @@ class Architecture:
         blocks: The descriptions of the parts that hold groups.
         check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
             fit all the same, because of an option in its config for instance.
+        depth: Where a model says how many blocks it has, and anything for each of them, so that it can follow when whole
+            blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
+            list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
+            ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
 
     Example::
 
@@ -339,6 +343,7 @@ class Architecture:
     models: tuple[str, ...]
     blocks: tuple[Block, ...]
     check: Callable[[nn.Module], None] | None = None
+    depth: tuple[str, ...] | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -433,18 +438,20 @@ def _layers_hint(module: nn.Module) -> str:
     )
 
 
-def find_group_sets(model: nn.Module) -> list[GroupSet]:
+def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
     """Find everything in the model that can be pruned. What an earlier cut emptied is left out.
 
     Args:
         model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
+        blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
+            others.
 
     Returns:
         The group sets in the order of the layers. Names are relative to the model.
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
-            or its weights are quantised.
+            its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
     """
     model = find_model(model)[1]
     architecture = _architecture_of(model)
@@ -452,7 +459,7 @@ def find_group_sets(model: nn.Module) -> list[GroupSet]:
     if architecture.check is not None:
         architecture.check(model)
     plan = get_plan(model)
-    pruned = set() if plan is None else {e.key for e in plan.entries}
+    pruned: Collection[tuple[str, str]] = set() if plan is None else plan.afterwards().keys()
     group_sets: list[GroupSet] = []
     for block in architecture.blocks:
         found = list(block.group_sets(model, pruned))
@@ -464,9 +471,60 @@ def find_group_sets(model: nn.Module) -> list[GroupSet]:
         group_sets.extend(found)
     _check_alternatives(model, architecture, group_sets)
     group_sets = [s for s in group_sets if s.size]
+    if blocks:
+        group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets)
     return group_sets
+
+
+def depth_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Where the model says how many blocks it has, see :class:`Architecture`."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.depth
+
+
+def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:
+    """A group set for every block of every list of blocks.
+
+    Raises:
+        UnsupportedModelError: If no block may leave, or a block shares weights with another part of the model.
+    """
+    if architecture.depth is None:
+        raise UnsupportedModelError(
+            f"Whole blocks cannot leave {type(model).__name__}: its description (architecture {architecture.name!r}) names no"
+            " depth. Prune other kinds."
+        )
+    stacks = dict.fromkeys(
+        stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit()
+    )
+    places: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), set()).add(name)
+    for stack in stacks:
+        blocks = model.get_submodule(stack)
+        config = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
+        if config is not None and type(config) is not type(model.config):
+            raise UnsupportedModelError(
+                f"Whole blocks cannot leave {stack!r}: it has a config of its own, a {type(config).__name__}, inside the"
+                f" {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
+            )
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{stack} is a {type(blocks).__name__}; expected the blocks in an nn.ModuleList."
+            )
+        for index in range(len(blocks)):
+            name = f"{stack}.{index}"
+            parameters = {f"{name}.{n}": p for n, p in blocks[index].named_parameters(remove_duplicate=False)}
+            unfit = [n for n, p in parameters.items() if p.dim() == 0 or not places[id(p)] <= parameters.keys()]
+            if unfit:
+                raise UnsupportedModelError(
+                    f"Whole blocks cannot leave {type(model).__name__}: {unfit[0]!r} is shared with another part of the model"
+                    " (or is a single number). Prune other kinds."
+                )
+            own = {id(p): (n, p) for n, p in parameters.items()}
+            slices = tuple(Slice(n, 0, torch.arange(len(p)).view(1, -1)) for n, p in own.values())
+            yield GroupSet(name, index, BLOCK, 1, sum(p.numel() for _, p in own.values()), slices, block=name)
 
 
 def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets: list[GroupSet]) -> None:

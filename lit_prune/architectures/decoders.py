@@ -33,6 +33,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp"),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types", "config.no_rope_layers"),
     )
 )
 
@@ -77,6 +78,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp"),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )
 
@@ -193,5 +195,6 @@ register_architecture(
             Attention(path="layers.*.self_attn", output="out_proj", skippable=True),
             MLP(path="layers.*", inputs=("fc1",), output="fc2"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )

@@ -28,6 +28,7 @@ register_architecture(
             ),
             MLP(path="layer.*", inputs=("intermediate.dense",), output="output.dense"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -116,6 +117,7 @@ register_architecture(
             Attention(path="layers.*.attention", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 

@@ -157,6 +157,7 @@ register_architecture(
             Experts(path="layers.*.mlp", having="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -282,5 +283,6 @@ register_architecture(
                 layout=INTERLEAVED,
             ),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )

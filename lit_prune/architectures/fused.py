@@ -32,6 +32,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -49,6 +50,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -67,6 +69,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -101,6 +104,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
         check=_check_falcon,
     )
 )
