@@ -82,7 +82,7 @@ register_architecture(
     )
 )
 
-# a gate lies behind each head's query; the layers of linear attention keep that whole
+# a gate lies behind each head's query; layers of linear attention stay whole
 register_architecture(
     Architecture(
         name="qwen3.5",
