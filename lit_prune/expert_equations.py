@@ -36,7 +36,8 @@ def expert_equations(
     """The normal equations of every expert's output projection, on the channels that stay.
 
     Args:
-        block: The block of the model, with everything cut but the channels of these experts.
+        block: A copy of the block of the model, with everything cut but the channels of these experts; from then on its
+            experts run one after the other.
         path: Path of the module of the experts within it.
         output: Name of its parameter that reads the channels, shape ``(experts, ...)`` with three dimensions.
         output_dim: The dimension of it that the channels lie along.

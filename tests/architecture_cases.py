@@ -254,6 +254,21 @@ T5_SMALL = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+HYBRID_SMALL = {
+    "head_dim": 8,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MROPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+}
+QWEN_TOWER = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
+TOWER_SMALL = {"depth": 1, "num_heads": 2, "hidden_size": 32, "patch_size": 4}
 MPT_SMALL = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "expansion_ratio": 1}
 GPTJ_SMALL = {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_inner": 24, "n_positions": 64}
 GPTJ_SMALL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -376,6 +391,45 @@ CASES = (
         "Falcon, new decoder",
         hugging("falcon", **{**FALCON_SMALL, "num_kv_heads": 2}, new_decoder_architecture=True),
         notes="grouped-query, interleaved fused",
+    ),
+    Case(
+        "Qwen3.5",
+        hugging("qwen3_5_text", **HYBRID_SMALL),
+        notes="full and linear attention mixed, a gate behind each head's query",
+    ),
+    *(
+        Case(
+            name,
+            hugging(
+                model_type,
+                "AutoModelForImageTextToText",
+                {},
+                text_config={**SMALL, **text},
+                vision_config={**TOWER_SMALL, **tower},
+            ),
+            notes="the tower of images stays whole",
+            slow=True,
+        )
+        for name, model_type, text, tower in (
+            ("Qwen2-VL", "qwen2_vl", MROPE, {"embed_dim": 16}),
+            ("Qwen2.5-VL", "qwen2_5_vl", MROPE, QWEN_TOWER),
+            ("Qwen3-VL", "qwen3_vl", {"head_dim": 8}, QWEN_TOWER),
+        )
+    ),
+    Case(
+        "Gemma 4, text",
+        hugging(
+            "gemma4_text",
+            head_dim=8,
+            global_head_dim=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=8,
+        ),
+        notes="layers share keys and values: heads stay",
+        kinds=("mlp",),
+        slow=True,
     ),
     Case("Granite", hugging("granite", residual_multiplier=0.5), notes="scaled residuals", slow=True),
     Case("OLMo", hugging("olmo", clip_qkv=1.0), notes="clipped queries, keys and values", slow=True),
@@ -617,6 +671,21 @@ CASES = (
         absent=routers_over_kept,
         notes="fused experts and a shared one",
         kinds=("attention", "mlp", "expert"),
+    ),
+    Case(
+        "Qwen3-Next",
+        hugging(
+            "qwen3_next",
+            **HYBRID_SMALL,
+            num_experts_per_tok=2,
+            num_experts=5,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=12,
+        ),
+        absent=routers_over_kept,
+        notes="full and linear attention mixed, fused experts and a shared one",
+        kinds=("attention", "mlp", "expert"),
+        slow=True,
     ),
     Case(
         "OLMoE",

@@ -106,6 +106,8 @@ class Attention(Block):
         fused: Name of the one projection that gives queries, keys and values, in place of three.
         layout: How the rows of ``fused`` lie: ``"stacked"``, all queries, all keys, all values; or ``"interleaved"``,
             for every key/value head its queries, its key and its value.
+        query_parts: How often the features of a head the query projection gives, head by head: 2 where a gate lies behind
+            each head's query. With ``fused`` it has no meaning.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
             sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
             lacks are passed over.
@@ -128,6 +130,7 @@ class Attention(Block):
     kind: str = "attention"
     fused: str | None = None
     layout: str = STACKED
+    query_parts: int = 1
     parameters: Mapping[str, str] = field(default_factory=dict)
     core: str = ""
     skippable: bool = False
@@ -190,6 +193,8 @@ class Attention(Block):
     def _heads(self, model: nn.Module, name: str, head_dim: int) -> tuple[int, int]:
         """The numbers of query heads and of key/value heads."""
         read = projection(model, name, self.output).in_features
+        queries: float
+        keys: float
         if self.fused is not None:
             rows = projection(model, name, self.fused).out_features
             queries, keys = read, (rows - read) / 2
@@ -199,7 +204,8 @@ class Attention(Block):
             what = (
                 f"{self.query} has {queries} output features, {self.key} {keys} and {self.output} {read} input features"
             )
-        heads, kv_heads = queries // head_dim, int(keys // head_dim)
+            queries = queries / self.query_parts
+        heads, kv_heads = int(queries // head_dim), int(keys // head_dim)
         fits = queries == heads * head_dim == read and keys == kv_heads * head_dim
         if not fits or bool(heads) != bool(kv_heads) or (kv_heads and heads % kv_heads):
             raise UnsupportedModelError(
@@ -213,11 +219,12 @@ class Attention(Block):
         self, model: nn.Module, name: str, heads: int, kv_heads: int, head_dim: int, share: int | None
     ) -> Iterator[Slice]:
         """The slices of the projections that give queries, keys and values; the queries' alone without a share."""
+        width = head_dim if self.fused is not None else head_dim * self.query_parts
         if share is None:
-            query_rows = torch.arange(heads * head_dim).view(heads, head_dim)
+            query_rows = torch.arange(heads * width).view(heads, width)
             yield from produced(model, name, self.fused or self.query, query_rows)
             return
-        query_rows = torch.arange(heads * head_dim).view(kv_heads, share * head_dim)
+        query_rows = torch.arange(heads * width).view(kv_heads, share * width)
         key_rows = torch.arange(kv_heads * head_dim).view(kv_heads, head_dim)
         if self.fused is None:
             yield from produced(model, name, self.query, query_rows)

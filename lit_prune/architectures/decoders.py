@@ -24,6 +24,10 @@ register_architecture(
             "SeedOssPreTrainedModel",
             "Ernie4_5PreTrainedModel",
             "Ministral3PreTrainedModel",
+            # of these the towers of images stay whole: their blocks have other names
+            "Qwen2VLPreTrainedModel",
+            "Qwen2_5_VLPreTrainedModel",
+            "Qwen3VLPreTrainedModel",
         ),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
@@ -76,6 +80,27 @@ register_architecture(
             MLP(path="layers.*.mlp"),
         ),
         depth=("config.num_hidden_layers", "config.layer_types"),
+    )
+)
+
+# a gate lies behind each head's query; layers of linear attention stay whole
+register_architecture(
+    Architecture(
+        name="qwen3.5",
+        models=("Qwen3_5PreTrainedModel",),
+        blocks=(
+            Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
+            MLP(path="layers.*.mlp"),
+        ),
+    )
+)
+
+# its layers share keys and values, so that heads cannot leave one by itself
+register_architecture(
+    Architecture(
+        name="gemma4",
+        models=("Gemma4ForCausalLM", "Gemma4TextModel"),
+        blocks=(MLP(path="layers.*.mlp"),),
     )
 )
 

@@ -176,6 +176,21 @@ register_architecture(
     )
 )
 
+# as Qwen3.5 and Qwen2-MoE
+register_architecture(
+    Architecture(
+        name="qwen3-next",
+        models=("Qwen3NextPreTrainedModel", "Qwen3_5MoePreTrainedModel"),
+        blocks=(
+            Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
+            MLP(path="layers.*.mlp", having="gate_proj"),
+            MLP(path="layers.*.mlp.shared_expert", optional=True),
+            Experts(path="layers.*.mlp", having="experts"),
+            ExpertChannels(path="layers.*.mlp.experts", optional=True),
+        ),
+    )
+)
+
 # the norms of queries and keys are over all heads, as in OLMo 2
 register_architecture(
     Architecture(

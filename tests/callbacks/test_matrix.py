@@ -305,6 +305,31 @@ def test_a_compiled_module_is_calibrated_repaired_and_compiled_again(tmp_path):
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
+class Inductor(Base):
+    def __init__(self):
+        super().__init__()
+        torch._dynamo.reset()
+        self.inner["lm"].compile()
+
+
+@pytest.mark.slow
+def test_what_inductor_compiled_is_compiled_again(tmp_path):
+    graphs = []
+
+    class Count(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        on_train_end = on_train_epoch_start
+
+    options = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1}
+    _, compiled = fit(tmp_path, pruning(), Count(), module=Inductor(), **options)
+    _, plain = fit(tmp_path, pruning(), module=Base(), **options)
+    assert graphs[0] < graphs[1] < graphs[2]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_accumulation_that_changes_and_other_callbacks(tmp_path):
     callback = pruning(step=4)
     trainer, _ = fit(
