@@ -59,7 +59,7 @@ def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, l
 
 @contextlib.contextmanager
 def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Note in ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
+    """Add to ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -70,7 +70,8 @@ def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
     else:
         # the process's highest so far, in KiB (bytes on macOS)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    costs.update(calibration_seconds=time.perf_counter() - start, calibration_peak_megabytes=peak / 1e6)
+    costs["calibration_seconds"] = costs.get("calibration_seconds", 0.0) + time.perf_counter() - start
+    costs["calibration_peak_megabytes"] = max(costs.get("calibration_peak_megabytes", 0.0), peak / 1e6)
 
 
 def _train_dataloader(trainer: pl.Trainer) -> Any:

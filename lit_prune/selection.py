@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lit_prune.errors import BudgetError
+from lit_prune.errors import BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
 
@@ -155,7 +155,7 @@ def select(
         )
     if len(step_cost) == 0 or budget < step_cost.min():
         smallest = int(step_cost.min()) if len(step_cost) else None
-        raise BudgetError(
+        raise SmallBudgetError(
             f"The budget of {budget:,} parameters is less than the smallest removable group ({smallest})."
         )
     set_of_step = table.set_of_row[_first_row(step_of_row, len(step_cost))]

@@ -69,7 +69,6 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     return cuts
 
 
-@torch.no_grad()
 def apply_plan(
     model: nn.Module,
     plan: PruningPlan,
@@ -101,6 +100,17 @@ def apply_plan(
         PlanError: If the plan or ``weights`` do not fit the model.
         PruningError: If an optimizer's state cannot be cut.
     """
+    cut(model, plan, optimizers, weights)
+
+
+@torch.no_grad()
+def cut(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Optimizer] = (),
+    weights: Mapping[str, Tensor] | None = None,
+) -> Callable[[], None]:
+    """Do what :func:`apply_plan` does, and return a function that undoes it; that holds on to everything that left."""
     model = find_model(model)[1]
     group_sets = find_group_sets(model, blocks=bool(plan.blocks))
     cuts = parameter_cuts(model, plan, group_sets)
@@ -122,6 +132,12 @@ def apply_plan(
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
     places = _places(model)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for step in reversed(journal):
+                step()
+
     try:
         for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
             _replace_parameter(model, name, places, cuts.get(name, []), weights.get(name), optimizers, journal)
@@ -132,9 +148,9 @@ def apply_plan(
             _remove_blocks(model, entry, optimizers, journal)
         _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
     except BaseException:
-        for undo in reversed(journal):
-            undo()
+        undo()
         raise
+    return undo
 
 
 def _check_sharded(
