@@ -57,7 +57,8 @@ class PruningReport(Callback):
             run that is resumed after the first cut has no dense model to measure.
         speed_tokens: Tokens of the sequence that the speed is measured on.
         log_model: Log the saved model to Weights & Biases as an artifact.
-        dense_artifact: Name of the Weights & Biases artifact that the dense model came from, noted as an input of the run.
+        dense_artifact: Name of the Weights & Biases artifact that the dense model came from, noted as an input of the run
+            (which takes a connection) and in the metadata of its artifacts.
 
     Example::
 
@@ -109,7 +110,12 @@ class PruningReport(Callback):
                         f" {found!r}. To continue the run: WandbLogger(**lit_prune.callbacks.wandb_run(checkpoint))."
                     )
                 self.run_id = found
-                if self.dense_artifact is not None:
+                if self.dense_artifact is not None and logger.experiment.offline:
+                    rank_zero_warn(
+                        f"Weights & Biases is offline, so {self.dense_artifact!r} is not noted as an input of the run; the"
+                        " metadata of the run's artifacts name it."
+                    )
+                elif self.dense_artifact is not None:
                     logger.use_artifact(self.dense_artifact)
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
@@ -256,7 +262,7 @@ class PruningReport(Callback):
         if images:
             logger.log_metrics(images, step=step)  # type: ignore[arg-type]
         plan, run = self._pruning.plan, logger.experiment
-        described = {"digest": plan.digest(), **plan.info}
+        described = {"digest": plan.digest(), "dense_model": self.dense_artifact, **plan.info}
         artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
         for name in ("plan.json", "group_table.csv", "report.html"):
             if (self.output_dir / name).exists():
@@ -307,12 +313,12 @@ def _options(pruning: StructuredPruning) -> dict[str, Any]:
 
 
 def _lost(table: GroupTable) -> dict[str, float]:
-    """What each kind of group lost: parameters, and the share of its groups."""
+    """What each kind of group lost: parameters, those that left with a whole block apart, and the share of its groups."""
     lost: dict[str, float] = {}
     for kind in dict.fromkeys(kind for _, kind in table.keys):
-        mine = (table.kind_of_row == kind) & ~table.kept
-        lost[f"removed_parameters/{kind}"] = float(table.cost[mine].sum())
-        lost[f"removed_groups/{kind}"] = float(mine.sum() / (table.kind_of_row == kind).sum())
+        mine = table.kind_of_row == kind
+        lost[f"removed_parameters/{kind}"] = float(table.cost[mine & table.leaving].sum())
+        lost[f"removed_groups/{kind}"] = float((mine & ~table.kept).sum() / mine.sum())
     return lost
 
 

@@ -77,7 +77,7 @@ def plan(
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """
-    session = _Session(model, calibration, device, dtype)
+    session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     table, made, _ = session.plan(pruning)
     figures = {
         "dense": session.figures(),
@@ -112,12 +112,14 @@ def apply(
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
     """
-    session = _Session(model, calibration, device, dtype)
+    given = None if plan is None else PruningPlan.load(plan)
+    blocks = pruning.limits.blocks if given is None else bool(given.blocks)
+    session = _Session(model, calibration, device, dtype, blocks=blocks)
     figures = {"dense": session.figures()}
-    if plan is None:
+    if given is None:
         table, made, collected = session.plan(pruning)
     else:
-        table, made, collected = None, PruningPlan.load(plan), None
+        table, made, collected = None, given, None
         made.validate(session.group_sets)
     figures["pruned"] = session.cut(made, collected, pruning)
     save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
@@ -238,7 +240,7 @@ def compare(
 class _Session:
     """A model, its tokenizer and text: what every command begins with."""
 
-    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str) -> None:
+    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
         from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
 
         if device == "auto":
@@ -249,7 +251,7 @@ class _Session:
             wanted = torch.float32
         self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
         self.tokenizer = load_tokenizer(source)
-        self.group_sets = find_group_sets(self.model)
+        self.group_sets = find_group_sets(self.model, blocks=blocks)
         self.calibration = calibration
         self.batches, self.held_out = self._text()
 

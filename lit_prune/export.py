@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, check_weights, count_parameters
-from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, to_ranges
-from lit_prune.plan import PruningPlan, get_plan, plan_from_config, set_plan
-from lit_prune.surgery import apply_plan
+from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
+from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
+from lit_prune.surgery import apply_plan, depth_fields
 
 
 def _build(model: PreTrainedModel, pruning: Any) -> None:
@@ -38,7 +39,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
         with torch.device("cpu"):
             apply_plan(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
     except PruningError as error:
-        raise PrunedModelError(str(error)) from error
+        raise PrunedPlanError(str(error)) from error
 
 
 modeling_pruned.build = _build
@@ -58,9 +59,10 @@ def save_pruned(
     """Write a pruned transformers model so that it loads again.
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
-    one is given. If every layer kept the same widths and a stock config can say so, the config is stock, and transformers
-    loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``, which ``import lit_prune`` makes known
-    to the Auto classes. Everything is written to a temporary folder that replaces ``directory`` at the end.
+    one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
+    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
+    which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
+    ``directory`` at the end.
 
     Args:
         model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
@@ -114,21 +116,26 @@ def to_pretrained(
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     base = _dense_class(type(model))
-    dense_config = _dense_config(model.config)
+    dense_config = _dense_config(model)
     with torch.device("meta"):
         dense = base._from_config(dense_config)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense)
-    check_weights(model, group_sets)
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_weights(model, [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)])
+    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
+    pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
-    stock = _stock_config(base, dense_config, plan, shapes)
+    stock = _stock_config(model, base, dense_config, plan, shapes, pruned_depth)
     if stock is not None:
         config, replaced = stock
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
         cls = base
     else:
-        fields = dense_config.to_dict()
+        if depth:
+            pruning["dense"] = {name: value for name, (value, _) in depth.items()}
+        fields = {**dense_config.to_dict(), **pruned_depth}
         fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
         if self_contained:
             _check_self_contained(model, base, dense_config, pruning)
@@ -164,11 +171,10 @@ def load_pruned(
     Raises:
         FileNotFoundError: If the folder or a file is missing.
         PlanError: If the plan was changed, or does not fit the weights.
-        PruningError: If the weights are damaged, incomplete, or not those of a pruned model.
+        PruningError: If files are damaged, weights are missing or unknown, or the model was not pruned.
         UnsupportedModelError: If the model's class is unknown, or quantisation is asked for.
     """
-    if Path(directory).is_dir() and not (Path(directory) / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
+    _check_config_file(Path(directory))
     hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options}
     try:
         config = AutoConfig.from_pretrained(directory, **hub)
@@ -184,18 +190,21 @@ def load_pruned(
                 f"{directory}/config.json names the class {name!r}; expected one of transformers {transformers.__version__}."
             )
         cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if name.startswith(PREFIX) else base
-        model = cls.from_pretrained(directory, config=config, dtype=dtype, **options)
+        load: Any = cls.from_pretrained
+        if cls is base:
+            load = partial(modeling_pruned.load_whole, load)
+        model = load(directory, config=config, dtype=dtype, **options)
+    except PrunedPlanError as error:
+        raise PlanError(str(error)) from error
     except PrunedModelError as error:
-        raise (PlanError if "plan" in str(error) or "pruning entry" in str(error) else PruningError)(
-            str(error)
-        ) from error
+        raise PruningError(str(error)) from error
     except NotImplementedError as error:
         raise UnsupportedModelError(str(error)) from error
     except OSError as error:
         raise FileNotFoundError(str(error)) from error
     plan = get_plan(model)
     assert plan is not None
-    kept = {e.key: len(e.kept) for e in plan.entries}
+    kept = {key: len(e.kept) for key, e in plan.afterwards().items()}
     for group_set in find_group_sets(model):
         if group_set.size != kept.get(group_set.key, group_set.size):
             raise PlanError(
@@ -203,6 +212,24 @@ def load_pruned(
                 f" has {group_set.size} groups; the plan keeps {kept[group_set.key]}."
             )
     return model
+
+
+def _check_config_file(directory: Path) -> None:
+    """Refuse a local folder whose ``config.json`` is missing or damaged.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        PruningError: If it is not valid JSON.
+    """
+    file = directory / "config.json"
+    if not directory.is_dir():
+        return
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PruningError(f"{file} is damaged: {error}.") from error
 
 
 def convert_checkpoint(
@@ -280,12 +307,14 @@ def model_card(
         lines.append("pipeline_tag: text-generation")
     lines += ["---", "", f"# A pruned {config.base_model_type} model", ""]
     removed = f", {1 - after / before:.1%} fewer than before" if before else ""
+    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
     lines.append(
-        f"{after:,} parameters{removed}: attention heads and MLP channels were cut out for good with"
+        f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with"
         " [lit_prune](https://pypi.org/project/lit_prune/)."
     )
     lines += ["", "| group set | of | kept |", "|---|---|---|"]
-    for kind in dict.fromkeys(e.kind for e in plan.entries):
+    lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
         entries = [e for e in plan.entries if e.kind == kind]
         kept = [len(e.kept) for e in entries]
         lines.append(
@@ -344,14 +373,15 @@ def _dense_class(cls: type) -> type[PreTrainedModel]:
     )
 
 
-def _dense_config(config: Any) -> PreTrainedConfig:
+def _dense_config(model: nn.Module) -> PreTrainedConfig:
     """A copy of the model's config as it was when the model was dense."""
+    config: Any = model.config
     fields = config.to_dict()
     for key in ("pruning", "auto_map", "architectures"):
         fields.pop(key, None)
     model_type = fields.pop("base_model_type", None) or config.model_type
-    for key, value in (getattr(config, "pruning", None) or {}).get("dense", {}).items():
-        fields[key] = value
+    fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
+    fields.update((getattr(config, "pruning", None) or {}).get("dense", {}))
     fields.pop("model_type", None)
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
@@ -360,14 +390,15 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
     by_key = {s.key: s for s in group_sets}
     groups = []
     for entry in plan.entries:
-        group_set = by_key[entry.key]
+        group_set = by_key.get(entry.key)
         parameters: dict[str, list[int]] = {}
-        for part in group_set.slices:
+        for part in () if group_set is None else group_set.slices:
             width = part.index.shape[1]
             dim, before = parameters.get(part.parameter, (part.dim, 0))
             if dim != part.dim:
                 raise UnsupportedModelError(f"{part.parameter!r} loses groups of {entry.name!r} along two dimensions.")
             parameters[part.parameter] = [dim, before + width]
+        attributes = () if group_set is None else group_set.attributes
         groups.append(
             {
                 "name": entry.name,
@@ -376,7 +407,7 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
                 "size": entry.size,
                 "kept": to_ranges(entry.kept),
                 "parameters": parameters,
-                "attributes": {f"{a.module}.{a.name}": a.per_group for a in group_set.attributes},
+                "attributes": {f"{a.module}.{a.name}": a.per_group for a in attributes},
             }
         )
     info = json.loads(json.dumps(dict(plan.info)))
@@ -387,14 +418,20 @@ _WIDTHS = {"attention": ("num_attention_heads", "num_key_value_heads"), "mlp": (
 
 
 def _stock_config(
-    base: type[PreTrainedModel], dense: PreTrainedConfig, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    base: type[PreTrainedModel],
+    dense: PreTrainedConfig,
+    plan: PruningPlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    depth: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]] | None:
-    """A stock config with the widths of the pruned model and the dense values of what it changes, or ``None``.
+    """A stock config with widths and depth of the pruned model and the dense values of what it changes, or ``None``.
 
-    Whether it does is decided by building the model: every parameter has to come out with the shape that it has.
+    Whether it does is decided by building the model: every parameter has to come out with the shape that it has, and,
+    where blocks left, every layer with the settings that it has, some of which may follow from its index.
     """
-    fields, changed = dense.to_dict(), {}
-    for kind in dict.fromkeys(e.kind for e in plan.entries):
+    fields, changed = dense.to_dict(), dict(depth)
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
         shares = {(e.size, len(e.kept)) for e in plan.entries if e.kind == kind}
         if len(shares) > 1 or kind not in _WIDTHS:
             return None
@@ -414,7 +451,19 @@ def _stock_config(
         return None
     if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):
         return None
+    if plan.blocks and not _same_settings(built, model):
+        return None
     return config, {name: fields[name] for name in changed}
+
+
+def _same_settings(built: nn.Module, model: nn.Module) -> bool:
+    """Whether every module has the numbers and words (widths of windows, scales, kinds of layers) of its counterpart."""
+    for (_, a), (_, b) in zip(built.named_modules(), model.named_modules(), strict=True):
+        for name in (a.__dict__.keys() & b.__dict__.keys()) - {"training", "gradient_checkpointing"}:
+            value = a.__dict__[name]
+            if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
+                return False
+    return True
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.modeling_pruned import BLOCK as BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,8 @@ class Slice:
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
         opaque: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
             ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
-            Criteria of activations take them all to be 1, and repair leaves the parameter as it is.
+            Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
+            experts.
     """
 
     parameter: str
@@ -107,7 +109,8 @@ class GroupSet:
     Args:
         name: Qualified name of the module that the groups are parts of; unique together with ``kind``.
         layer: Index of the layer.
-        kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it.
+        kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it; ``"block"`` for a whole block,
+            which holds the other sets of that block.
         size: Number of groups.
         cost: Parameters that leave with one group.
         slices: The parameter slices that the groups couple.
@@ -153,6 +156,17 @@ class GroupSet:
         mask = torch.ones(self.size, dtype=torch.bool)
         mask[torch.as_tensor(list(kept), dtype=torch.long)] = False
         return mask.nonzero().flatten()
+
+
+def stack_of(block: str) -> tuple[str, int]:
+    """Name of the list that a block is in, and its position there."""
+    stack, _, index = block.rpartition(".")
+    return stack, int(index)
+
+
+def is_inside(name: str, block: str) -> bool:
+    """Whether a qualified name is that of a block or of something in it."""
+    return name == block or name.startswith(f"{block}.")
 
 
 def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:

@@ -5,12 +5,15 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 
 A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
 type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
-parameter they lie along, and how many positions of it a group takes. Building the model means building the dense one
-and making those parameters smaller; every other step of loading is that of transformers.
+parameter they lie along, and how many positions of it a group takes; and for every list of blocks that lost some, which
+were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
+every other step of loading is that of transformers. Where blocks left, the config says how many there are, and
+``pruning`` what the dense model's config says in the same fields.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "lit_prune"
 VERSION = 1
+BLOCK = "block"
+LAYER_INDICES = ("layer_idx", "layer_id")
 PREFIX = "Pruned"
 AUTO_CLASSES = (
     "AutoModel",
@@ -41,6 +46,10 @@ AUTO_CLASSES = (
 
 class PrunedModelError(ValueError):
     """The files of a pruned model are damaged or do not belong together."""
+
+
+class PrunedPlanError(PrunedModelError):
+    """What ``config.json`` says was cut is malformed, was changed, or does not fit the weights."""
 
 
 class ConfigView:
@@ -94,7 +103,7 @@ def from_ranges(text: str) -> list[int]:
     """The inverse of :func:`to_ranges`.
 
     Raises:
-        PrunedModelError: If the text is not such a list.
+        PrunedPlanError: If the text is not such a list.
     """
     indices: list[int] = []
     try:
@@ -102,7 +111,7 @@ def from_ranges(text: str) -> list[int]:
             first, _, last = part.partition("-")
             indices.extend(range(int(first), int(last or first) + 1))
     except (AttributeError, ValueError) as error:
-        raise PrunedModelError(
+        raise PrunedPlanError(
             f"Expected indices like '0-2 5' in the pruning entry of config.json; found {text!r}."
         ) from error
     return indices
@@ -116,11 +125,11 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
         pruning: The ``pruning`` entry of the config.
 
     Raises:
-        PrunedModelError: If the entry is malformed or does not fit the model.
+        PrunedPlanError: If the entry is malformed or does not fit the model.
     """
     if not isinstance(pruning, Mapping) or pruning.get("version") != VERSION:
         found = pruning.get("version") if isinstance(pruning, Mapping) else pruning
-        raise PrunedModelError(f"The pruning entry of config.json has version {found!r}; expected {VERSION}.")
+        raise PrunedPlanError(f"The pruning entry of config.json has version {found!r}; expected {VERSION}.")
     lost: dict[str, dict[int, int]] = {}
     try:
         for entry in pruning["groups"]:
@@ -136,10 +145,15 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
         for entry in pruning["groups"]:
             for name, per_group in entry["attributes"].items():
                 _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        for entry in pruning["groups"]:
+            if entry["kind"] == BLOCK:
+                blocks, stay = model.get_submodule(local_name(model, entry["name"])), from_ranges(entry["kept"])
+                keep_blocks(blocks, stay)
+                change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
-        raise PrunedModelError(
+        raise PrunedPlanError(
             f"The pruning entry of config.json is malformed or does not fit a {type(model).__name__}:"
             f" {type(error).__name__}: {error}."
         ) from error
@@ -161,7 +175,7 @@ def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
     data = parameter.data
     for dim, count in lost.items():
         if not 0 <= count <= data.shape[dim]:
-            raise PrunedModelError(
+            raise PrunedPlanError(
                 f"The pruning entry of config.json takes {count} of the {data.shape[dim]} positions of {name!r} along"
                 f" dimension {dim}; expected at least 0 and no more than there are."
             )
@@ -176,6 +190,75 @@ def overridden(config: Any, name: str, value: Any) -> ConfigView:
     """A view of a config, or of what a view shows already, with a value of its own for one field."""
     shared, overrides = (config.shared, config.overrides) if isinstance(config, ConfigView) else (config, {})
     return ConfigView(shared, {**overrides, name: value})
+
+
+def keep_blocks(blocks: nn.Module, kept: Sequence[int]) -> Callable[[], None]:
+    """Let only some blocks (decoder layers) stay in a list, and tell each its new index in the cache of keys and values.
+
+    Args:
+        blocks: The list, an ``nn.ModuleList``; changed in place.
+        kept: Indices of those that stay, ascending.
+
+    Returns:
+        A function that undoes this.
+    """
+    before: dict[str, Any] = dict(blocks._modules)
+    told: list[tuple[nn.Module, str, int]] = []
+    blocks._modules.clear()
+    for new, old in enumerate(kept):
+        block = before[str(old)]
+        blocks._modules[str(new)] = block
+        for module in block.modules():
+            for name in LAYER_INDICES:
+                if module.__dict__.get(name) == old:
+                    module.__dict__[name] = new
+                    told.append((module, name, old))
+
+    def undo() -> None:
+        blocks._modules.clear()
+        blocks._modules.update(before)
+        for module, name, old in told:
+            module.__dict__[name] = old
+
+    return undo
+
+
+def of_kept_blocks(value: Any, kept: Sequence[int]) -> Any:
+    """What becomes of a number of blocks, or of a list with an entry for every block, when only some blocks stay."""
+    return len(kept) if isinstance(value, int) else type(value)(value[i] for i in kept)
+
+
+def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    """A copy of a config with other values for some fields."""
+    config = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], None]:
+    """Give a model a copy of its config with other values for some fields; return a function that undoes this.
+
+    Modules that hold another copy of the config, as a model inside a task head may, get one likewise.
+    """
+    kind, changed = type(model.config), {}
+    places: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        config: Any = module.__dict__.get("config")
+        shared = config.shared if isinstance(config, ConfigView) else config
+        if type(shared) is not kind:
+            continue
+        if id(shared) not in changed:
+            changed[id(shared)] = with_fields(shared, fields)
+        places.append((module, config))
+        new = changed[id(shared)]
+        module.__dict__["config"] = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
+
+    def undo() -> None:
+        for module, config in places:
+            module.__dict__["config"] = config
+
+    return undo
 
 
 def _set_attribute(model: nn.Module, path: str, value: int) -> None:
@@ -205,14 +288,14 @@ class PrunedConfig(PreTrainedConfig):
         """Build the config that the dense model's class would, with what pruning adds.
 
         Raises:
-            PrunedModelError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
+            PrunedPlanError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
                 entry is there.
         """
         if cls is not PrunedConfig:
             return super().from_dict(config_dict, **kwargs)
         base = str(config_dict.get("base_model_type"))
         if base not in CONFIG_MAPPING or not isinstance(config_dict.get("pruning"), Mapping):
-            raise PrunedModelError(
+            raise PrunedPlanError(
                 f"config.json has base_model_type {base!r} and a pruning entry of type"
                 f" {type(config_dict.get('pruning')).__name__}; expected a model type that transformers"
                 f" {transformers.__version__} knows, and a mapping."
@@ -264,52 +347,67 @@ def pruned_model_class(base: type[PreTrainedModel], base_model_type: str) -> typ
     return _MODELS[base]
 
 
+def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+    """Load as transformers does, and refuse files that are damaged or do not fit the config.
+
+    Args:
+        load: A ``from_pretrained`` of transformers, which by itself fills what is missing with random numbers.
+        path: The folder, or the name of a repository on the hub.
+        args: What else ``load`` takes.
+        config: The config of the pruned model.
+        kwargs: What else ``load`` takes.
+
+    Raises:
+        PrunedPlanError: If weights have other shapes than the plan leaves.
+        PrunedModelError: For a file that is no whole safetensors file, and for missing or unknown weights.
+        NotImplementedError: If quantisation is asked for.
+    """
+    if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
+        raise NotImplementedError(
+            f"{path} is a pruned model; quantising it on loading, or loading a quantised one, is not supported. Load it"
+            " in float32, bfloat16 or float16, and quantise the loaded model."
+        )
+    wanted = kwargs.pop("output_loading_info", False)
+    tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+    try:
+        model, info = load(path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except SafetensorError as error:
+        raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
+    if info["mismatched_keys"] and not tolerant:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise PrunedPlanError(
+            f"The weights in {path} do not fit the plan in its config.json: {name!r} has shape {tuple(found)}; expected"
+            f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
+        )
+    # as in any from_pretrained, another task's head may be new, and that of the files unused
+    same_task = type(model).__name__ in (config.architectures or ())
+    inner = "" if model.base_model is model else f"{model.base_model_prefix}."
+    missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
+    unknown = list(info["unexpected_keys"]) if same_task else []
+    for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
+        if names:
+            raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
+    return (model, info) if wanted else model
+
+
 class _Pruned:
     """What the classes of pruned models have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        depth = config.pruning.get("dense", {}) if isinstance(config.pruning, Mapping) else {}
+        whole = with_fields(config, depth) if depth else config
+        super().__init__(whole, *args, **kwargs)  # type: ignore[call-arg]
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             build(self, config.pruning)
+        elif depth:
+            change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, and refuse files that are damaged or do not fit the config.
-
-        Raises:
-            PrunedModelError: For a file that is no whole safetensors file, and for missing, unknown or misshapen tensors.
-            NotImplementedError: If quantisation is asked for.
-        """
+        """Load as transformers does, and refuse files that are damaged or do not fit the config; see :func:`load_whole`."""
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
-        if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
-            raise NotImplementedError(
-                f"{path} is a pruned model; quantising it on loading, or loading a quantised one, is not supported. Load it"
-                " in float32, bfloat16 or float16, and quantise the loaded model."
-            )
-        wanted = kwargs.pop("output_loading_info", False)
-        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise PrunedModelError(f"The weights in {path} are damaged: {error}.") from error
-        if info["mismatched_keys"] and not tolerant:
-            name, found, expected = sorted(info["mismatched_keys"])[0]
-            raise PrunedModelError(
-                f"The weights in {path} do not fit the plan in its config.json: {name!r} has shape {tuple(found)}; expected"
-                f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
-            )
-        # as in any from_pretrained, another task's head may be new, and that of the files unused
-        same_task = type(model).__name__ in (config.architectures or ())
-        inner = "" if model.base_model is model else f"{model.base_model_prefix}."
-        missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
-        unknown = list(info["unexpected_keys"]) if same_task else []
-        for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
-            if names:
-                raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
-        return (model, info) if wanted else model
+        return load_whole(super().from_pretrained, path, *args, config=config, **kwargs)  # type: ignore[misc]
 
 
 class _Facade:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lit_prune.files import replacing, write_text
+from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
 
@@ -73,9 +74,14 @@ def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
         key: (int(layer), int(size)) for key, layer, size in zip(table.keys, table.layers, table.sizes, strict=True)
     }
     kept = {key: size for key, (_, size) in sizes.items()}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         sizes[entry.key] = (entry.layer, entry.size)
         kept[entry.key] = len(entry.kept)
+    for block in plan.removed_blocks:
+        kept |= {key: 0 for key in kept if is_inside(key[0], block)}
+        if (block, BLOCK) not in kept:
+            # it left at an earlier stage than that of the table
+            sizes[block, BLOCK], kept[block, BLOCK] = (stack_of(block)[1], 1), 0
     kinds = list(dict.fromkeys(kind for _, kind in sizes))
     figure = Figure(figsize=(9, 2.6 * len(kinds)), layout="constrained")
     for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
@@ -145,7 +151,7 @@ def score_figure(table: GroupTable) -> Figure:
     positive = scores > 0
     shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
     edges = np.linspace(shown.min(), max(shown.max(), shown.min() + 1e-3), 61)
-    cut = float(shown[~kept].max()) if (~kept).any() else None
+    cut = float(shown[table.leaving].max()) if table.leaving.any() else None
     figure = Figure(figsize=(9, 2.4 * len(kinds)), layout="constrained")
     for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0], kinds, strict=True):
         mine = table.kind_of_row == kind

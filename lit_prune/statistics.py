@@ -4,7 +4,7 @@ Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parame
 reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
 criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
 under an absolute value is not and stays elementwise, on the parameter's own device or offloaded). ``mask_gradient``, the
-derivative of the loss by a mask of the groups, is a number a group and batch in either way.
+derivative of the loss by a mask of the groups, is a number a group and sample in either way (:mod:`lit_prune.masks`).
 
 Nothing here reads a value back from the device between two batches; what has to be finite is looked at after the last.
 """
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
-from lit_prune.groups import GroupSet, Slice, check_names
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
+from lit_prune.masks import MaskCollector, observable, watch_block
 from lit_prune.reduction import add_line, piece_size, pieces, product_lines
 
 if TYPE_CHECKING:
@@ -220,7 +221,10 @@ def collect_statistics(
     statistics = Statistics()
     losses: list[Tensor] = []
     accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
-    collector = _GradientCollector(model, root, group_sets, terms, mode, accumulator, ranks) if gradients else None
+    masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
+    of_weights = [t for t in terms if t not in masked]
+    collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
+    masks = MaskCollector(model, group_sets, masked, ranks) if masked else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
         observer = None
@@ -229,6 +233,8 @@ def collect_statistics(
             observer = stack.enter_context(_ActivationObserver(model, group_sets, sorted(sums)))
         if collector is not None:
             stack.enter_context(collector)
+        if masks is not None:
+            stack.enter_context(masks)
         stack.enter_context(torch.set_grad_enabled(gradients))
         for number, batch in enumerate(_together(batches, ranks)):
             if observer is not None:
@@ -237,8 +243,10 @@ def collect_statistics(
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
+                if masks is not None:
+                    masks.start_batch()
                 loss.backward()  # type: ignore[union-attr]
-                collector.end_batch()
+                collector.end_batch(masks.end_batch() if masks is not None else [])
             elif isinstance(loss, Tensor):
                 losses.append(loss.detach().float().mean())
             statistics.batches += 1
@@ -257,6 +265,8 @@ def collect_statistics(
         statistics.loss = float(stacked.mean())
     if collector is not None:
         collector.finish(statistics)
+    if masks is not None:
+        statistics.reduced.update(masks.finish())
     if observer is not None:
         statistics.activations = observer.finish()
         modules = {s.module for g in group_sets for s in g.slices if s.observable}
@@ -469,6 +479,8 @@ class _GradientCollector:
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
         self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
+        self._blocks = {s.key: model.get_submodule(s.name) for s in group_sets if s.kind == BLOCK and self._groupwise}
+        self._block_gradients: dict[tuple[str, str], Tensor] = {}
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
         for group_set in group_sets:
             for position, part in enumerate(group_set.slices):
@@ -517,6 +529,8 @@ class _GradientCollector:
                 parameter.requires_grad_(id(parameter) in scored)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+        for key, block in self._blocks.items():
+            self._handles.append(watch_block(block, self._taker(key)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -531,20 +545,23 @@ class _GradientCollector:
         self._batch_finite = {}
         self._next = 0
 
-    def end_batch(self) -> None:
+    def end_batch(self, unreached: Sequence[str]) -> None:
+        """Finish a batch; ``unreached`` are modules whose masks its backward pass did not reach."""
         seen = self._waiting.keys() | self._batch_finite.keys()
         missing = [name for name in self._parameters if name not in seen]
         for name in missing if self._order else ():
             self._waiting[name] = torch.zeros_like(self._parameters[name])
         self._average_waiting()
+        missing += unreached
         if not _everywhere(not missing, self._ranks):
             raise CalibrationError(
-                f"No gradient reached {missing[:3] or 'some parameters on another process'} ({len(missing)} parameters) in"
+                f"No gradient reached {missing[:3] or 'some place on another process'} ({len(missing)} places) in"
                 f" calibration batch {self._batches}; the loss does not depend on them."
             )
         self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
-        self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
+        if self._parameters:
+            self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
         for parameter, _ in self._gradients:
             parameter.grad = None
         self._batches += 1
@@ -562,6 +579,9 @@ class _GradientCollector:
                 self._take(name, gradient)
 
         return hook
+
+    def _taker(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
+        return lambda derivatives: self._add(self._block_gradients, key, derivatives.sum().view(1))
 
     def _average_waiting(self) -> None:
         assert self._ranks is not None or not self._order
@@ -614,6 +634,10 @@ class _GradientCollector:
             whole = sharding.sum_over_shards(torch.cat([self._mask_gradients[k] for k in keys]), shared)
             sizes = [len(self._mask_gradients[k]) for k in keys]
             self._mask_gradients = dict(zip(keys, whole.split(sizes), strict=True))
+        if self._blocks:
+            of_blocks = torch.cat([self._block_gradients.pop(key) for key in self._blocks])
+            of_blocks = of_blocks if self._ranks is None else self._ranks.mean(of_blocks)
+            self._mask_gradients.update(zip(self._blocks, of_blocks.split(1), strict=True))
         for key, derivative in self._mask_gradients.items():
             for term in self._groupwise:
                 self._add(self._reduced, (term, key, 0), term.function(derivative))
@@ -628,14 +652,15 @@ class _GradientCollector:
 
     def finish(self, statistics: Statistics) -> None:
         """Turn sums into means, and refuse gradients that were not finite."""
-        finite = torch.stack(self._finite)
-        finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
-        if not bool(finite.all()):
-            batch, position = (int(i) for i in (~finite).nonzero()[0])
-            raise CalibrationError(
-                f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
-                " Nothing was pruned."
-            )
+        if self._finite:
+            finite = torch.stack(self._finite)
+            finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
+            if not bool(finite.all()):
+                batch, position = (int(i) for i in (~finite).nonzero()[0])
+                raise CalibrationError(
+                    f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
+                    " Nothing was pruned."
+                )
         for name, uses in self._uses.items():
             for group_set, position in uses:
                 part = group_set.slices[position]

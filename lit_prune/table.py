@@ -6,17 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from lit_prune.errors import CalibrationError
 from lit_prune.files import replacing
-from lit_prune.groups import GroupSet
+from lit_prune.groups import BLOCK, GroupSet, is_inside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = ("layer", "kind", "name", "group", "importance", "cost", "score", "kept")
 
@@ -100,9 +101,30 @@ class GroupTable:
         return self.importance / self.cost
 
     @property
+    def block_of_set(self) -> np.ndarray:
+        """Index of the set that is the whole block around every set, -1 where the table has none; a block is around itself."""
+        blocks = [(position, name) for position, (name, kind) in enumerate(self.keys) if kind == BLOCK]
+        around = np.full(len(self.keys), -1, dtype=np.int64)
+        for position, block in blocks:
+            around[[is_inside(name, block) for name, _ in self.keys]] = position
+        return around
+
+    @property
+    def block_of_row(self) -> np.ndarray:
+        """Row of the whole block around every row, -1 where the table has none, and for blocks themselves."""
+        around = self.block_of_set
+        rows = np.where((around < 0) | (around == np.arange(len(around))), -1, self.offsets[:-1][around])
+        return rows[self.set_of_row]
+
+    @property
+    def leaving(self) -> np.ndarray:
+        """Whether every row leaves by itself, and not with the whole block around it, whose cost that of the row is in."""
+        return ~self.kept & ~np.append(~self.kept, False)[self.block_of_row]
+
+    @property
     def removed_cost(self) -> int:
         """Parameters of the rows that do not stay."""
-        return int(self.cost[~self.kept].sum())
+        return int(self.cost[self.leaving].sum())
 
     def kept_groups(self) -> list[np.ndarray]:
         """For every set the indices of the groups that stay."""
@@ -114,6 +136,8 @@ class GroupTable:
 
     def to_arrow(self) -> pa.Table:
         """The table with the columns :data:`COLUMNS`."""
+        import pyarrow as pa
+
         rows = pa.array(self.set_of_row)
         names, kinds = (pa.array(column) for column in zip(*self.keys, strict=True))
         columns = {
@@ -151,16 +175,23 @@ class GroupTable:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table as CSV."""
+        import pyarrow.csv
+
         with replacing(path) as temporary:
             pyarrow.csv.write_csv(self.to_arrow(), temporary)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the table as Parquet."""
+        import pyarrow.parquet
+
         with replacing(path) as temporary:
             pyarrow.parquet.write_table(self.to_arrow(), temporary)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> GroupTable:
         """Read a table from a CSV or Parquet file, told by its suffix."""
+        import pyarrow.csv
+        import pyarrow.parquet
+
         read = pyarrow.parquet.read_table if Path(path).suffix == ".parquet" else pyarrow.csv.read_csv
         return cls.from_arrow(read(path))

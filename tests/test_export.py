@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
 from local_assets import write_tokenizer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 from test_pruning import fit
 from transformers import (
@@ -195,6 +198,85 @@ def test_task_heads_and_the_bare_model(tmp_path, tokens):
     assert torch.equal(headed.model(tokens)[0], bare(tokens)[0])
 
 
+def without_block(model, layer, widths=False):
+    group_sets = find_group_sets(model, blocks=True)
+    kept = uneven_kept(group_sets) if widths else [range(s.size) for s in group_sets]
+    leaves = [s.kind == "block" and s.layer == layer for s in group_sets]
+    kept = [
+        [] if gone else range(1) if s.kind == "block" else k
+        for gone, s, k in zip(leaves, group_sets, kept, strict=True)
+    ]
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    return model
+
+
+def depth_of(folder):
+    content = json.loads((folder / "config.json").read_text())
+    return content["model_type"], content["num_hidden_layers"], content.get("layer_types")
+
+
+def test_a_model_that_lost_nothing_but_blocks_is_stock(tmp_path, tokens):
+    mixed = {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = without_block(tiny("gemma3_text", num_hidden_layers=4, **mixed), 1)
+    folder = save_pruned(model, tmp_path / "model")
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    assert depth_of(folder) == ("gemma3_text", 3, types)
+    done = loads(folder, tokens, model, block=WITHOUT)
+    assert "loaded Gemma3ForCausalLM" in done.stdout, done.stderr
+    assert "| blocks | 4 | 3 |" in (folder / "README.md").read_text()
+    # cut and saved again, the plan is that for the model of four layers
+    again = without_block(load_pruned(folder), 0)
+    save_pruned(again, tmp_path / "again")
+    assert depth_of(tmp_path / "again") == ("gemma3_text", 2, types[1:])
+    loaded = load_pruned(tmp_path / "again")
+    assert get_plan(loaded).removed_blocks == ("model.layers.0", "model.layers.1")
+    assert torch.equal(loaded(tokens).logits, again(tokens).logits)
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_blocks_and_widths_together(self_contained, tmp_path, tokens):
+    model = without_block(tiny(num_hidden_layers=4), 1, widths=True)
+    folder = save_pruned(model, tmp_path / "model", self_contained=self_contained)
+    assert depth_of(folder) == ("lit_prune", 3, None)
+    if self_contained:
+        trusting = {"options": "{'trust_remote_code': True}", "block": WITHOUT}
+        done = loads(folder, tokens, model, tmp_path / "again", **trusting)
+    else:
+        done = loads(folder, tokens, model, tmp_path / "again", imports="import lit_prune", known=True)
+    assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
+    for path in (folder, tmp_path / "again"):
+        loaded = load_pruned(path)
+        assert get_plan(loaded) == get_plan(model)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
+    thinner = without_block(load_pruned(folder), 2, widths=True)
+    loaded = load_pruned(save_pruned(thinner, tmp_path / "thinner", self_contained=self_contained))
+    assert torch.equal(loaded(tokens).logits, thinner(tokens).logits)
+    assert get_plan(loaded).removed_blocks == ("model.layers.1", "model.layers.3")
+    assert loaded.config.num_hidden_layers == 2
+
+
+def test_settings_that_follow_from_the_index_of_a_layer_are_kept(tmp_path, tokens):
+    model = without_block(tiny("gpt2", scale_attn_by_inverse_layer_idx=True), 0)
+    folder = save_pruned(model, tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    assert (content["model_type"], content["n_layer"]) == ("lit_prune", 2)
+    assert torch.equal(load_pruned(folder)(tokens).logits, model(tokens).logits)
+
+
+def test_task_heads_around_fewer_blocks(tmp_path, tokens):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **{**SMALL, "num_labels": 3, "pad_token_id": 0})
+    model = without_block(AutoModelForSequenceClassification.from_config(config).eval(), 1, widths=True)
+    folder = save_pruned(model, tmp_path / "model")
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.config.num_hidden_layers == loaded.model.config.num_hidden_layers == 2
+    assert get_plan(loaded) == get_plan(model)
+    bare = AutoModel.from_pretrained(folder)
+    assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
 def test_saving_again_replaces_and_leaves_no_temporary_files(tmp_path, tokens):
     first, second = pruned(), pruned("qwen2")
     save_pruned(first, tmp_path / "model")
@@ -263,6 +345,8 @@ def test_the_card_tells_what_was_cut_and_how_it_did(tmp_path):
     assert "trust_remote_code" not in stock and "import lit_prune" not in stock
 
 
+# what lit_prune trains, draws, writes tables and reads the command line with, but does not need to load a model
+NOT_NEEDED = {"lightning", "torchmetrics", "datasets", "wandb", "jsonargparse", "pyarrow", "matplotlib"}
 LOAD = """
 import sys
 {block}
@@ -273,6 +357,7 @@ folder, tokens, expected = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(folder, **{options})
 torch.testing.assert_close(model(torch.load(tokens)).logits, torch.load(expected), rtol=0, atol=0)
 assert ("lit_prune" in sys.modules) == {known}, sorted(sys.modules)
+assert not {not_needed} & set(sys.modules), sorted(sys.modules)
 print("loaded", type(model).__name__)
 if len(sys.argv) > 4:
     model.save_pretrained(sys.argv[4])
@@ -284,7 +369,7 @@ def loads(folder, tokens, model, *more, python=sys.executable, imports="", optio
     torch.save(tokens, folder.parent / "tokens.pt")
     torch.save(model(tokens).logits.detach(), folder.parent / "logits.pt")
     script = folder.parent / "load.py"
-    script.write_text(LOAD.format(imports=imports, options=options, block=block, known=known))
+    script.write_text(LOAD.format(imports=imports, options=options, block=block, known=known, not_needed=NOT_NEEDED))
     command = [python, script, folder, folder.parent / "tokens.pt", folder.parent / "logits.pt", *more]
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
@@ -343,31 +428,50 @@ def test_without_lit_prune_a_folder_that_needs_it_says_so_and_a_uniform_one_load
     assert "loaded LlamaForCausalLM" in done.stdout, done.stderr
 
 
+def with_requirements(*names):
+    """Installed distributions and all that they require, extras aside."""
+    found, wanted = {}, list(names)
+    while wanted:
+        name = wanted.pop()
+        if canonicalize_name(name) in found:
+            continue
+        found[canonicalize_name(name)] = package = distribution(name)
+        for requirement in map(Requirement, package.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                wanted.append(requirement.name)
+    return found.values()
+
+
+def fresh_environment(folder, *names):
+    """A virtual environment that has these packages, shared with this one by links, and what they require."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    for package in with_requirements(*names):
+        for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+            (site / top).symlink_to(package.locate_file(top))
+    return folder / "bin" / "python"
+
+
 @pytest.mark.slow
 def test_fresh_virtual_environments_load_what_was_saved(tmp_path, tokens):
-    """One with transformers and lit_prune, installed from a wheel; one with transformers alone."""
+    """One with transformers and the wheel of lit_prune; one with transformers alone."""
+    run = {"check": True, "capture_output": True, "text": True, "timeout": 600, "cwd": tmp_path}
     root = Path(__file__).resolve().parent.parent
-    packages = Path(torch.__file__).parent.parent
-    run = {"check": True, "capture_output": True, "text": True, "timeout": 600}
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, str(root)], **run)
-    pythons = {}
-    for name in ("with", "without"):
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / name], **run)
-        pythons[name] = tmp_path / name / "bin" / "python"
-        site = next((tmp_path / name / "lib").glob("python*/site-packages"))
-        # everything but the finder of an editable installation of lit_prune, whose .pth would be run by addsitedir alone
-        (site / "shared.pth").write_text(f"{packages}\n")
-        if name == "with":
-            wheel = next(tmp_path.glob("lit_prune-*.whl"))
-            subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], **run)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, root], **run)
+    pythons = {name: fresh_environment(tmp_path / name, "torch", "transformers") for name in ("with", "without")}
+    (wheel,) = tmp_path.glob("lit_prune-*.whl")
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", pythons["with"], *install], **run)
+    listed = "from importlib.util import find_spec; print([n for n in {} if find_spec(n)])"
+    for name, wanted in (("with", ["lit_prune"]), ("without", [])):
+        script = listed.format(sorted({"lit_prune", *NOT_NEEDED}))
+        assert subprocess.run([pythons[name], "-c", script], **run).stdout.strip() == str(wanted)
+    where = subprocess.run([pythons["with"], "-c", "import lit_prune; print(lit_prune.__file__)"], **run)
+    assert str(tmp_path) in where.stdout
     model = pruned()
     folder = save_pruned(model, tmp_path / "model", self_contained=True)
     done = loads(folder, tokens, model, python=pythons["with"], imports="import lit_prune", known=True)
     assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
-    where = subprocess.run([pythons["with"], "-c", "import lit_prune; print(lit_prune.__file__)"], **run, cwd=tmp_path)
-    assert str(tmp_path) in where.stdout
-    absent = subprocess.run([pythons["without"], "-c", "import lit_prune"], **{**run, "check": False}, cwd=tmp_path)
-    assert "No module named 'lit_prune'" in absent.stderr
     done = loads(folder, tokens, model, python=pythons["without"], options="{'trust_remote_code': True}")
     assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
 
@@ -471,6 +575,43 @@ def test_an_unknown_tensor_is_refused(saved):
     weights["model.layers.1.mlp.extra.weight"] = torch.zeros(2)
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     both(saved, r"has unknown weights \['model.layers.1.mlp.extra.weight'\]")
+
+
+def drop(weights):
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "error"),
+    [
+        (drop, r"lacks the weights \['model.layers.1.mlp.up_proj.weight'\]", PruningError),
+        (lambda w: w.update(extra=torch.zeros(2)), r"has unknown weights \['extra'\]", PruningError),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(64, 30)}), r"has shape \(64, 30\); expected", PlanError),
+    ],
+)
+def test_a_stock_model_is_checked_as_strictly(tmp_path, change, message, error):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=message):
+        load_pruned(folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(PruningError, match="are damaged"):
+        load_pruned(folder)
+
+
+def test_a_stock_model_is_not_quantised_on_loading(tmp_path):
+    folder = save_pruned(uniform(tiny()), tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="quantise the loaded model"):
+        load_pruned(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_config_that_is_no_json_is_refused(saved):
+    file = saved / "config.json"
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(PruningError, match=r"config\.json is damaged"):
+        load_pruned(saved)
 
 
 def test_another_plan_is_refused(saved):

@@ -315,10 +315,11 @@ def test_fisher_equals_autograd_by_a_mask_on_what_the_consumers_read(batches, lo
         for s in group_sets
         for part in s.consumers
     ]
-    for batch in batches:
-        gradients = torch.autograd.grad(loss_of(model)(batch), list(masks.values()))
+    samples = [sample for batch in batches for sample in batch.split(1)]
+    for sample in samples:
+        gradients = torch.autograd.grad(loss_of(model)(sample), list(masks.values()))
         for key, gradient in zip(masks, gradients, strict=True):
-            expected[key] += gradient.square() / len(batches)
+            expected[key] += gradient.square() / len(samples)
     for handle in handles:
         handle.remove()
     criterion = get_criterion("fisher")
@@ -327,6 +328,20 @@ def test_fisher_equals_autograd_by_a_mask_on_what_the_consumers_read(batches, lo
     for group_set, importance in zip(group_sets, found, strict=True):
         torch.testing.assert_close(importance, expected[group_set.key], rtol=1e-4, atol=1e-12)
     assert not statistics.elementwise
+
+
+def test_fisher_needs_no_gradient_of_a_weight_and_does_not_depend_on_the_size_of_batches(batches, loss_of):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("fisher")
+    plain = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    model.requires_grad_(False)
+    singles = [sample for batch in batches for sample in batch.split(1)]
+    frozen = collect_statistics(model, group_sets, singles, loss_of(model), criterion.terms)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert plain.reduced.keys() == frozen.reduced.keys()
+    for key, value in plain.reduced.items():
+        torch.testing.assert_close(frozen.reduced[key], value, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize(

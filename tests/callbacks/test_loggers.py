@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ class Recorded:
     def __init__(self, folder):
         (self.file,) = folder.glob("*.wandb")
         self.config, self.history, self.artifacts, self.id = {}, [], {}, None
-        for record in records(self.file):
+        for record in self.finished():
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.id = record.run.run_id
@@ -67,6 +68,16 @@ class Recorded:
             if kind == "request" and record.request.HasField("log_artifact"):
                 artifact = record.request.log_artifact.artifact
                 self.artifacts[artifact.name] = artifact
+
+    def finished(self):
+        """The records once the last one is there: finishing a run does not wait for the process that writes its file."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = list(records(self.file)) if self.file.stat().st_size else []
+            if found and found[-1].WhichOneof("record_type") == "exit":
+                return found
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.file} has no end.")
 
     def last(self, key):
         return [row[key] for row in self.history if key in row][-1]
@@ -131,6 +142,15 @@ def test_the_model_is_logged_only_if_asked_for(offline):
     assert list(run.artifacts) == [f"pruning-plan-{run.id}"] or not any("model" in name for name in run.artifacts)
     with pytest.raises(ValueError, match="save_model=False"):
         PruningReport(log_model=True, save_model=False)
+
+
+def test_the_artifact_of_the_dense_model_is_named_offline_too(offline):
+    report = PruningReport(offline / "out", log_model=True, dense_artifact="me/dense:v3")
+    with pytest.warns(UserWarning, match="'me/dense:v3' is not noted as an input"):
+        fit(offline, pruning(), report, logger=WandbLogger(save_dir=offline))
+    (run,) = runs(offline)
+    for artifact in (f"pruning-plan-{run.id}", f"pruned-model-{run.id}"):
+        assert json.loads(run.artifacts[artifact].metadata)["dense_model"] == "me/dense:v3"
 
 
 @pytest.mark.parametrize("continued", [True, False])
