@@ -245,7 +245,9 @@ def register_criterion(
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
         statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
-            takes that alone, as :func:`fisher` does, and is averaged over the samples.
+            takes that alone, as :func:`fisher` does, and is averaged over the samples. With ``"absolute_gradient"`` and
+            ``"squared_gradient"`` calibration in the mode ``"streaming"`` averages what the function gives for each batch,
+            which is the function of the average only if it is linear in the statistic.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 

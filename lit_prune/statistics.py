@@ -238,7 +238,7 @@ def collect_statistics(
         stack.enter_context(torch.set_grad_enabled(gradients))
         for number, batch in enumerate(_together(batches, ranks)):
             if observer is not None:
-                observer.mask = attention_mask_of(batch)
+                observer.start_batch(attention_mask_of(batch))
             loss = loss_fn(batch)
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
@@ -348,7 +348,12 @@ class _ActivationObserver:
         self._totals: dict[str, dict[str, Tensor]] = {}
         # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
         self._last: tuple[weakref.ref[Tensor], int, dict[str, Tensor]] | None = None
-        self.mask: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def start_batch(self, mask: Tensor | None) -> None:
+        """Note which of the batch's tokens are real, by a mask of shape ``(batch, tokens)``; all, if ``None``."""
+        self._mask = mask
+        self._last = None
 
     def __enter__(self) -> _ActivationObserver:
         for name, module in self._modules.items():
@@ -382,7 +387,7 @@ class _ActivationObserver:
 
     def _sums_of(self, inputs: Tensor) -> dict[str, Tensor]:
         inputs = inputs.reshape(-1, inputs.shape[-1])
-        mask = self.mask
+        mask = self._mask
         # some models flatten batch and tokens before a projection
         mask = mask.flatten().bool()[:, None] if mask is not None and mask.numel() == len(inputs) else None
         result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
@@ -435,7 +440,9 @@ class _Accumulator:
             self.sums[key] = value.to(self._dtype, copy=True)
 
     def _copy(self, value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        stream = self._streams.setdefault(value.device, torch.cuda.Stream(value.device))
+        if value.device not in self._streams:
+            self._streams[value.device] = torch.cuda.Stream(value.device)
+        stream = self._streams[value.device]
         stream.wait_stream(torch.cuda.current_stream(value.device))
         with torch.cuda.stream(stream):
             pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
