@@ -65,7 +65,7 @@ class PruningConfig:
             (the later stages of a schedule): what is gone already counts towards the ratio.
     """
 
-    importance: str | Mapping[str, float] = "taylor"
+    importance: str | Mapping[str, float] = "fisher"
     pruning_ratio: float = 0.2
     ratio_of: str = "all"
     normalize: str | None = DEFAULT
@@ -75,7 +75,7 @@ class PruningConfig:
     limits: Limits = field(default_factory=Limits)
     repair: str | None = "least_squares"
     seed: int = 0
-    iterations: int = 1
+    iterations: int = 2
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
