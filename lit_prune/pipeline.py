@@ -299,7 +299,8 @@ def prune(
         optimizers: Optimizers over the model's parameters, cut along.
 
     Returns:
-        The group table of the last iteration, and the plan for the model as it was.
+        The group table of the model as it was, and the plan for it. A group's importance is that of the last iteration that
+        ranked it.
 
     Raises:
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
@@ -370,7 +371,8 @@ def prune_with(
                     value = masked_loss(model, sets, candidate, batches, loss, step, root=root)
                 return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
 
-            table, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            table = ranked if table is None else table.then(ranked)
             agree(plan)
             if not dry_run:
                 with data(REPAIR) as (batches, loss):
