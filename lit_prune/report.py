@@ -17,6 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from lit_prune.figures import figure_rows
 from lit_prune.files import replacing, write_text
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
@@ -24,42 +25,15 @@ from lit_prune.table import GroupTable
 KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
 
 
-_LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "tokens_per_second": "tokens / s (forward)"}
-
-
 def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
     """The figures by stage as a rich table, a row a figure."""
-    rows = _rows(figures)
+    rows = figure_rows(figures)
     table = Table(title="Structured pruning")
     for position, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if position else "left")
     for row in rows[1:]:
         table.add_row(*row)
     return table
-
-
-def _rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The figures as text: a heading, and a row a figure with what the last stage has of what the first one had."""
-    rows = [["", *figures, "last / dense"]]
-    names = list(dict.fromkeys(name for values in figures.values() for name in values if name != "speedup"))
-    first, last = next(iter(figures.values()), {}), list(figures.values())[-1] if figures else {}
-    for name in names:
-        ratio = ""
-        if first.get(name) and name in last:
-            value = last[name] / first[name]
-            if name == "tokens_per_second":
-                value = last.get("speedup", value)
-            ratio = f"{value:.3f}"
-        rows.append([_LABELS.get(name, name), *(_format(name, v.get(name)) for v in figures.values()), ratio])
-    return rows
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if name == "parameters":
-        return f"{value:,.0f}"
-    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
 
 
 def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
@@ -232,7 +206,7 @@ def html_report(
         images: The pictures by name (see :func:`pictures`), as PNG.
         title: Heading of the page.
     """
-    rows = _rows(figures)
+    rows = figure_rows(figures)
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     info = "".join(
