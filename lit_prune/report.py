@@ -23,6 +23,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
 
 KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
+_UNITS = {"attention": "head groups", "mlp": "channels"}
 
 
 def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
@@ -59,8 +60,9 @@ def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
         axis.bar(layers, dense, color=PALE, label="dense")
         axis.bar(layers, [kept[key] for key in keys], color=KEPT, label="kept")
         share = sum(kept[key] for key in keys) / sum(dense)
-        axis.set_title(f"{kind}: {share:.1%} of the groups kept", loc="left", fontsize=10)
-        axis.set_ylabel("groups")
+        unit = _UNITS.get(kind, "groups")
+        axis.set_title(f"{kind}: {share:.1%} of the {unit} kept", loc="left", fontsize=10)
+        axis.set_ylabel(unit)
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xticks(layers[:: 1 + len(layers) // 40])
         axis.tick_params(axis="x", labelsize=8)
@@ -99,12 +101,13 @@ def importance_figure(table: GroupTable, columns: int = 64) -> Figure:
         layers = table.layers[places]
         ticks = range(0, len(layers), 1 + len(layers) // 20)
         axis.set_yticks(list(ticks), [str(layers[t]) for t in ticks], fontsize=8)
-        axis.set_xticks([])
+        shares = np.linspace(0, 1, 5)
+        axis.set_xticks(width * shares - 0.5, [f"{share:.0%}" for share in shares], fontsize=8)
         axis.set_ylabel("layer")
-        axis.set_title(
-            f"{kind}: scores from high to low; the groups right of the line were removed", loc="left", fontsize=10
-        )
-        figure.colorbar(image, ax=axis, label="importance / cost", pad=0.01)
+        unit = _UNITS.get(kind, "groups")
+        axis.set_title(f"{kind}: {unit} right of the red line were removed", loc="left", fontsize=10)
+        figure.colorbar(image, ax=axis, label="importance / parameter", pad=0.01)
+    axis.set_xlabel("share of the layer's groups, from the highest score to the lowest")
     return figure
 
 
@@ -118,8 +121,12 @@ def score_figure(table: GroupTable) -> Figure:
     scores, kept = table.score, table.kept
     positive = scores > 0
     shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
-    edges = np.linspace(shown.min(), max(shown.max(), shown.min() + 1e-3), 61)
+    low, high = float(shown.min()), max(float(shown.max()), float(shown.min()) + 1e-3)
     cut = float(shown[~kept].max()) if (~kept).any() else None
+    step = (high - low) / 60
+    # an edge just above the cut, so that no bar holds scores of both sides
+    start = low if cut is None else cut + 1e-6 * step - step * math.ceil((cut - low) / step + 1e-6)
+    edges = start + step * np.arange(math.ceil((high - start) / step + 1e-6) + 1)
     figure = Figure(figsize=(9, 2.4 * len(kinds)), layout="constrained")
     for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0], kinds, strict=True):
         mine = table.kind_of_row == kind
@@ -127,11 +134,12 @@ def score_figure(table: GroupTable) -> Figure:
         axis.hist(parts, edges, stacked=True, color=colours, label=["removed", "kept"])
         if cut is not None:
             axis.axvline(cut, color="black", linewidth=1, linestyle="--", label="highest score removed")
-        axis.set_title(kind, loc="left", fontsize=10)
-        axis.set_ylabel("groups")
-        axis.set_yscale("symlog", linthresh=1)
+        axis.set_title(f"{kind}: {(mine & ~kept).sum():,} of {mine.sum():,} removed", loc="left", fontsize=10)
+        axis.set_ylabel(_UNITS.get(kind, "groups"))
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("log10(importance / cost)")
+    axis.xaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
+    axis.set_xlabel("score: importance / parameter")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
 
@@ -150,7 +158,15 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
     axis.plot([p[0] for p in points], [p[1] for p in points], color=KEPT, marker="o", markersize=4)
     for step in dict.fromkeys(step for step, _, stage in points if stage == "pruned"):
         axis.axvline(step, color=REMOVED, linewidth=1, linestyle="--", label="cut")
-    axis.set_xlabel("step")
+    for position, (step, value, stage) in enumerate(points):
+        # the last of the dense model, what a cut left, and the last of all
+        following = points[position + 1][2] if position + 1 < len(points) else None
+        if following is None or stage == "pruned" or (stage == "dense" and following != "dense"):
+            axis.annotate(
+                f"{value:.4g}", (step, value), (6, 6), textcoords="offset points", fontsize=9, annotation_clip=False
+            )
+    axis.margins(x=0.06, y=0.12)
+    axis.set_xlabel("optimizer step")
     axis.set_ylabel(name)
     values = [p[1] for p in points if math.isfinite(p[1]) and p[1] > 0]
     if values and max(values) > 20 * min(values):
