@@ -59,7 +59,7 @@ def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, l
 
 @contextlib.contextmanager
 def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Note in ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
+    """Add to ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -70,7 +70,8 @@ def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
     else:
         # the process's highest so far, in KiB (bytes on macOS)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    costs.update(calibration_seconds=time.perf_counter() - start, calibration_peak_megabytes=peak / 1e6)
+    costs["calibration_seconds"] = costs.get("calibration_seconds", 0.0) + time.perf_counter() - start
+    costs["calibration_peak_megabytes"] = max(costs.get("calibration_peak_megabytes", 0.0), peak / 1e6)
 
 
 def _train_dataloader(trainer: pl.Trainer) -> Any:
@@ -129,8 +130,10 @@ def _sized(loader: _Fresh) -> bool:
 def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
     """A function that runs the user's ``training_step`` on a batch and returns its loss.
 
-    The step is called on the LightningModule itself, past any wrapper of the strategy, so that gradients stay local.
+    The step is called on the LightningModule itself, past any wrapper of the strategy, so that gradients stay local. In
+    float16 they are scaled on their way, as in training, so that small ones do not vanish; see :func:`unscaled`.
     """
+    scale = gradient_scale(trainer)
     module = trainer.lightning_module
     number = -1
 
@@ -140,9 +143,49 @@ def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
         arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number)
         with trainer.precision_plugin.train_step_context():
             output = module.training_step(*arguments.values())
-        return output["loss"] if isinstance(output, Mapping) and "loss" in output else output  # type: ignore[return-value]
+        value = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+        return _ScaledGradient.apply(value, scale) if scale != 1 and isinstance(value, Tensor) else value  # type: ignore[return-value]
 
     return loss
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, with a gradient that is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def gradient_scale(trainer: pl.Trainer) -> float:
+    """What gradients are multiplied by on their way through activations of float16; 1 with other precisions.
+
+    A sixteenth of what the scaler of the training has come to: that one skips a step now and then because a gradient was
+    not finite, and calibration skips none.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # the gradients that FSDP2 reduces pass no hook of a parameter
+    if scaler is None or not scaler.is_enabled() or isinstance(trainer.strategy, ModelParallelStrategy):
+        return 1.0
+    return max(1.0, float(scaler.get_scale()) / 16)
+
+
+@contextlib.contextmanager
+def unscaled(trainer: pl.Trainer) -> Iterator[None]:
+    """Divide the gradients that reach parameters by :func:`gradient_scale`."""
+    scale = gradient_scale(trainer)
+    scaled = [p for p in trainer.lightning_module.parameters() if p.requires_grad] if scale != 1 else []
+    handles = [p.register_hook(lambda gradient: gradient / scale) for p in scaled]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -18,11 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lit_prune import (
     PruningConfig,
     PruningPlan,
-    apply_plan,
-    calibrate,
     find_group_sets,
     find_model,
-    make_plan,
     pipeline,
     sharding,
 )
@@ -36,6 +33,7 @@ from lit_prune.callbacks.calibration import (
     silent_logging,
     training_loss,
     uncompiled,
+    unscaled,
     untouched,
     validation_metrics,
 )
@@ -43,7 +41,6 @@ from lit_prune.callbacks.others import check_references, cut_averages, start_ove
 from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
 from lit_prune.callbacks.strategies import check_strategy, rebuild_on_load, renew_wrapper, stop_rebuilding
 from lit_prune.checkpoint import plan_digest
-from lit_prune.pipeline import masked_loss
 from lit_prune.plan import FORMAT
 from lit_prune.selection import Limits, check_ratio
 from lit_prune.table import GroupTable
@@ -93,6 +90,9 @@ class StructuredPruning(Callback):
             ``"default"`` for the criterion's own.
         statistics: How gradients are gathered: ``"streaming"`` keeps a number a group where the criterion allows it,
             ``"elementwise"`` keeps whole tensors in CPU memory.
+        gradient_dtype: What gradients are accumulated in where the criterion needs them element by element (``taylor``):
+            ``"float32"``, or ``"bfloat16"`` for half the memory.
+        offload_gradients: Accumulate those in CPU memory, copied there while the device computes on.
         repair: How the projections that read what leaves make up for it: ``"least_squares"`` refits them on the calibration
             batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds the mean of what
             leaves into their biases, ``None`` leaves them.
@@ -102,13 +102,16 @@ class StructuredPruning(Callback):
             module names.
         uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
         mlp_multiple_of: Keep MLP widths at multiples of this number.
-        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``; all if ``None``.
+        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``, and ``"block"`` for whole blocks (decoder
+            layers); ``None`` is all but blocks.
         model_path: Where the model is inside the LightningModule, if that holds several.
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
             ``metrics["dense"]`` and ``metrics["pruned"]``.
         output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``.
         seed: Seed of ``importance="random"``.
+        iterations: Reach the ratio of each stage in so many equal cuts, each calibrated, ranked and repaired anew on the same
+            batches; better than one cut, and as many times the cost.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -141,6 +144,8 @@ class StructuredPruning(Callback):
         ratio_of: Literal["all", "prunable"] = "all",
         normalize: str | None = "default",
         statistics: Literal["streaming", "elementwise"] = "streaming",
+        gradient_dtype: Literal["float32", "bfloat16"] = "float32",
+        offload_gradients: bool = False,
         repair: Literal["least_squares", "bias"] | None = "least_squares",
         min_groups: int = 1,
         min_fraction: float = 0.2,
@@ -153,6 +158,7 @@ class StructuredPruning(Callback):
         validate: bool = True,
         output_dir: str | Path | None = None,
         seed: int = 0,
+        iterations: int = 1,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -173,6 +179,8 @@ class StructuredPruning(Callback):
             ratio_of=ratio_of,
             normalize=normalize,
             statistics=statistics,
+            gradient_dtype=gradient_dtype,
+            offload_gradients=offload_gradients,
             limits=Limits(
                 min_groups=min_groups,
                 min_fraction=min_fraction,
@@ -183,6 +191,7 @@ class StructuredPruning(Callback):
             ),
             repair=repair,
             seed=seed,
+            iterations=iterations,
         )
         self.calibration_batches = calibration_batches
         self.calibration_dataloader = calibration_dataloader
@@ -224,7 +233,7 @@ class StructuredPruning(Callback):
 
     def _check(self, pl_module: pl.LightningModule) -> None:
         model = self.model(pl_module)
-        group_sets = find_group_sets(model)
+        group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         sharding.check_layout(model, group_sets)
         if self._reference is None:
             self._reference = pipeline.model_size(model, group_sets)
@@ -286,37 +295,21 @@ class StructuredPruning(Callback):
         measure_around = self.validate and trainer.state.fn == TrainerFn.FITTING
         if measure_around and "dense" not in self.metrics:
             self.metrics["dense"] = validation_metrics(trainer)
-        config = self._config(stage)
-        group_sets = find_group_sets(model)
-        ranks = ranks_of(trainer)
-        total = None if ranks is None else ranks.sum
-        with self._batches(trainer) as (batches, loss), measured(self.costs, pl_module.device):
-            statistics = calibrate(model, group_sets, batches, loss, config, root=pl_module, ranks=ranks)
-
-        def measure(plan: PruningPlan) -> float:
-            with self._batches(trainer) as (batches, loss):
-                value = masked_loss(model, group_sets, plan, batches, loss, config, root=pl_module)
-            return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
-
-        self.table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
-        check_same_on_all_ranks(trainer, plan)
+        self.costs.clear()
+        self.table, plan = pipeline.prune_with(
+            model,
+            lambda purpose: self._batches(trainer, purpose),
+            self._config(stage),
+            trainer.optimizers,
+            root=pl_module,
+            ranks=ranks_of(trainer),
+            agree=lambda plan: check_same_on_all_ranks(trainer, plan),
+            progress=progress_bar(trainer, "Repair"),
+            dry_run=self.dry_run,
+        )
         if not self.dry_run:
-            with self._batches(trainer) as (batches, loss):
-                bar = progress_bar(trainer, "Repair")
-                plan, weights = pipeline.repair(
-                    model,
-                    group_sets,
-                    plan,
-                    statistics,
-                    batches,
-                    loss,
-                    config,
-                    root=pl_module,
-                    progress=bar,
-                    total=total,
-                )
-            self._cut(trainer, pl_module, plan, weights)
-            del weights
+            cut_averages(trainer, pl_module, plan, self.model_path)
+            start_over(trainer)
         renew_wrapper(trainer)
         if measure_around and not self.dry_run:
             self.metrics["pruned"] = validation_metrics(trainer)
@@ -332,18 +325,22 @@ class StructuredPruning(Callback):
         self.notify(trainer, pl_module, "on_pruning_end")
 
     @contextlib.contextmanager
-    def _batches(self, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
+    def _batches(
+        self, trainer: pl.Trainer, purpose: str
+    ) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
         """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-        with untouched(trainer), uncompiled(), silent_logging(trainer.lightning_module):
+        with contextlib.ExitStack() as stack:
+            for context in (
+                untouched(trainer),
+                uncompiled(),
+                unscaled(trainer),
+                silent_logging(trainer.lightning_module),
+            ):
+                stack.enter_context(context)
+            if purpose == pipeline.CALIBRATION:
+                stack.enter_context(measured(self.costs, trainer.lightning_module.device))
             batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
             yield batches, training_loss(trainer)
-
-    def _cut(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan, weights: dict[str, torch.Tensor]
-    ) -> None:
-        apply_plan(self.model(pl_module), plan, trainer.optimizers, weights=weights)
-        cut_averages(trainer, pl_module, plan, self.model_path)
-        start_over(trainer)
 
     def notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str, *arguments: Any) -> None:
         """Call a hook around pruning on every callback that defines it."""

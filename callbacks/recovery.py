@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lit_prune import find_group_sets
+from lit_prune import find_group_sets, get_plan
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
@@ -170,6 +170,16 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask
         error = (s.float() - t.float()).square().mean(-1)
         losses.append(_masked_mean(error, mask) / _masked_mean(t.float().square().mean(-1), mask))
     return torch.stack(losses).mean()
+
+
+def _taught_layers(student: nn.Module, teacher: nn.Module, layers: int) -> list[int]:
+    """Which of the teacher's layers every layer of the student learns from: the one it was, and the last one the last."""
+    kept = [{e.name: e.kept for e in plan.blocks} if (plan := get_plan(m)) else {} for m in (student, teacher)]
+    if kept[0] == kept[1]:
+        return list(range(layers))
+    ((stack, ours),) = kept[0].items()
+    theirs = kept[1].get(stack, tuple(range(layers)))
+    return [*(theirs.index(layer) for layer in ours[:-1]), layers - 1]
 
 
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -349,7 +359,7 @@ class Distillation(Callback):
         return hook
 
     def _compare(self, pl_module: pl.LightningModule) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(student: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             # calibration and validation run in eval mode
             if not pl_module.training:
                 return
@@ -365,7 +375,9 @@ class Distillation(Callback):
             kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
             hidden = None
             if self.hidden_weight:
-                hidden = hidden_state_loss(output.hidden_states[1:], taught.hidden_states[1:], mask)
+                states = taught.hidden_states[1:]
+                states = [states[layer] for layer in _taught_layers(student, self._model, len(states))]
+                hidden = hidden_state_loss(output.hidden_states[1:], states, mask)
             self._terms.append((kl, hidden))
 
         return hook

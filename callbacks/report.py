@@ -313,12 +313,12 @@ def _options(pruning: StructuredPruning) -> dict[str, Any]:
 
 
 def _lost(table: GroupTable) -> dict[str, float]:
-    """What each kind of group lost: parameters, and the share of its groups."""
+    """What each kind of group lost: parameters, those that left with a whole block apart, and the share of its groups."""
     lost: dict[str, float] = {}
     for kind in dict.fromkeys(kind for _, kind in table.keys):
-        mine = (table.kind_of_row == kind) & ~table.kept
-        lost[f"removed_parameters/{kind}"] = float(table.cost[mine].sum())
-        lost[f"removed_groups/{kind}"] = float(mine.sum() / (table.kind_of_row == kind).sum())
+        mine = table.kind_of_row == kind
+        lost[f"removed_parameters/{kind}"] = float(table.cost[mine & table.leaving].sum())
+        lost[f"removed_groups/{kind}"] = float((mine & ~table.kept).sum() / mine.sum())
     return lost
 
 

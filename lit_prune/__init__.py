@@ -16,7 +16,7 @@ from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.export import load_pruned, save_pruned
 from lit_prune.importance import criteria, register_criterion
-from lit_prune.pipeline import PruningConfig, calibrate, make_plan, repair
+from lit_prune.pipeline import PruningConfig, calibrate, make_plan, prune, repair
 from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits
 from lit_prune.surgery import apply_plan, get_plan
@@ -50,6 +50,7 @@ __all__ = [
     "get_plan",
     "load_pruned",
     "make_plan",
+    "prune",
     "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",

@@ -84,7 +84,7 @@ def plan(
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """
-    session = _Session(model, calibration, device, dtype)
+    session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     table, made, _ = session.plan(pruning)
     figures = {
         "dense": session.figures(),
@@ -121,14 +121,12 @@ def apply(
     """
     check_replaceable(output)
     given = None if plan is None else PruningPlan.load(plan)
-    session = _Session(model, calibration, device, dtype)
-    if given is None:
-        figures = {"dense": session.figures()}
-        table, made, collected = session.plan(pruning)
-    else:
+    blocks = pruning.limits.blocks if given is None else bool(given.blocks)
+    session = _Session(model, calibration, device, dtype, blocks=blocks)
+    if given is not None:
         given.validate(session.group_sets)
-        figures = {"dense": session.figures()}
-        table, made, collected = None, given, None
+    figures = {"dense": session.figures()}
+    table, made, collected = session.plan(pruning) if given is None else (None, given, None)
     figures["pruned"] = session.cut(made, collected, pruning)
     save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
     cut = get_plan(session.model)
@@ -249,7 +247,7 @@ def compare(
 class _Session:
     """A model, its tokenizer and text: what every command begins with."""
 
-    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str) -> None:
+    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
         from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
 
         self.device = _device(device)
@@ -258,7 +256,7 @@ class _Session:
             wanted = torch.float32
         self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
         self.tokenizer = load_tokenizer(source)
-        self.group_sets = find_group_sets(self.model)
+        self.group_sets = find_group_sets(self.model, blocks=blocks)
         self.calibration = calibration
         self.batches, self.held_out = self._text()
 

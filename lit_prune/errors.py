@@ -17,6 +17,10 @@ class BudgetError(PruningError):
     """The pruning ratio cannot be reached under the floors, protections and rounding that were asked for."""
 
 
+class SmallBudgetError(BudgetError):
+    """What is to be removed is less than the smallest group that may leave."""
+
+
 class PlanError(PruningError):
     """A pruning plan is malformed or does not fit the model that it is applied to."""
 

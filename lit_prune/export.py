@@ -27,8 +27,8 @@ from lit_prune.figures import format_figure, label
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, check_weights, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
-from lit_prune.plan import PruningPlan, get_plan, plan_from_config, set_plan
-from lit_prune.surgery import apply_plan
+from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
+from lit_prune.surgery import apply_plan, depth_fields
 
 
 def _build(model: PreTrainedModel, pruning: Any) -> None:
@@ -61,9 +61,10 @@ def save_pruned(
     """Write a pruned transformers model so that it loads again.
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
-    one is given. If every layer kept the same widths and a stock config can say so, the config is stock, and transformers
-    loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``, which ``import lit_prune`` makes known
-    to the Auto classes. Everything is written to a temporary folder that replaces ``directory`` at the end.
+    one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
+    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
+    which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
+    ``directory`` at the end.
 
     Args:
         model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
@@ -117,21 +118,26 @@ def to_pretrained(
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     base = _dense_class(type(model))
-    dense_config = _dense_config(model.config)
+    dense_config = _dense_config(model)
     with torch.device("meta"):
         dense = base._from_config(dense_config)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense)
-    check_weights(model, group_sets)
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_weights(model, [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)])
+    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
+    pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
-    stock = _stock_config(base, dense_config, plan, shapes)
+    stock = _stock_config(model, base, dense_config, plan, shapes, pruned_depth)
     if stock is not None:
         config, replaced = stock
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
         cls = base
     else:
-        fields = dense_config.to_dict()
+        if depth:
+            pruning["dense"] = {name: value for name, (value, _) in depth.items()}
+        fields = {**dense_config.to_dict(), **pruned_depth}
         fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
         if self_contained:
             _check_self_contained(model, base, dense_config, pruning)
@@ -200,7 +206,7 @@ def load_pruned(
         raise FileNotFoundError(str(error)) from error
     plan = get_plan(model)
     assert plan is not None
-    kept = {e.key: len(e.kept) for e in plan.entries}
+    kept = {key: len(e.kept) for key, e in plan.afterwards().items()}
     for group_set in find_group_sets(model):
         if group_set.size != kept.get(group_set.key, group_set.size):
             raise PlanError(
@@ -308,9 +314,11 @@ def model_card(
         lines.append("pipeline_tag: text-generation")
     lines += ["---", "", f"# A pruned {config.base_model_type} model", ""]
     removed = f", {1 - after / before:.1%} fewer than before" if before else ""
-    lines.append(f"{after:,} parameters{removed}: cut out for good with lit_prune.")
+    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
+    lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
     lines += ["", "| group set | of | kept |", "|---|---|---|"]
-    for kind in dict.fromkeys(e.kind for e in plan.entries):
+    lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
         entries = [e for e in plan.entries if e.kind == kind]
         kept = [len(e.kept) for e in entries]
         lines.append(
@@ -369,14 +377,15 @@ def _dense_class(cls: type) -> type[PreTrainedModel]:
     )
 
 
-def _dense_config(config: Any) -> PreTrainedConfig:
+def _dense_config(model: nn.Module) -> PreTrainedConfig:
     """A copy of the model's config as it was when the model was dense."""
+    config: Any = model.config
     fields = config.to_dict()
     for key in ("pruning", "auto_map", "architectures"):
         fields.pop(key, None)
     model_type = fields.pop("base_model_type", None) or config.model_type
-    for key, value in (getattr(config, "pruning", None) or {}).get("dense", {}).items():
-        fields[key] = value
+    fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
+    fields.update((getattr(config, "pruning", None) or {}).get("dense", {}))
     fields.pop("model_type", None)
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
@@ -385,23 +394,24 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
     by_key = {s.key: s for s in group_sets}
     groups = []
     for entry in plan.entries:
-        group_set = by_key[entry.key]
+        group_set = by_key.get(entry.key)
         parameters: dict[str, list[int]] = {}
-        for part in group_set.slices:
+        for part in () if group_set is None else group_set.slices:
             width = part.index.shape[1]
             dim, before = parameters.get(part.parameter, (part.dim, 0))
             if dim != part.dim:
                 raise UnsupportedModelError(f"{part.parameter!r} loses groups of {entry.name!r} along two dimensions.")
             parameters[part.parameter] = [dim, before + width]
+        attributes = () if group_set is None else group_set.attributes
         groups.append(
             {
                 "name": entry.name,
                 "kind": entry.kind,
                 "layer": entry.layer,
                 "size": entry.size,
-                "kept": to_ranges(list(entry.kept)),
+                "kept": to_ranges(entry.kept),
                 "parameters": parameters,
-                "attributes": {f"{a.module}.{a.name}": a.per_group for a in group_set.attributes},
+                "attributes": {f"{a.module}.{a.name}": a.per_group for a in attributes},
             }
         )
     info = json.loads(json.dumps(dict(plan.info)))
@@ -412,14 +422,20 @@ _WIDTHS = {"attention": ("num_attention_heads", "num_key_value_heads"), "mlp": (
 
 
 def _stock_config(
-    base: type[PreTrainedModel], dense: PreTrainedConfig, plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    base: type[PreTrainedModel],
+    dense: PreTrainedConfig,
+    plan: PruningPlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    depth: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]] | None:
-    """A stock config with the widths of the pruned model and the dense values of what it changes, or ``None``.
+    """A stock config with widths and depth of the pruned model and the dense values of what it changes, or ``None``.
 
-    Whether it does is decided by building the model: every parameter has to come out with the shape that it has.
+    Whether it does is decided by building the model: every parameter has to come out with the shape that it has, and,
+    where blocks left, every layer with the settings that it has, some of which may follow from its index.
     """
-    fields, changed = dense.to_dict(), {}
-    for kind in dict.fromkeys(e.kind for e in plan.entries):
+    fields, changed = dense.to_dict(), dict(depth)
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
         shares = {(e.size, len(e.kept)) for e in plan.entries if e.kind == kind}
         if len(shares) > 1 or kind not in _WIDTHS:
             return None
@@ -439,7 +455,19 @@ def _stock_config(
         return None
     if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):
         return None
+    if plan.blocks and not _same_settings(built, model):
+        return None
     return config, {name: fields[name] for name in changed}
+
+
+def _same_settings(built: nn.Module, model: nn.Module) -> bool:
+    """Whether every module has the numbers and words (widths of windows, scales, kinds of layers) of its counterpart."""
+    for (_, a), (_, b) in zip(built.named_modules(), model.named_modules(), strict=True):
+        for name in (a.__dict__.keys() & b.__dict__.keys()) - {"training", "gradient_checkpointing"}:
+            value = a.__dict__[name]
+            if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
+                return False
+    return True
 
 
 def check_replaceable(directory: Path) -> None:

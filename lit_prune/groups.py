@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.modeling_pruned import BLOCK as BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,8 @@ class Slice:
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
         opaque: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
             ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
-            Criteria of activations take them all to be 1, and repair leaves the parameter as it is.
+            Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
+            experts.
     """
 
     parameter: str
@@ -54,20 +56,17 @@ class Slice:
         """Whether the inputs of the slice's module are the features that its parameter multiplies."""
         return self.input_dim is not None and not self.opaque
 
-    def reduce(self, values: Tensor, start: int = 0, length: int | None = None) -> Tensor:
-        """Sum values that have the parameter's shape to one number a group.
+    def gather(self, line: Tensor, start: int = 0, length: int | None = None) -> Tensor:
+        """Sum values, one for each position along ``dim``, to one number a group.
 
         Args:
-            values: Tensor of the parameter's shape, or a part of it along ``dim``.
-            start: Position along ``dim`` where the part starts.
-            length: Length of the whole along ``dim``, if ``values`` is a part.
+            line: Tensor of the parameter's length along ``dim``, or a part of it.
+            start: Position where the part starts.
+            length: Length of the whole, if ``line`` is a part.
 
         Returns:
-            Tensor of shape ``(groups,)`` in float32 (float64 if ``values`` is).
+            Tensor of shape ``(groups,)``.
         """
-        dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-        other = [d for d in range(values.dim()) if d != self.dim]
-        line = values.sum(dim=other, dtype=dtype) if other else values.to(dtype)
         if length is not None:
             line = torch.nn.functional.pad(line, (start, length - start - line.shape[0]))
         return line[self.index.to(line.device)].sum(dim=1)
@@ -110,7 +109,8 @@ class GroupSet:
     Args:
         name: Qualified name of the module that the groups are parts of; unique together with ``kind``.
         layer: Index of the layer.
-        kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it.
+        kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it; ``"block"`` for a whole block,
+            which holds the other sets of that block.
         size: Number of groups.
         cost: Parameters that leave with one group.
         slices: The parameter slices that the groups couple.
@@ -158,12 +158,21 @@ class GroupSet:
         return mask.nonzero().flatten()
 
 
+def stack_of(block: str) -> tuple[str, int]:
+    """Name of the list that a block is in, and its position there."""
+    stack, _, index = block.rpartition(".")
+    return stack, int(index)
+
+
+def is_inside(name: str, block: str) -> bool:
+    """Whether a qualified name is that of a block or of something in it."""
+    return name == block or name.startswith(f"{block}.")
+
+
 def group_cost(model: nn.Module, slices: Sequence[Slice]) -> int:
     """Number of parameters of ``model`` that one group of these slices holds."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return sum(
-        s.index.shape[1] * parameters[s.parameter].numel() // parameters[s.parameter].shape[s.dim] for s in slices
-    )
+    sizes = ((s, model.get_parameter(s.parameter)) for s in slices)
+    return sum(s.index.shape[1] * parameter.numel() // parameter.shape[s.dim] for s, parameter in sizes)
 
 
 def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> int:

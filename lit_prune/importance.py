@@ -1,7 +1,7 @@
 """Criteria of importance: small pure functions, tensors in, tensor out, and the registry that names them.
 
 Every function takes a parameter and one statistic of the calibration and returns the importance of each element; the
-importance of a group is the sum over its elements (:meth:`lit_prune.groups.Slice.reduce`). A criterion is a sum of such
+importance of a group is the sum over its elements (:meth:`lit_prune.groups.Slice.gather`). A criterion is a sum of such
 functions, so a mixed one, like ``taylor_2nd``, needs no code of its own.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_prune import sharding
-from lit_prune.groups import GroupSet, Slice
+from lit_prune.groups import BLOCK, GroupSet, Slice
+from lit_prune.reduction import add_line, product_lines
 from lit_prune.statistics import ELEMENTWISE, GROUPWISE, STATISTICS, Statistics
 
 NORMALIZATIONS = ("mean", "kind", "standard")
@@ -50,16 +51,17 @@ def second_order(weight: Tensor, squared_gradient: Tensor) -> Tensor:
 def fisher(mask_gradient: Tensor) -> Tensor:
     r"""Empirical Fisher information of a mask of the groups, :math:`\frac1N\sum_i(\partial L_i/\partial m_j)^2`.
 
-    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j.
-    By the chain rule its derivative is :math:`\sum_{\theta\in j}\theta g_i` over the group's part of the consumer, so
-    only the consumers' gradients are needed. Unlike a sum of element by element terms it knows which of them cancel.
-    The smaller the calibration batches, the more of them there are to average over.
+    A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j. Its
+    derivative for sample i is :math:`\sum x\,\partial L_i/\partial x` over the sample's tokens and the group's features,
+    so no weight needs a gradient (:mod:`lit_prune.masks`). Unlike a sum of element by element terms it knows which of
+    them cancel. Where the inputs of a consumer cannot be observed (fused experts, convolutions) it is taken from the
+    gradients of the weights, :math:`\sum_{\theta\in j}\theta g_i`, and a whole batch is one sample.
 
     Args:
-        mask_gradient: The derivative by each group's mask in one batch, shape ``(groups,)``.
+        mask_gradient: The derivative by each group's mask, shape ``(samples, groups)``, or ``(groups,)`` for one sample.
 
     Returns:
-        Tensor of shape ``(groups,)``, to be averaged over the batches.
+        Tensor of the same shape, to be averaged over the samples.
 
     Reference: Kwon et al., A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022.
     """
@@ -159,6 +161,9 @@ class Term:
         per_group: Whether ``function`` takes the statistic alone, which is one number a group and batch.
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
+        of_product: The same function for a single batch's gradient (or the mean gradient, if that is the statistic), given
+            the product of weight and gradient, which it may change in place, element by element. Calibration then works through
+            a parameter in small pieces.
     """
 
     function: Callable[..., Tensor]
@@ -166,9 +171,12 @@ class Term:
     consumers_only: bool = False
     per_input: bool = False
     per_group: bool = False
+    of_product: Callable[[Tensor], Tensor] | None = None
 
     def applies(self, group_set: GroupSet, part: Slice) -> bool:
-        """Whether the term counts this slice of a group set."""
+        """Whether the term counts this slice of a group set; whole blocks are scored by the sets in them."""
+        if group_set.kind == BLOCK:
+            return False
         if self.per_group:
             return any(part is s for s in group_set.masked)
         return part.consumes or not self.consumers_only
@@ -198,14 +206,21 @@ class Criterion:
         return frozenset(t.statistic for t in self.terms if t.statistic is not None)
 
 
+def _half_square(product: Tensor) -> Tensor:
+    return product.square_().mul_(0.5)
+
+
+_FIRST = Term(taylor, "gradient", of_product=torch.abs_)
+_SECOND = Term(second_order, "squared_gradient", of_product=_half_square)
+
 _REGISTRY: dict[str, Criterion] = {
     c.name: c
     for c in (
-        Criterion("taylor", (Term(taylor, "gradient"),)),
-        Criterion("taylor_2nd", (Term(taylor, "gradient"), Term(second_order, "squared_gradient"))),
-        Criterion("taylor_batch", (Term(taylor, "absolute_gradient"),)),
+        Criterion("taylor", (_FIRST,)),
+        Criterion("taylor_2nd", (_FIRST, _SECOND)),
+        Criterion("taylor_batch", (Term(taylor, "absolute_gradient", of_product=torch.abs_),)),
         Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
-        Criterion("second_order", (Term(second_order, "squared_gradient"),)),
+        Criterion("second_order", (_SECOND,)),
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
         Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
         Criterion("flap", (Term(fluctuation, "activation_variance", True, True),), normalize="standard"),
@@ -230,7 +245,9 @@ def register_criterion(
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
         statistic: One of :data:`lit_prune.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
-            takes that alone, shape ``(groups,)``, and is averaged over the batches.
+            takes that alone, as :func:`fisher` does, and is averaged over the samples. With ``"absolute_gradient"`` and
+            ``"squared_gradient"`` calibration in the mode ``"streaming"`` averages what the function gives for each batch,
+            which is the function of the average only if it is linear in the statistic.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 
@@ -300,22 +317,22 @@ def group_importance(
 
     Sharded parameters (FSDP2) are scored by their local shards, with one sum over the processes for each group set.
 
+    A whole block (kind ``"block"``) is as important as all that is in it together; for terms of whole groups
+    (``mask_gradient``) it is a group of its own, whose mask scales what the block adds to the hidden states. As there is one
+    in each layer, blocks are normalised over the model.
+
     Returns:
         For every group set a float32 tensor of shape ``(groups,)`` on the CPU.
     """
-    if not criterion.terms:
-        generator = torch.Generator().manual_seed(seed)
-        return [random(s.size, generator) for s in group_sets]
+    generator = torch.Generator().manual_seed(seed)
     result = []
     for group_set in group_sets:
+        if not criterion.terms and group_set.kind != BLOCK:
+            result.append(random(group_set.size, generator))
+            continue
         total = torch.zeros(group_set.size)
         weights = [parameters[part.parameter] for part in group_set.slices]
         shared = sharding.any_sharded(weights)
-        for term in criterion.terms:
-            if term.per_group:
-                assert statistics is not None
-                value = statistics.reduced[term, group_set.key, 0].cpu()
-                total += value if shared is None else sharding.once(value, shared)
         for position, (part, weight) in enumerate(zip(group_set.slices, weights, strict=True)):
             for term in criterion.terms:
                 if not term.per_group and term.applies(group_set, part):
@@ -323,7 +340,28 @@ def group_importance(
                     whole = term.per_input or not sharding.is_sharded(weight)
                     total += value if shared is None or not whole else sharding.once(value, shared)
         result.append(total if shared is None else sharding.sum_over_shards(total, shared))
+    _add_up_blocks(result, group_sets)
+    for term in criterion.terms:
+        if term.per_group:
+            assert statistics is not None
+            for total, group_set in zip(result, group_sets, strict=True):
+                total += statistics.reduced[term, group_set.key, 0].cpu()
     return _normalized(result, group_sets, normalize)
+
+
+def _add_up_blocks(importance: Sequence[Tensor], group_sets: Sequence[GroupSet]) -> None:
+    """Give every whole block the sum of what is in it; sets whose parameters are all in another one's count with that."""
+    for position, block in enumerate(group_sets):
+        if block.kind != BLOCK:
+            continue
+        inside = {
+            p: {s.parameter for s in group_set.slices}
+            for p, group_set in enumerate(group_sets)
+            if group_set.block == block.name and group_set.kind != BLOCK
+        }
+        for p, names in inside.items():
+            if not any(names < others for others in inside.values()):
+                importance[position].add_(importance[p].sum())
 
 
 def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normalize: str | None) -> list[Tensor]:
@@ -331,7 +369,8 @@ def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normal
         return importance
     members: dict[tuple[int, str, str], list[int]] = {}
     for position, group_set in enumerate(group_sets):
-        place = (0, "") if normalize == "kind" else (group_set.layer, group_set.block)
+        everywhere = normalize == "kind" or group_set.kind == BLOCK
+        place = (0, "") if everywhere else (group_set.layer, group_set.block)
         members.setdefault((*place, group_set.kind), []).append(position)
     result = list(importance)
     for positions in members.values():
@@ -347,11 +386,12 @@ def _normalized(importance: list[Tensor], group_sets: Sequence[GroupSet], normal
     return result
 
 
-def mixed_importance(parts: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
+def mixed_importance(parts: Sequence[tuple[float, Sequence[Tensor]]], group_sets: Sequence[GroupSet]) -> list[Tensor]:
     """A weighted mix of importances, each scaled to sum to 1 over the model so that the weights mean something.
 
     Args:
         parts: Weight and importance of the groups (as from :func:`group_importance`) of every criterion.
+        group_sets: The group sets; whole blocks, which hold other groups, are scaled but not in the sum.
 
     Returns:
         For every group set a tensor of shape ``(groups,)``.
@@ -361,7 +401,8 @@ def mixed_importance(parts: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Te
     """
     result: list[Tensor] = []
     for weight, importance in parts:
-        total = float(sum(float(i.double().sum()) for i in importance))
+        groups = (i for i, s in zip(importance, group_sets, strict=True) if s.kind != BLOCK)
+        total = float(sum(float(i.double().sum()) for i in groups))
         if not total > 0:
             raise ValueError(f"An importance to be mixed must have a positive sum over the model; found {total}.")
         scaled = [i * (weight / total) for i in importance]
@@ -374,7 +415,7 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return sharding.reduce(part, term.function(sharding.local(weight)), weight)
+        return sharding.gather(part, _line(term.function(sharding.local(weight)), part.dim), weight)
     assert statistics is not None
     if term.per_input:
         weight = sharding.full(weight)
@@ -386,6 +427,17 @@ def _term_importance(
         return streamed
     if term.statistic in ELEMENTWISE:
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
+        if term.statistic == "gradient" and term.of_product is not None:
+            whole = sharding.local(weight)
+            line = torch.zeros(whole.shape[part.dim], device=whole.device)
+            product_lines(whole, value, [(term.of_product, part.dim, line)])
+            return sharding.gather(part, line, weight)
     else:
         value = sharding.local_part(statistics.activation_of(part, term.statistic, weight), weight)
-    return sharding.reduce(part, term.function(sharding.local(weight).float(), value), weight)
+    return sharding.gather(part, _line(term.function(sharding.local(weight).float(), value), part.dim), weight)
+
+
+def _line(values: Tensor, dim: int) -> Tensor:
+    line = torch.zeros(values.shape[dim], dtype=torch.promote_types(values.dtype, torch.float32), device=values.device)
+    add_line(line, values, dim)
+    return line

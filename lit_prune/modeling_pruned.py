@@ -5,17 +5,21 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 
 A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
 type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
-parameter they lie along, and how many positions of it a group takes. Building the model means building the dense one
-and making those parameters smaller; every other step of loading is that of transformers.
+parameter they lie along, and how many positions of it a group takes; and for every list of blocks that lost some, which
+were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
+every other step of loading is that of transformers. Where blocks left, the config says how many there are, and
+``pruning`` what the dense model's config says in the same fields.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -24,6 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "lit_prune"
 VERSION = 1
+BLOCK = "block"
+LAYER_INDICES = ("layer_idx", "layer_id")
 PREFIX = "Pruned"
 AUTO_CLASSES = (
     "AutoModel",
@@ -82,15 +88,15 @@ def sync_features(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
 
-def to_ranges(indices: list[int]) -> str:
+def to_ranges(indices: Sequence[int]) -> str:
     """Ascending indices as text: ``[0, 1, 2, 5]`` is ``"0-2 5"``."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    values = torch.as_tensor(indices, dtype=torch.long)
+    if not len(values):
+        return ""
+    breaks = (values.diff() != 1).nonzero().flatten()
+    first = torch.cat([values[:1], values[breaks + 1]]).tolist()
+    last = torch.cat([values[breaks], values[-1:]]).tolist()
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
 
 
 def from_ranges(text: str) -> list[int]:
@@ -139,7 +145,12 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
         for entry in pruning["groups"]:
             for name, per_group in entry["attributes"].items():
                 _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        for entry in pruning["groups"]:
+            if entry["kind"] == BLOCK:
+                blocks, stay = model.get_submodule(local_name(model, entry["name"])), from_ranges(entry["kept"])
+                keep_blocks(blocks, stay)
+                change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
         raise PrunedPlanError(
@@ -179,6 +190,75 @@ def overridden(config: Any, name: str, value: Any) -> ConfigView:
     """A view of a config, or of what a view shows already, with a value of its own for one field."""
     shared, overrides = (config.shared, config.overrides) if isinstance(config, ConfigView) else (config, {})
     return ConfigView(shared, {**overrides, name: value})
+
+
+def keep_blocks(blocks: nn.Module, kept: Sequence[int]) -> Callable[[], None]:
+    """Let only some blocks (decoder layers) stay in a list, and tell each its new index in the cache of keys and values.
+
+    Args:
+        blocks: The list, an ``nn.ModuleList``; changed in place.
+        kept: Indices of those that stay, ascending.
+
+    Returns:
+        A function that undoes this.
+    """
+    before: dict[str, Any] = dict(blocks._modules)
+    told: list[tuple[nn.Module, str, int]] = []
+    blocks._modules.clear()
+    for new, old in enumerate(kept):
+        block = before[str(old)]
+        blocks._modules[str(new)] = block
+        for module in block.modules():
+            for name in LAYER_INDICES:
+                if module.__dict__.get(name) == old:
+                    module.__dict__[name] = new
+                    told.append((module, name, old))
+
+    def undo() -> None:
+        blocks._modules.clear()
+        blocks._modules.update(before)
+        for module, name, old in told:
+            module.__dict__[name] = old
+
+    return undo
+
+
+def of_kept_blocks(value: Any, kept: Sequence[int]) -> Any:
+    """What becomes of a number of blocks, or of a list with an entry for every block, when only some blocks stay."""
+    return len(kept) if isinstance(value, int) else type(value)(value[i] for i in kept)
+
+
+def with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    """A copy of a config with other values for some fields."""
+    config = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def change_config(model: nn.Module, fields: Mapping[str, Any]) -> Callable[[], None]:
+    """Give a model a copy of its config with other values for some fields; return a function that undoes this.
+
+    Modules that hold another copy of the config, as a model inside a task head may, get one likewise.
+    """
+    kind, changed = type(model.config), {}
+    places: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        config: Any = module.__dict__.get("config")
+        shared = config.shared if isinstance(config, ConfigView) else config
+        if type(shared) is not kind:
+            continue
+        if id(shared) not in changed:
+            changed[id(shared)] = with_fields(shared, fields)
+        places.append((module, config))
+        new = changed[id(shared)]
+        module.__dict__["config"] = ConfigView(new, config.overrides) if isinstance(config, ConfigView) else new
+
+    def undo() -> None:
+        for module, config in places:
+            module.__dict__["config"] = config
+
+    return undo
 
 
 def _set_attribute(model: nn.Module, path: str, value: int) -> None:
@@ -314,10 +394,14 @@ class _Pruned:
     """What the classes of pruned models have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        depth = config.pruning.get("dense", {}) if isinstance(config.pruning, Mapping) else {}
+        whole = with_fields(config, depth) if depth else config
+        super().__init__(whole, *args, **kwargs)  # type: ignore[call-arg]
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             build(self, config.pruning)
+        elif depth:
+            change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:

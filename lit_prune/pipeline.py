@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_prune import sharding
+from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.blocks import passed_over
 from lit_prune.distributed import Ranks
-from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
+from lit_prune.errors import CalibrationError, SmallBudgetError, UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import REPAIRS, bias_fold, least_squares
 from lit_prune.selection import Limits, check_ratio, parameter_budget, select
-from lit_prune.statistics import MODES, Statistics, collect_statistics, evaluation_mode
-from lit_prune.surgery import get_plan
+from lit_prune.statistics import Statistics, check_gathering, collect_statistics, evaluation_mode
+from lit_prune.surgery import cut, get_plan
 from lit_prune.table import GroupTable
 
 DEFAULT = "default"
@@ -49,10 +52,15 @@ class PruningConfig:
         ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
         normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
         statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
+        gradient_dtype: What gradients are accumulated in where a criterion needs them element by element (``taylor``):
+            ``"float32"`` or ``"bfloat16"``.
+        offload_gradients: Accumulate those in CPU memory in place of the model's device.
         limits: Floors, protections and rounding.
         repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
             :mod:`lit_prune.repair`.
         seed: Seed of the criterion ``random``.
+        iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
+            left; see :func:`prune`.
         reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
             (the later stages of a schedule): what is gone already counts towards the ratio.
     """
@@ -62,9 +70,12 @@ class PruningConfig:
     ratio_of: str = "all"
     normalize: str | None = DEFAULT
     statistics: str = "streaming"
+    gradient_dtype: str = "float32"
+    offload_gradients: bool = False
     limits: Limits = field(default_factory=Limits)
     repair: str | None = "least_squares"
     seed: int = 0
+    iterations: int = 1
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -83,8 +94,9 @@ class PruningConfig:
             check_normalization(self.normalize)
         if self.repair is not None and self.repair not in REPAIRS:
             raise ValueError(f"Unknown repair {self.repair!r}; expected None or one of {', '.join(REPAIRS)}.")
-        if self.statistics not in MODES:
-            raise ValueError(f"Unknown statistics mode {self.statistics!r}; expected one of {', '.join(MODES)}.")
+        check_gathering(self.statistics, self.gradient_dtype)
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be 1 or more; found {self.iterations}.")
 
     @property
     def candidates(self) -> dict[str, Mapping[str, float]]:
@@ -113,8 +125,19 @@ class PruningConfig:
             BudgetError: If it cannot.
             ValueError: If the limits name something the model does not have.
         """
-        table = GroupTable.build(group_sets, [torch.zeros(s.size) for s in group_sets])
+        table = _table(model, group_sets, [torch.zeros(s.size) for s in group_sets])
         select(table, self.budget(model, group_sets), self.limits, _original_sizes(model))
+
+    def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
+        """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
+        size = model_size(model, group_sets)
+        reference = self.reference or size
+        gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
+        shares = [(k + 1) / self.iterations for k in range(self.iterations - 1)]
+        ratios = [gone + (self.pruning_ratio - gone) * share for share in shares]
+        return [
+            replace(self, pruning_ratio=r, reference=reference, iterations=1) for r in (*ratios, self.pruning_ratio)
+        ]
 
     def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
         """Parameters to remove from the model.
@@ -141,8 +164,7 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
     asked, best, chosen = budget, -1, table.kept
     for _ in range(_ROUNDS):
         table.kept = select(table, asked, config.limits, _original_sizes(model))
-        groups = [s.kept_to_removed(k.tolist()) for s, k in zip(group_sets, table.kept_groups(), strict=True)]
-        removed, nominal = count_removed(model, group_sets, groups), table.removed_cost
+        removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
             best, chosen = removed, table.kept
         if nominal == removed or 0 <= budget - removed < table.cost.min():
@@ -150,6 +172,12 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
         asked = nominal + budget - removed
     table.kept = chosen
     return best
+
+
+def _table(model: nn.Module, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
+    """The group table, by the names and layers that everything had before blocks left in earlier cuts."""
+    plan = get_plan(model)
+    return GroupTable.build(group_sets if plan is None else [plan.original(s) for s in group_sets], importance)
 
 
 def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -176,6 +204,8 @@ def calibrate(
         config.terms,
         mode=config.statistics,
         activations=config.repair == "bias",
+        gradient_dtype=config.gradient_dtype,
+        offload_gradients=config.offload_gradients,
         root=root,
         ranks=ranks,
     )
@@ -224,7 +254,8 @@ def make_plan(
                 criterion, parameters, group_sets, statistics, normalize=normalize, seed=config.seed
             )
             parts.append((weight, importance))
-        table = GroupTable.build(group_sets, parts[0][1] if len(parts) == 1 else mixed_importance(parts))
+        total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
+        table = _table(model, group_sets, total)
         removed = _select(model, group_sets, table, config)
         info = {
             "importance": label,
@@ -237,7 +268,7 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = PruningPlan.from_kept(group_sets, [k.tolist() for k in table.kept_groups()], info)
+        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)
@@ -248,6 +279,131 @@ def make_plan(
     return table, replace(plan, info={**plan.info, "candidates": measured})
 
 
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    config: PruningConfig,
+    optimizers: Iterable[Optimizer] = (),
+) -> tuple[GroupTable, PruningPlan]:
+    """Calibrate, plan, repair and cut, as often as ``config.iterations`` says: the whole way in one call.
+
+    Cutting little by little is better than all at once on the same calibration batches: what is important, and what can
+    make up for it, is measured again once the rest is gone. An error leaves model and optimizers as they were.
+
+    Args:
+        model: The model, or a module that holds one; cut in place.
+        batches: Calibration batches; iterated several times, so not an iterator.
+        loss_fn: Runs one batch through the model and returns its loss.
+        config: The configuration.
+        optimizers: Optimizers over the model's parameters, cut along.
+
+    Returns:
+        The group table of the last iteration, and the plan for the model as it was.
+
+    Raises:
+        BudgetError: If the ratio cannot be reached under the limits, before any work is done.
+        CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
+
+    Example::
+
+        table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
+    """
+    inner = find_model(model)[1]
+    return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
+
+
+CALIBRATION, COMPARISON, REPAIR = "calibration", "comparison", "repair"
+Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
+
+
+def prune_with(
+    model: nn.Module,
+    data: Data,
+    config: PruningConfig,
+    optimizers: Iterable[Optimizer] = (),
+    *,
+    root: nn.Module | None = None,
+    ranks: Ranks | None = None,
+    agree: Callable[[PruningPlan], None] = lambda plan: None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    dry_run: bool = False,
+) -> tuple[GroupTable, PruningPlan]:
+    """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
+
+    Args:
+        model: The model itself.
+        data: Called with what the batches are for, ``"calibration"``, ``"comparison"`` (of candidates) or ``"repair"``; gives
+            a context in which they are run, with the batches, the same ones every time, and the loss function.
+        config: The configuration.
+        optimizers: Optimizers over the model's parameters, cut along.
+        root: The module that holds the model, if there is more to a forward pass than the model.
+        ranks: The processes of a distributed run.
+        agree: Called with every plan before it is carried out; raises if another process has a different one.
+        progress: Wraps the sequence of blocks that are repaired.
+        dry_run: Plan, in one iteration, and cut nothing.
+    """
+    total = None if ranks is None else ranks.sum
+    blocks = config.limits.blocks
+    group_sets = find_group_sets(model, blocks=blocks)
+    config.check(model, group_sets)
+    steps = config.steps(model, group_sets)
+    undos: list[Callable[[], None]] = []
+    table: GroupTable | None = None
+    made: PruningPlan | None = None
+    try:
+        for number, step in enumerate(steps[-1:] if dry_run else steps):
+            group_sets = find_group_sets(model, blocks=blocks)
+            try:
+                step.check(model, group_sets)
+            except SmallBudgetError:
+                if made is None and step is steps[-1]:
+                    raise
+                continue
+            with data(CALIBRATION) as (batches, loss):
+                statistics = calibrate(model, group_sets, batches, loss, step, root=root, ranks=ranks)
+
+            def measure(
+                candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
+            ) -> float:
+                with data(COMPARISON) as (batches, loss):
+                    value = masked_loss(model, sets, candidate, batches, loss, step, root=root)
+                return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
+
+            table, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            agree(plan)
+            if not dry_run:
+                with data(REPAIR) as (batches, loss):
+                    plan, weights = repair(
+                        model,
+                        group_sets,
+                        plan,
+                        statistics,
+                        batches,
+                        loss,
+                        step,
+                        root=root,
+                        progress=progress,
+                        total=total,
+                    )
+                undos.append(cut(model, plan, optimizers, weights))
+                del weights
+            made = plan if made is None else _composed(made, plan, number + 1)
+    except BaseException:
+        for undo in reversed(undos):
+            undo()
+        raise
+    assert table is not None
+    assert made is not None
+    return table, made
+
+
+def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
+    plan = first.then(later)
+    before = {"parameters_before": first.info["parameters_before"], "iterations": iterations}
+    return replace(plan, info={**plan.info, **before})
+
+
 @contextlib.contextmanager
 def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> Iterator[None]:
     """Let the model compute what it would after the cut: its consumers do not read what is to leave. Undone at the end."""
@@ -255,7 +411,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for entry in plan.entries:
+            for entry in plan.group_entries:
                 group_set = by_key[entry.key]
                 removed = group_set.kept_to_removed(entry.kept)
                 for part in group_set.masked:
@@ -269,7 +425,8 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
                     columns = part.index[removed].flatten().to(weight.device)
                     before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
                     weight.index_fill_(part.dim, columns, 0.0)
-        yield
+        with passed_over(model, plan.removed_blocks):
+            yield
     finally:
         with torch.no_grad():
             for tensor, dim, columns, values in before:

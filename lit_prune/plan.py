@@ -10,29 +10,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lit_prune.errors import PlanError
 from lit_prune.files import write_text
-from lit_prune.groups import GroupSet
+from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
 from lit_prune.modeling_pruned import PrunedModelError, from_ranges, local_name
 
 PLAN_ATTRIBUTE = "_lit_prune_plan"
+# what the config of the dense model said of its depth, where blocks left
+DEPTH_ATTRIBUTE = "_lit_prune_depth"
 FORMAT = "lit_prune.plan"
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What stays of one group set.
+    """What stays of one group set, or, with the kind ``"block"``, which blocks stay of a list of them.
 
     Args:
-        name: Name of the group set.
+        name: Name of the group set; of the list of blocks (``model.layers``) for blocks.
         kind: Its kind.
-        layer: Its layer.
-        size: Number of groups it has in the model that the plan is for.
-        kept: Indices of the groups that stay, ascending.
+        layer: Its layer; 0 for blocks.
+        size: Number of groups, or blocks, in the model that the plan is for.
+        kept: Indices of those that stay, ascending.
     """
 
     name: str
@@ -47,7 +50,7 @@ class PlanEntry:
         Raises:
             PlanError: If they are not ascending, distinct and within the set.
         """
-        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        ascending = bool((np.diff(np.asarray(self.kept)) > 0).all())
         if not ascending or (self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.size):
             raise PlanError(
                 f"The kept groups of {self.name!r} ({self.kind}) must be ascending and within 0..{self.size - 1}; found"
@@ -64,10 +67,12 @@ class PlanEntry:
 class PruningPlan:
     """Which groups stay in every group set of a model.
 
-    Group sets that the plan does not name stay whole.
+    Group sets that the plan does not name stay whole. Names and indices are those of the model that the plan is for, also
+    where blocks leave and those behind them move up.
 
     Args:
-        entries: One for every group set that loses something.
+        entries: One for every group set that loses something, and for every list of blocks that does. What is named inside
+            a block that leaves is left out.
         biases: Modules that have no bias in the dense model and get one when the plan is applied (see
             :mod:`lit_prune.repair`).
         info: How the plan came about (criterion, ratio, figures); plain JSON data that nothing depends on.
@@ -77,17 +82,51 @@ class PruningPlan:
     biases: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    def __post_init__(self) -> None:
+        """Leave out what leaves with its block."""
+        if gone := self.removed_blocks:
+            inside = {e.name: any(is_inside(e.name, b) for b in gone) for e in self.entries}
+            object.__setattr__(self, "entries", tuple(e for e in self.entries if not inside[e.name]))
+            biases = tuple(n for n in self.biases if not any(is_inside(n, b) for b in gone))
+            object.__setattr__(self, "biases", biases)
+
+    @property
+    def blocks(self) -> tuple[PlanEntry, ...]:
+        """The entries that say which blocks stay."""
+        return tuple(e for e in self.entries if e.kind == BLOCK)
+
+    @property
+    def group_entries(self) -> tuple[PlanEntry, ...]:
+        """The entries that say which groups stay."""
+        return tuple(e for e in self.entries if e.kind != BLOCK)
+
+    @property
+    def removed_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that leave."""
+        return tuple(f"{e.name}.{i}" for e in self.blocks for i in sorted({*range(e.size)} - {*e.kept}))
+
     @classmethod
     def from_kept(
-        cls, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]], info: Mapping[str, Any] | None = None
+        cls,
+        group_sets: Sequence[GroupSet],
+        kept: Sequence[Sequence[int] | np.ndarray],
+        info: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """Make a plan from the kept group indices of every group set."""
-        entries = tuple(
-            PlanEntry(s.name, s.kind, s.layer, s.size, tuple(int(i) for i in k))
-            for s, k in zip(group_sets, kept, strict=True)
-            if len(k) < s.size
-        )
-        return cls(entries, info=dict(info or {}))
+        entries: list[PlanEntry] = []
+        stacks: dict[str, dict[int, bool]] = {}
+        for group_set, groups in zip(group_sets, kept, strict=True):
+            if group_set.kind == BLOCK:
+                stack, index = stack_of(group_set.name)
+                stacks.setdefault(stack, {})[index] = len(groups) > 0
+            elif len(groups) < group_set.size:
+                indices = tuple(np.asarray(groups, dtype=np.int64).tolist())
+                entries.append(PlanEntry(group_set.name, group_set.kind, group_set.layer, group_set.size, indices))
+        for stack, stays in stacks.items():
+            if not all(stays.values()):
+                entries.append(PlanEntry(stack, BLOCK, 0, len(stays), tuple(i for i in sorted(stays) if stays[i])))
+        entries.sort(key=lambda e: (e.layer, e.name))
+        return cls(tuple(entries), info=dict(info or {}))
 
     def validate(self, group_sets: Sequence[GroupSet]) -> None:
         """Check that the plan fits a model's group sets.
@@ -95,8 +134,11 @@ class PruningPlan:
         Raises:
             PlanError: If it names a set that the model lacks, a size differs, or too few groups stay for a module to run.
         """
-        sizes = {s.key: s.size for s in group_sets}
-        minimum = {s.key: s.minimum for s in group_sets}
+        sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
+        minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
+        for stack in [stack_of(s.name)[0] for s in group_sets if s.kind == BLOCK]:
+            sizes[stack, BLOCK] = sizes.get((stack, BLOCK), 0) + 1
+            minimum[stack, BLOCK] = 1
         for entry in self.entries:
             if entry.key not in sizes:
                 near = sorted(name for name, kind in sizes if kind == entry.kind)[:3]
@@ -121,8 +163,9 @@ class PruningPlan:
         Raises:
             PlanError: If the later plan does not fit what this one leaves.
         """
+        back = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
         first = {e.key: e for e in self.entries}
-        second = {e.key: e for e in later.entries}
+        second = {e.key: e for e in (_renumbered(e, back) for e in later.entries)}
         entries = []
         for key in (*first, *(k for k in second if k not in first)):
             if key not in second or key not in first:
@@ -134,14 +177,22 @@ class PruningPlan:
                     f"The plans do not compose: {key[0]!r} ({key[1]}) keeps {len(before.kept)} groups in the first plan, and"
                     f" the second was made for {after.size}."
                 )
-            entries.append(
-                PlanEntry(
-                    before.name, before.kind, before.layer, before.size, tuple(before.kept[i] for i in after.kept)
-                )
-            )
+            kept = np.asarray(before.kept, dtype=np.int64)[list(after.kept)]
+            entries.append(replace(before, kept=tuple(kept.tolist())))
         entries.sort(key=lambda e: (e.layer, e.name))
-        biases = tuple(sorted({*self.biases, *later.biases}))
+        biases = tuple(sorted({*self.biases, *(_moved(b, 0, back)[0] for b in later.biases)}))
         return PruningPlan(tuple(entries), biases, {**self.info, **later.info})
+
+    def original(self, group_set: GroupSet) -> GroupSet:
+        """A group set of the model that this plan results in, by the name and layer that it had before."""
+        moved = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
+        name, layer = _moved(group_set.name, group_set.layer, moved)
+        return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0])
+
+    def afterwards(self) -> dict[tuple[str, str], PlanEntry]:
+        """The entries, but for those of blocks, by name and kind of their group sets in the model that the plan results in."""
+        moved = {e.name: {old: new for new, old in enumerate(e.kept)} for e in self.blocks}
+        return {e.key: e for e in (_renumbered(e, moved) for e in self.group_entries)}
 
     def renamed(self, rename: Callable[[str], str]) -> PruningPlan:
         """The same plan for a model whose modules have other names."""
@@ -186,7 +237,7 @@ class PruningPlan:
                     _text(e["kind"]),
                     _integer(e["layer"]),
                     _integer(e["size"]),
-                    tuple(_integer(i) for i in e["kept"]),
+                    _integers(e["kept"]),
                 )
                 for e in data["group_sets"]
             )
@@ -199,8 +250,11 @@ class PruningPlan:
         return cls(entries, biases, info)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON, one line a group set."""
+        content = self.to_dict()
+        lines = ",\n  ".join(json.dumps(entry) for entry in content.pop("group_sets"))
+        rest = json.dumps(content, indent=1).removesuffix("\n}")
+        write_text(path, f'{rest},\n "group_sets": [\n  {lines}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -214,6 +268,29 @@ class PruningPlan:
         except ValueError as error:
             raise PlanError(f"{path} is not a pruning plan: {error}.") from error
         return cls.from_dict(data)
+
+
+def _moved(name: str, layer: int, moved: Mapping[str, Mapping[int, int]]) -> tuple[str, int]:
+    """Name and layer of something, once the blocks of some lists have other indices.
+
+    Raises:
+        PlanError: If it is in a block that is not there.
+    """
+    for stack, indices in moved.items():
+        if name.startswith(f"{stack}."):
+            index, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            if not index.isdigit() or int(index) not in indices:
+                raise PlanError(
+                    f"The plans do not compose: {name!r} is in none of the {len(indices)} blocks of {stack!r}."
+                )
+            layer = indices[int(index)]
+            name = ".".join(part for part in (stack, str(layer), rest) if part)
+    return name, layer
+
+
+def _renumbered(entry: PlanEntry, moved: Mapping[str, Mapping[int, int]]) -> PlanEntry:
+    name, layer = _moved(entry.name, entry.layer, moved)
+    return replace(entry, name=name, layer=layer)
 
 
 def get_plan(model: nn.Module) -> PruningPlan | None:
@@ -268,6 +345,15 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, found {value!r}")
     return value
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"expected a list of integers, found {values!r}")
+    # by type, in C: a large model has millions of them
+    if not set(map(type, values)) <= {int}:
+        raise TypeError(f"expected integers, found {next(v for v in values if type(v) is not int)!r}")
+    return tuple(values)
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,8 @@
 dense model, and that of the model as pruned and repaired so far. Every consumer is refitted by ridge regression so that,
 on the pruned stream, the hidden states behind it come as near as they can to the dense ones; it thereby also makes up
 for what earlier blocks got wrong. One copy of one block and a few hidden states of the calibration tokens are held at a
-time, and a block runs about as often as in four forward passes over the calibration batches.
+time, and a block runs about as often as in four forward passes over the calibration batches. Experts whose channels leave
+are refitted each by itself, to what it gives on the pruned stream with all its channels.
 
 ``bias`` only adds the mean of what leaves to the consumer's bias (An et al., FLAP, AAAI 2024).
 
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lit_prune import sharding
+from lit_prune.blocks import hidden_output
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.statistics import Statistics, attention_mask_of, evaluation_mode
@@ -90,7 +93,7 @@ def bias_fold(
     """
     by_key = {s.key: s for s in group_sets}
     biases: dict[str, Tensor] = {}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.refittable:
@@ -136,7 +139,7 @@ def least_squares(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Refit every consumer of the blocks that a plan touches, and of those after them.
+    """Refit every consumer of the blocks that a plan touches, and of those after them. Blocks that leave are passed by.
 
     Args:
         model: The dense model; it is not changed.
@@ -157,6 +160,7 @@ def least_squares(
     """
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
+    gone = set(plan.removed_blocks)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, group_sets, batches, forward):
@@ -165,10 +169,14 @@ def least_squares(
             started = False
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
-                started = started or any(s.key in touched for s in members)
+                started = started or name in gone or any(s.key in touched for s in members)
                 block = sharding.plain_copy(model.get_submodule(name))
                 if not started:
                     dense = pruned = _run(block, dense, stream.calls[name])
+                    continue
+                if name in gone:
+                    # the pruned stream passes it by, and the blocks behind it make up for that
+                    dense = _run(block, dense, stream.calls[name])
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
@@ -185,13 +193,61 @@ def least_squares(
                     transposed = parts[path].input_dim == 0
                     solved = ridge(gram, cross, weight.T if transposed else weight, damping)
                     weight.copy_(solved.T if transposed else solved)
-                    original: Tensor = model.get_parameter(parts[path].parameter)
-                    refitted = weight.detach().clone()
-                    if sharding.is_sharded(original):
-                        refitted = sharding.shard_like(refitted, original)
-                    weights[parts[path].parameter] = refitted
+                    weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
+                for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
+                    output = _refit_experts(
+                        model, block, smaller, group_set, members, plan, stream, pruned, damping, total
+                    )
+                    weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
                 dense, pruned = following, _run(smaller, pruned, stream.calls[name])
     return weights
+
+
+def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A refitted weight, sharded as the model's own is."""
+    refitted, original = weight.detach().clone(), model.get_parameter(name)
+    return sharding.shard_like(refitted, original) if sharding.is_sharded(original) else refitted
+
+
+def _is_of_experts(model: nn.Module, group_set: GroupSet) -> bool:
+    """Whether the groups are channels of experts whose weights are one tensor of three dimensions."""
+    return any(part.opaque and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers)
+
+
+def _refit_experts(
+    model: nn.Module,
+    block: nn.Module,
+    smaller: nn.Module,
+    group_set: GroupSet,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    stream: _Stream,
+    pruned: Sequence[Tensor],
+    damping: float,
+    total: Callable[[Tensor], Tensor] | None,
+) -> str:
+    """Refit every expert, in the pruned stream, to what it gives there with all its channels; the parameter's name."""
+    name, (part,) = group_set.block, group_set.consumers
+    others = [e for e in plan.entries if e.key in {s.key for s in members} - {group_set.key}]
+    rest = replace(plan, entries=tuple(others))
+    whole = copy.deepcopy(block)
+    cut_block(whole, name, rest, members, parameter_cuts(model, rest, members))
+    state = smaller.state_dict()
+    for key, parameter in whole.named_parameters():
+        if state[key].shape == parameter.shape:
+            parameter.copy_(state[key])
+    path, _, output = part.parameter.removeprefix(f"{name}.").rpartition(".")
+    kept = next(torch.tensor(e.kept) for e in plan.entries if e.key == group_set.key)
+    gram, cross = expert_equations(whole, path, output, part.dim, kept, pruned, stream.calls[name], stream.masks)
+    if total is not None:
+        gram, cross = total(gram), total(cross)
+    weights = smaller.get_parameter(f"{path}.{output}")
+    for expert, weight in enumerate(weights):
+        # an expert that no token went to says nothing
+        if float(gram[expert].diagonal().sum()) > 0:
+            solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, damping)
+            weight.copy_(solved if part.dim == 2 else solved.T)
+    return part.parameter
 
 
 @torch.no_grad()
@@ -225,7 +281,7 @@ def _record(
 
     def after(stream: _Stream) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            last[stream.blocks[0]] = _hidden(output)
+            last[stream.blocks[0]] = hidden_output(output)
 
         return hook
 
@@ -261,16 +317,8 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return hidden, (), named
 
 
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _run(block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [_hidden(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
-
-
-class _Reached(Exception):
-    """Ends a forward once everything that was wanted of it is known."""
+    return [hidden_output(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
 
 
 def _trace(
@@ -291,14 +339,14 @@ def _trace(
                 output.reshape(*shape, output.shape[-1]).clone(),
             )
             if path == until:
-                raise _Reached
+                raise Reached
 
         return after
 
     handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
-        return _hidden(block(x, *call[0], **call[1])), found
-    except _Reached:
+        return hidden_output(block(x, *call[0], **call[1])), found
+    except Reached:
         return None, found
     finally:
         for handle in handles:

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from lit_prune.figures import figure_rows
 from lit_prune.files import replacing, write_text
+from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
 
 KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
-_UNITS = {"attention": "head groups", "mlp": "channels"}
+_UNITS = {"attention": "head groups", "mlp": "channels", BLOCK: "blocks"}
 
 
 def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
@@ -48,9 +49,14 @@ def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
         key: (int(layer), int(size)) for key, layer, size in zip(table.keys, table.layers, table.sizes, strict=True)
     }
     kept = {key: size for key, (_, size) in sizes.items()}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         sizes[entry.key] = (entry.layer, entry.size)
         kept[entry.key] = len(entry.kept)
+    for block in plan.removed_blocks:
+        kept |= {key: 0 for key in kept if is_inside(key[0], block)}
+        if (block, BLOCK) not in kept:
+            # it left at an earlier stage than that of the table
+            sizes[block, BLOCK], kept[block, BLOCK] = (stack_of(block)[1], 1), 0
     kinds = list(dict.fromkeys(kind for _, kind in sizes))
     figure = Figure(figsize=(9, 2.6 * len(kinds)), layout="constrained")
     for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
@@ -122,7 +128,7 @@ def score_figure(table: GroupTable) -> Figure:
     positive = scores > 0
     shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
     low, high = float(shown.min()), max(float(shown.max()), float(shown.min()) + 1e-3)
-    cut = float(shown[~kept].max()) if (~kept).any() else None
+    cut = float(shown[table.leaving].max()) if table.leaving.any() else None
     step = (high - low) / 60
     # an edge just above the cut, so that no bar holds scores of both sides
     start = low if cut is None else cut + 1e-6 * step - step * math.ceil((cut - low) / step + 1e-6)

@@ -15,7 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lit_prune.errors import BudgetError
+from lit_prune.errors import BudgetError, SmallBudgetError
+from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
 
 
@@ -26,12 +27,13 @@ class Limits:
     Args:
         min_groups: At least so many groups stay in every group set. With 0 (and ``min_fraction=0``) a layer may lose its
             whole attention or MLP, where the architecture can do without it.
-        min_fraction: At least this fraction of the groups of every set stays, in [0, 1].
+        min_fraction: At least this fraction of the groups of every set stays, in [0, 1]. Both floors are also those of
+            the number of blocks, one of which stays in any case; a block that leaves takes all that is in it along.
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
-            are searched in the names of the group sets.
+            are searched in the names of the group sets. A block stays if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of. A set that starts out
             uneven may stay as it is.
-        kinds: The kinds that may leave; ``None`` for all.
+        kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
 
@@ -56,6 +58,11 @@ class Limits:
             if multiple < 1:
                 raise ValueError(f"multiple_of[{kind!r}] must be 1 or more; found {multiple}.")
 
+    @property
+    def blocks(self) -> bool:
+        """Whether whole blocks may leave."""
+        return BLOCK in (self.kinds or ())
+
     def floor(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
         """The number of groups that must stay in every group set, int array of shape ``(sets,)``.
 
@@ -71,6 +78,8 @@ class Limits:
         fraction = np.ceil(self.min_fraction * whole - 1e-9)
         least = np.maximum(self.min_groups, 0 if table.minimum is None else table.minimum)
         floor = np.minimum(np.maximum(least, fraction), sizes).astype(np.int64)
+        whole_block = np.array([kind == BLOCK for _, kind in table.keys])
+        floor[whole_block] = 0
         known = sorted({kind for _, kind in table.keys})
         for kind in (*(self.kinds or ()), *self.multiple_of):
             if kind not in known:
@@ -90,7 +99,22 @@ class Limits:
                     f" names like {table.keys[0][0]!r}."
                 )
             floor[chosen] = sizes[chosen]
+            floor[whole_block & np.isin(np.arange(len(sizes)), table.block_of_set[chosen])] = 1
+        self._keep_blocks(table, floor, original or {})
         return floor
+
+    def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
+        """Let so many blocks of every list stay as the floors say, those of the highest scores."""
+        stacks: dict[str, list[int]] = {}
+        for position, (name, kind) in enumerate(table.keys):
+            if kind == BLOCK:
+                stacks.setdefault(stack_of(name)[0], []).append(position)
+        for stack, members in stacks.items():
+            whole = original.get((stack, BLOCK), len(members))
+            least = max(1, self.min_groups, math.ceil(self.min_fraction * whole - 1e-9))
+            candidates = [p for p in members if not floor[p]]
+            candidates.sort(key=lambda p: table.score[table.offsets[p]])
+            floor[candidates[max(len(members) - least, 0) :]] = 1
 
 
 def select(
@@ -119,9 +143,10 @@ def select(
     """
     limits = limits or Limits()
     step_of_row, step_score, step_cost = _steps(table, limits, original)
-    available = int(step_cost.sum())
+    cost_of = _Cost(table, step_of_row, step_cost)
+    available = int(cost_of(np.arange(len(step_cost))).sum())
     if budget > available:
-        total = int(table.cost.sum())
+        total = int(table.cost[table.block_of_row < 0].sum())
         raise BudgetError(
             f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may leave"
             f" under the floors (min_groups={limits.min_groups}, min_fraction={limits.min_fraction}), protections"
@@ -130,18 +155,16 @@ def select(
         )
     if len(step_cost) == 0 or budget < step_cost.min():
         smallest = int(step_cost.min()) if len(step_cost) else None
-        raise BudgetError(
+        raise SmallBudgetError(
             f"The budget of {budget:,} parameters is less than the smallest removable group ({smallest})."
         )
-    order_of_step = table.set_of_row[_first_row(step_of_row, len(step_cost))]
+    set_of_step = table.set_of_row[_first_row(step_of_row, len(step_cost))]
     if limits.uniform:
-        kinds = list(dict.fromkeys(kind for _, kind in table.keys))
-        order_of_step = np.array([kinds.index(kind) for _, kind in table.keys])[order_of_step]
-    chosen = _fill(step_score, step_cost, order_of_step, budget)
-    removed = np.zeros(len(table), dtype=bool)
-    inside = step_of_row >= 0
-    removed[inside] = chosen[step_of_row[inside]]
-    return ~removed
+        set_of_step = _uniform_units(table)[set_of_step]
+    chosen = _fill(step_score, cost_of, set_of_step, budget)
+    # a step more for the rows that are in none
+    removed = np.append(chosen, False)[step_of_row]
+    return ~(removed | np.append(chosen, False)[cost_of.block_step])
 
 
 def _first_row(step_of_row: np.ndarray, steps: int) -> np.ndarray:
@@ -185,43 +208,84 @@ def _steps(
     return step_of_row, step_score, cost
 
 
+class _Cost:
+    """What steps cost, given what leaves before them: a block is charged what is still there, what is in it nothing after it.
+
+    Args:
+        table: The group table.
+        step_of_row: The step of every row, -1 for rows that stay.
+        step_cost: The cost of every step by itself.
+    """
+
+    def __init__(self, table: GroupTable, step_of_row: np.ndarray, step_cost: np.ndarray) -> None:
+        # the step with which the block around a row leaves, -1 if it has none or that stays
+        self.block_step = np.append(step_of_row, -1)[table.block_of_row]
+        self._nested = self.block_step >= 0
+        self._step, self._block = step_of_row[self._nested], self.block_step[self._nested]
+        self._row_cost, self._step_cost = table.cost[self._nested], step_cost
+
+    def __call__(self, steps: np.ndarray, gone: np.ndarray | None = None, *, in_turn: bool = True) -> np.ndarray:
+        """The cost of every one of some steps, after those marked in ``gone`` and, if in turn, those before it."""
+        cost, never = self._step_cost, len(self._step_cost)
+        if len(self._row_cost):
+            when = np.full(never + 1, never)
+            if in_turn:
+                when[steps] = np.arange(len(steps))
+            if gone is not None:
+                when[:-1][gone] = -1
+            by_itself, by_block = when[self._step], when[self._block]
+            free = (by_block < by_itself) & (self._step >= 0)
+            paid = by_itself < by_block
+            cost = cost - np.bincount(self._step[free], self._row_cost[free], never).astype(np.int64)
+            cost -= np.bincount(self._block[paid], self._row_cost[paid], never).astype(np.int64)
+            cost = np.maximum(cost, 0)
+        return cost[steps]
+
+
+def _uniform_units(table: GroupTable) -> np.ndarray:
+    """For every set the number of those that keep the same width: sets of a kind, but every block by itself."""
+    units: dict[tuple[str, str], int] = {}
+    return np.array([units.setdefault((name if kind == BLOCK else "", kind), len(units)) for name, kind in table.keys])
+
+
 def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Let the n-th steps of all group sets of a kind leave together.
 
     Raises:
         BudgetError: If the sets of a kind differ in size, or in what the limits let leave.
     """
-    kinds = list(dict.fromkeys(kind for _, kind in table.keys))
-    kind_of_set = np.array([kinds.index(kind) for _, kind in table.keys])
+    unit_of_set = _uniform_units(table)
     steps, offset = np.diff(starts), [0]
-    for number, kind in enumerate(kinds):
-        members = kind_of_set == number
+    for number in range(unit_of_set.max() + 1):
+        members = unit_of_set == number
+        kind = table.keys[int(np.argmax(members))][1]
         if len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1:
             raise BudgetError(
                 f"A uniform plan needs {kind} group sets of one size and with the same limits; found sizes"
                 f" {sorted(set(table.sizes[members].tolist()))} and removable steps {sorted(set(steps[members].tolist()))}."
             )
         offset.append(offset[-1] + int(steps[members][0]))
-    merged = np.array(offset[:-1])[kind_of_set][table.set_of_row] + step_of_row - starts[:-1][table.set_of_row]
+    merged = np.array(offset[:-1])[unit_of_set][table.set_of_row] + step_of_row - starts[:-1][table.set_of_row]
     return np.where(step_of_row >= 0, merged, -1), np.array(offset)
 
 
-def _fill(score: np.ndarray, cost: np.ndarray, sets: np.ndarray, budget: int) -> np.ndarray:
+def _fill(score: np.ndarray, cost_of: _Cost, sets: np.ndarray, budget: int) -> np.ndarray:
     """Take steps by ascending score; skip those that overshoot, and with one of them the later steps of its set."""
-    chosen = np.zeros(len(cost), dtype=bool)
+    chosen = np.zeros(len(score), dtype=bool)
     order = np.argsort(score, kind="stable")
     left = budget
     while len(order):
-        total = cost[order].cumsum()
+        total = cost_of(order, chosen).cumsum()
         taken = int(np.searchsorted(total, left, side="right"))
-        chosen[order[:taken]] = True
         if taken:
             left -= int(total[taken - 1])
+        chosen[order[:taken]] = True
         if taken == len(order):
             break
         blocked = sets[order[taken]]
         order = order[taken + 1 :]
-        order = order[(sets[order] != blocked) & (cost[order] <= left)]
+        order = order[sets[order] != blocked]
+        order = order[cost_of(order, chosen, in_turn=False) <= left]
     return chosen
 
 

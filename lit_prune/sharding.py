@@ -6,7 +6,7 @@ than one parameter at a time, and gradients are never gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_prune.errors import UnsupportedStrategyError
-from lit_prune.groups import GroupSet, Slice
+from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -38,9 +38,11 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
 
     Raises:
         UnsupportedStrategyError: If their parameters are sharded over more than one dimension of a mesh (tensor
-            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model.
+            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model; or if
+            whole blocks may leave that are not units of their own.
     """
-    managed = {id(p.sharded_param) for p in _managed(model)}
+    group_sets = list(group_sets)
+    units = {id(p.sharded_param): name for name, p in _managed(model)}
     for name in {part.parameter: None for group_set in group_sets for part in group_set.slices}:
         parameter = model.get_parameter(name)
         if not isinstance(parameter, DTensor):
@@ -51,11 +53,19 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
                 f" {tuple(parameter.device_mesh.shape)}; expected shards along one mesh dimension. Use fully_shard with"
                 " ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
-        if id(parameter) not in managed:
+        if id(parameter) not in units:
             raise UnsupportedStrategyError(
                 f"{name!r} is sharded, but not by torch.distributed.fsdp.fully_shard on a module within the model; expected"
                 " that, in configure_model, on every block."
             )
+    for block in (s for s in group_sets if s.kind == BLOCK):
+        for part in block.slices:
+            unit = units.get(id(model.get_parameter(part.parameter)), block.name)
+            if not is_inside(unit, block.name):
+                raise UnsupportedStrategyError(
+                    f"{part.parameter!r} is sharded as a part of {unit or 'the whole model'!r}, which holds more than the block"
+                    f" {block.name!r} that may leave. Use fully_shard, in configure_model, on every block, or prune other kinds."
+                )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -78,12 +88,12 @@ def local_range(tensor: DTensor) -> tuple[int, int, int]:
     return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
 
 
-def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
+def gather(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
     """What this process's part of a parameter adds to every group of a slice.
 
     Args:
         part: The slice.
-        values: One number for every element of the local part.
+        line: One number for every position of the local part along the slice's dimension.
         parameter: The parameter.
 
     Returns:
@@ -92,8 +102,8 @@ def reduce(part: Slice, values: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         dim, start, _ = local_range(parameter)
         if dim == part.dim:
-            return part.reduce(values, start, parameter.shape[dim])
-    return part.reduce(values)
+            return part.gather(line, start, parameter.shape[dim])
+    return part.gather(line)
 
 
 def local_part(values: Tensor, parameter: Tensor) -> Tensor:
@@ -127,15 +137,31 @@ def shard_like(whole: Tensor, like: DTensor) -> DTensor:
     )
 
 
-def _managed(model: nn.Module) -> Iterator[Any]:
-    """FSDP2's own record of every parameter that it shards."""
-    for module in model.modules():
+def _managed(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """FSDP2's own record of every parameter that it shards, with the name of the module that it shards it as a part of."""
+    for name, module in model.named_modules():
         if hasattr(module, "_get_fsdp_state"):
-            state = module._get_fsdp_state()  # type: ignore[operator]
+            state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for group in groups:
                 if group is not None:
-                    yield from group.fsdp_params
+                    yield from ((name, record) for record in group.fsdp_params)
+
+
+def release(block: nn.Module) -> Callable[[], None]:
+    """Let FSDP2 forget a block that leaves its model, whose parameters it manages from within; return what undoes this."""
+    lists = []
+    for module in block.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            lists.append((state._state_ctx.all_states, list(state._state_ctx.all_states)))
+            state._state_ctx.all_states[:] = [s for s in state._state_ctx.all_states if s is not state]
+
+    def undo() -> None:
+        for states, before in reversed(lists):
+            states[:] = before
+
+    return undo
 
 
 def reshard(model: nn.Module) -> None:
@@ -156,7 +182,7 @@ def replace(root: nn.Module, old: DTensor, whole: Tensor) -> nn.Parameter:
     Returns:
         The new sharded parameter, which is in its place already.
     """
-    record = next(p for p in _managed(root) if p.sharded_param is old)
+    record = next(p for _, p in _managed(root) if p.sharded_param is old)
     placement = record.fsdp_placement
     new = nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad)
     # FSDP2's own set-up of one parameter, once more: sizes, padding, the shard, and its place in the modules

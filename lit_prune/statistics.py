@@ -3,13 +3,17 @@
 Gradients can be kept in two ways. ``elementwise`` keeps a tensor of each parameter's shape in CPU memory. ``streaming``
 reduces each batch to one number a group as soon as a parameter's gradient is ready, for every statistic that enters a
 criterion linearly (see METHODS: the second-order term and the mean absolute gradient are linear, the mean gradient
-under an absolute value is not and stays elementwise, on the parameter's own device). ``mask_gradient``, the derivative
-of the loss by a mask of the groups, is a number a group and batch in either way.
+under an absolute value is not and stays elementwise, on the parameter's own device or offloaded). ``mask_gradient``, the
+derivative of the loss by a mask of the groups, is a number a group and sample in either way (:mod:`lit_prune.masks`).
+
+Nothing here reads a value back from the device between two batches; what has to be finite is looked at after the last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +24,9 @@ from torch import Tensor, nn
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
-from lit_prune.groups import GroupSet, Slice, check_names
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
+from lit_prune.masks import MaskCollector, observable, watch_block
+from lit_prune.reduction import add_line, piece_size, pieces, product_lines
 
 if TYPE_CHECKING:
     from lit_prune.importance import Term
@@ -30,9 +36,28 @@ GROUPWISE = ("mask_gradient",)
 ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
 STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
 MODES = ("streaming", "elementwise")
+GRADIENT_DTYPES = ("float32", "bfloat16")
+# the sums over tokens that a statistic of activations is made of
+_SUMS = {
+    "activation_mean_abs": ("sum_abs",),
+    "activation_l1": ("sum_abs",),
+    "activation_l2": ("sum_squares",),
+    "activation_variance": ("sum", "sum_squares"),
+}
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
+
+
+_OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": _identity,
+    "sum_abs": torch.abs,
+    "sum_squares": torch.square,
+}
 
 _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
-    "gradient": lambda g: g,
+    "gradient": _identity,
     "absolute_gradient": torch.abs,
     "squared_gradient": torch.square,
 }
@@ -40,52 +65,48 @@ _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class ActivationStatistics:
-    """Running sums over the tokens that a projection saw, one number an input feature, in float64.
+    """Sums over the tokens that a projection saw, one number an input feature.
 
     Args:
         count: Number of tokens.
-        sum: Sum of the values, shape ``(in_features,)``.
-        sum_abs: Sum of the absolute values.
-        sum_squares: Sum of the squares.
+        sums: Those of the sums ``"sum"`` (of the values), ``"sum_abs"`` and ``"sum_squares"`` that were asked for, float64
+            tensors of shape ``(in_features,)``.
     """
 
     count: int
-    sum: Tensor
-    sum_abs: Tensor
-    sum_squares: Tensor
+    sums: dict[str, Tensor]
 
-    def update(self, inputs: Tensor) -> None:
-        """Add tokens of shape ``(tokens, in_features)``."""
-        inputs = inputs.float()
-        self.count += inputs.shape[0]
-        self.sum += inputs.sum(dim=0)
-        self.sum_abs += inputs.abs().sum(dim=0)
-        self.sum_squares += inputs.square().sum(dim=0)
+    def _total(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise CalibrationError(
+                f"Calibration kept {sorted(self.sums)} of the inputs, not {name!r}: ask for activations=True."
+            )
+        return self.sums[name]
 
     @property
     def mean(self) -> Tensor:
         """Mean of each feature."""
-        return self.sum / self.count
+        return self._total("sum") / self.count
 
     @property
     def mean_abs(self) -> Tensor:
         """Mean absolute value of each feature."""
-        return self.sum_abs / self.count
+        return self._total("sum_abs") / self.count
 
     @property
     def l1(self) -> Tensor:
         """L1 norm of each feature over all tokens."""
-        return self.sum_abs
+        return self._total("sum_abs")
 
     @property
     def l2(self) -> Tensor:
         """L2 norm of each feature over all tokens."""
-        return self.sum_squares.sqrt()
+        return self._total("sum_squares").sqrt()
 
     @property
     def variance(self) -> Tensor:
         """Population variance of each feature."""
-        return (self.sum_squares / self.count - self.mean.square()).clamp_min(0)
+        return (self._total("sum_squares") / self.count - self.mean.square()).clamp_min(0)
 
 
 @dataclass
@@ -95,8 +116,8 @@ class Statistics:
     Args:
         batches: Number of calibration batches.
         tokens: Number of tokens that the first observed projection saw (0 without activation statistics).
-        elementwise: By statistic and parameter, a float32 tensor of the parameter's shape, a mean over the batches; of
-            a sharded parameter only the local shard.
+        elementwise: By statistic and parameter, a tensor of the parameter's shape, a mean over the batches; of a sharded
+            parameter only the local shard.
         reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,
             a mean over the batches; of a sharded parameter only what the local shard adds to it. Terms of whole groups
             (``mask_gradient``) are at position 0, and whole in every process.
@@ -120,9 +141,7 @@ class Statistics:
         for name in sorted(self.activations):
             activation = self.activations[name]
             activation.count = int(ranks.sum(torch.tensor(activation.count)))
-            activation.sum = ranks.sum(activation.sum)
-            activation.sum_abs = ranks.sum(activation.sum_abs)
-            activation.sum_squares = ranks.sum(activation.sum_squares)
+            activation.sums = {key: ranks.sum(value) for key, value in activation.sums.items()}
 
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
@@ -157,6 +176,8 @@ def collect_statistics(
     *,
     mode: str = "streaming",
     activations: bool = False,
+    gradient_dtype: str = "float32",
+    offload_gradients: bool = False,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
@@ -173,7 +194,11 @@ def collect_statistics(
             return ``None``.
         terms: The terms whose statistics are needed.
         mode: ``"streaming"`` or ``"elementwise"``.
-        activations: Observe the inputs of the projections even if no term asks for it.
+        activations: Observe all sums of the projections' inputs even if no term asks for them.
+        gradient_dtype: What gradients are accumulated in, where a term needs them element by element: ``"float32"``, or
+            ``"bfloat16"`` for half the memory and a mean of about two decimal digits.
+        offload_gradients: Accumulate them in CPU memory, copied there while the device computes on. ``"elementwise"``
+            always does.
         root: The module that holds the model and computes the loss, if there is more to it than the model: its modes
             and gradients are guarded as well.
         ranks: The processes of a distributed run, each of which calls this with its own batches. A batch is then the
@@ -184,10 +209,9 @@ def collect_statistics(
         CalibrationError: If there is no batch, the loss is missing or does not depend on the parameters, or a loss or
             gradient is not finite; the message names the batch and the parameter.
         UnsupportedModelError: If the group sets are of another model.
-        ValueError: For an unknown mode.
+        ValueError: For an unknown mode or dtype.
     """
-    if mode not in MODES:
-        raise ValueError(f"Unknown statistics mode {mode!r}; expected one of {', '.join(MODES)}.")
+    check_gathering(mode, gradient_dtype)
     check_names(model, group_sets)
     terms = list(dict.fromkeys(terms))
     root = model if root is None else root
@@ -196,24 +220,33 @@ def collect_statistics(
     gradients = bool(needed & {*ELEMENTWISE, *GROUPWISE})
     statistics = Statistics()
     losses: list[Tensor] = []
-    collector = _GradientCollector(model, root, group_sets, terms, mode, ranks) if gradients else None
+    accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
+    masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
+    of_weights = [t for t in terms if t not in masked]
+    collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
+    masks = MaskCollector(model, group_sets, masked, ranks) if masked else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
         observer = None
-        if activations or needed & set(ACTIVATION):
-            observer = stack.enter_context(_ActivationObserver(model, group_sets))
+        sums = {s for name in (ACTIVATION if activations else needed & set(ACTIVATION)) for s in _SUMS[name]}
+        if sums:
+            observer = stack.enter_context(_ActivationObserver(model, group_sets, sorted(sums)))
         if collector is not None:
             stack.enter_context(collector)
+        if masks is not None:
+            stack.enter_context(masks)
         stack.enter_context(torch.set_grad_enabled(gradients))
         for number, batch in enumerate(_together(batches, ranks)):
             if observer is not None:
-                observer.mask = attention_mask_of(batch)
+                observer.start_batch(attention_mask_of(batch))
             loss = loss_fn(batch)
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
+                if masks is not None:
+                    masks.start_batch()
                 loss.backward()  # type: ignore[union-attr]
-                collector.end_batch()
+                collector.end_batch(masks.end_batch() if masks is not None else [])
             elif isinstance(loss, Tensor):
                 losses.append(loss.detach().float().mean())
             statistics.batches += 1
@@ -232,18 +265,33 @@ def collect_statistics(
         statistics.loss = float(stacked.mean())
     if collector is not None:
         collector.finish(statistics)
+    if masks is not None:
+        statistics.reduced.update(masks.finish())
     if observer is not None:
-        statistics.activations = observer.statistics
-        missing = sorted({s.module for g in group_sets for s in g.slices if s.observable} - set(observer.statistics))
+        statistics.activations = observer.finish()
+        modules = {s.module for g in group_sets for s in g.slices if s.observable}
+        missing = sorted(modules - set(statistics.activations))
         if not _everywhere(not missing, ranks):
             named = missing[:5] or "modules that another process's batches went through"
             raise CalibrationError(f"No calibration batch went through {named}; their inputs cannot be measured.")
         if ranks is not None:
             statistics.reduce_activations(ranks)
-        for name, activation in observer.statistics.items():
-            if not bool(activation.sum_squares.isfinite().all()):
+        for name, activation in statistics.activations.items():
+            if not all(bool(value.isfinite().all()) for value in activation.sums.values()):
                 raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
     return statistics
+
+
+def check_gathering(mode: str, gradient_dtype: str) -> None:
+    """Refuse an unknown way to gather gradients.
+
+    Raises:
+        ValueError: If the mode is none of :data:`MODES`, or the dtype none of :data:`GRADIENT_DTYPES`.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Unknown statistics mode {mode!r}; expected one of {', '.join(MODES)}.")
+    if gradient_dtype not in GRADIENT_DTYPES:
+        raise ValueError(f"Unknown gradient_dtype {gradient_dtype!r}; expected one of {', '.join(GRADIENT_DTYPES)}.")
 
 
 def _everywhere(flag: bool, ranks: Ranks | None) -> bool:
@@ -293,11 +341,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class _ActivationObserver:
     """Forward hooks that keep running sums of every projection's input."""
 
-    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet], sums: Sequence[str]) -> None:
         self._modules = {s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices if s.observable}
+        self._sums = sums
         self._handles: list[Any] = []
-        self.statistics: dict[str, ActivationStatistics] = {}
-        self.mask: Tensor | None = None
+        self._totals: dict[str, dict[str, Tensor]] = {}
+        # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
+        self._last: tuple[weakref.ref[Tensor], int, dict[str, Tensor]] | None = None
+        self._mask: Tensor | None = None
+
+    def start_batch(self, mask: Tensor | None) -> None:
+        """Note which of the batch's tokens are real, by a mask of shape ``(batch, tokens)``; all, if ``None``."""
+        self._mask = mask
+        self._last = None
 
     def __enter__(self) -> _ActivationObserver:
         for name, module in self._modules.items():
@@ -308,20 +364,108 @@ class _ActivationObserver:
         for handle in self._handles:
             handle.remove()
 
+    def finish(self) -> dict[str, ActivationStatistics]:
+        """The statistics of every module that was called."""
+        counts = {name: int(totals.pop("count")) for name, totals in self._totals.items()}
+        return {name: ActivationStatistics(counts[name], totals) for name, totals in self._totals.items()}
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0].detach()
-            inputs = inputs.reshape(-1, inputs.shape[-1])
-            # some models flatten batch and tokens before a projection
-            if self.mask is not None and self.mask.numel() == len(inputs):
-                inputs = inputs[self.mask.flatten().bool()]
-            if name not in self.statistics:
-                zeros = torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
-                self.statistics[name] = ActivationStatistics(0, zeros, zeros.clone(), zeros.clone())
-            self.statistics[name].update(inputs)
+            inputs: Tensor = args[0]
+            version = 0 if inputs.is_inference() else inputs._version
+            if self._last is None or self._last[0]() is not inputs or self._last[1] != version:
+                self._last = (weakref.ref(inputs), version, self._sums_of(inputs.detach()))
+            totals = self._totals.get(name)
+            if totals is None:
+                self._totals[name] = {key: value.double() for key, value in self._last[2].items()}
+                return
+            for key, value in self._last[2].items():
+                totals[key] += value
 
         return hook
+
+    def _sums_of(self, inputs: Tensor) -> dict[str, Tensor]:
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        mask = self._mask
+        # some models flatten batch and tokens before a projection
+        mask = mask.flatten().bool()[:, None] if mask is not None and mask.numel() == len(inputs) else None
+        result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
+        for index in pieces(inputs.shape, piece_size(inputs.device)):
+            part = inputs[index].float()
+            if mask is not None:
+                # not by index, which would wait for the device to say how many there are
+                part = torch.where(mask[index], part, 0.0)
+            for key, line in result.items():
+                line += _OF_INPUTS[key](part).sum(dim=0)
+        result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
+        return result
+
+
+class _Accumulator:
+    """Sums tensors by key, in a dtype, where they are or in CPU memory.
+
+    What comes from a CUDA device is copied into pinned memory by a stream of its own and added by the CPU a few tensors
+    later, so that neither waits for the other.
+
+    Args:
+        dtype: The dtype of the sums.
+        offload: Whether to keep them in CPU memory.
+        depth: How many copies may be under way.
+    """
+
+    def __init__(self, dtype: torch.dtype, offload: bool, depth: int = 2) -> None:
+        self.sums: dict[Any, Tensor] = {}
+        self._dtype = dtype
+        self._offload = offload
+        self._depth = depth
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._copies: deque[tuple[Any, Tensor, torch.cuda.Event]] = deque()
+
+    def add(self, key: Any, value: Tensor) -> None:
+        """Add a tensor, which nothing may change afterwards."""
+        if self._offload and value.is_cuda:
+            self._copies.append((key, *self._copy(value)))
+            if len(self._copies) > self._depth:
+                self._add_copy()
+        else:
+            self._add(key, value.cpu() if self._offload else value)
+
+    def _add(self, key: Any, value: Tensor) -> None:
+        if key in self.sums:
+            self.sums[key] += value
+        elif value.dtype == self._dtype and value._base is None and value.is_contiguous():
+            self.sums[key] = value
+        else:
+            self.sums[key] = value.to(self._dtype, copy=True)
+
+    def _copy(self, value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        if value.device not in self._streams:
+            self._streams[value.device] = torch.cuda.Stream(value.device)
+        stream = self._streams[value.device]
+        stream.wait_stream(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(stream):
+            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            pinned.copy_(value, non_blocking=True)
+            event = stream.record_event()
+        # its memory may be given out again only when the copy is done
+        value.record_stream(stream)
+        return pinned, event
+
+    def _add_copy(self) -> None:
+        key, pinned, event = self._copies.popleft()
+        event.synchronize()
+        if key in self.sums:
+            self.sums[key] += pinned
+        else:
+            # not the buffer itself: pinned memory is scarce, and goes back to be filled again
+            self.sums[key] = torch.empty(pinned.shape, dtype=self._dtype).copy_(pinned)
+
+    def finish(self) -> dict[Any, Tensor]:
+        """The sums, once all copies have come in."""
+        while self._copies:
+            self._add_copy()
+        return self.sums
 
 
 class _GradientCollector:
@@ -334,6 +478,7 @@ class _GradientCollector:
         group_sets: Sequence[GroupSet],
         terms: Sequence[Term],
         mode: str,
+        accumulator: _Accumulator,
         ranks: Ranks | None,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -341,19 +486,31 @@ class _GradientCollector:
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
         self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
+        self._blocks = {s.key: model.get_submodule(s.name) for s in group_sets if s.kind == BLOCK and self._groupwise}
+        self._block_gradients: dict[tuple[str, str], Tensor] = {}
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
         for group_set in group_sets:
             for position, part in enumerate(group_set.slices):
                 if any(t.applies(group_set, part) for t in (*self._terms, *self._groupwise)):
                     self._uses.setdefault(part.parameter, []).append((group_set, position))
         self._parameters = {name: parameters[name] for name in self._uses}
+        # by parameter and term: the dimensions along which its groups lie
+        self._dims: dict[str, dict[Term, list[int]]] = {
+            name: {
+                term: list(dict.fromkeys(s.slices[p].dim for s, p in uses if term.applies(s, s.slices[p])))
+                for term in dict.fromkeys([*self._terms, *self._groupwise[:1]])
+            }
+            for name, uses in self._uses.items()
+        }
         frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
         if frozen:
             raise CalibrationError(
                 f"{len(frozen)} parameters to be scored by their gradients are frozen (requires_grad=False), the first"
                 f" {frozen[:3]}. Unfreeze them, or use a criterion that needs no gradient, such as importance='wanda'."
             )
-        self._elementwise: dict[str, dict[str, Tensor]] = {}
+        self._accumulator = accumulator
+        # by term, parameter and dimension: sums over all other dimensions, and over the batches
+        self._lines: dict[tuple[Term, str, int], Tensor] = {}
         self._reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = {}
         self._finite: list[Tensor] = []
         self._batch_finite: dict[str, Tensor] = {}
@@ -379,6 +536,8 @@ class _GradientCollector:
                 parameter.requires_grad_(id(parameter) in scored)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+        for key, block in self._blocks.items():
+            self._handles.append(watch_block(block, self._taker(key)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -393,20 +552,23 @@ class _GradientCollector:
         self._batch_finite = {}
         self._next = 0
 
-    def end_batch(self) -> None:
+    def end_batch(self, unreached: Sequence[str]) -> None:
+        """Finish a batch; ``unreached`` are modules whose masks its backward pass did not reach."""
         seen = self._waiting.keys() | self._batch_finite.keys()
         missing = [name for name in self._parameters if name not in seen]
         for name in missing if self._order else ():
             self._waiting[name] = torch.zeros_like(self._parameters[name])
         self._average_waiting()
+        missing += unreached
         if not _everywhere(not missing, self._ranks):
             raise CalibrationError(
-                f"No gradient reached {missing[:3] or 'some parameters on another process'} ({len(missing)} parameters) in"
+                f"No gradient reached {missing[:3] or 'some place on another process'} ({len(missing)} places) in"
                 f" calibration batch {self._batches}; the loss does not depend on them."
             )
         self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch
-        self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
+        if self._parameters:
+            self._finite.append(torch.stack([self._batch_finite[name] for name in self._parameters]))
         for parameter, _ in self._gradients:
             parameter.grad = None
         self._batches += 1
@@ -425,6 +587,9 @@ class _GradientCollector:
 
         return hook
 
+    def _taker(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
+        return lambda derivatives: self._add(self._block_gradients, key, derivatives.sum().view(1))
+
     def _average_waiting(self) -> None:
         assert self._ranks is not None or not self._order
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
@@ -435,32 +600,39 @@ class _GradientCollector:
     def _take(self, name: str, gradient: Tensor) -> None:
         parameter = self._parameters[name]
         gradient = sharding.local(gradient)
-        self._batch_finite[name] = gradient.sum(dtype=torch.float32).isfinite()
-        gradient = gradient.float()
-        weight = sharding.local(parameter.detach()).float()
-        if self._groupwise:
-            product = weight * gradient
-            for group_set, position in self._uses[name]:
-                part = group_set.slices[position]
-                if self._groupwise[0].applies(group_set, part):
-                    self._add(self._mask_gradients, group_set.key, sharding.reduce(part, product, parameter))
-        elementwise = set()
-        for term in self._terms:
+        weight = sharding.local(parameter.detach())
+        wanted: list[tuple[Callable[[Tensor], Tensor], int, Tensor]] = []
+        masked: dict[int, Tensor] = {}
+        accumulated = set()
+        for term, dims in self._dims[name].items():
             assert term.statistic is not None
-            if self._mode == "elementwise" or term.statistic == "gradient":
-                elementwise.add(term.statistic)
-                continue
-            value = term.function(weight, _PER_BATCH[term.statistic](gradient))
-            for group_set, position in self._uses[name]:
-                part = group_set.slices[position]
-                if term.applies(group_set, part):
-                    reduced = sharding.reduce(part, value, parameter)
-                    self._add(self._reduced, (term, group_set.key, position), reduced)
-        for statistic in elementwise:
-            value = _PER_BATCH[statistic](gradient)
-            if self._mode == "elementwise":
-                value = value.cpu()
-            self._add(self._elementwise.setdefault(statistic, {}), name, value)
+            if term.statistic in GROUPWISE:
+                masked = {dim: weight.new_zeros(weight.shape[dim], dtype=torch.float32) for dim in dims}
+                wanted += [(_identity, dim, line) for dim, line in masked.items()]
+            elif self._mode == "elementwise" or term.statistic == "gradient":
+                accumulated.add(term.statistic)
+            else:
+                lines = {dim: self._line(term, name, dim, weight) for dim in dims}
+                if term.of_product is not None:
+                    wanted += [(term.of_product, dim, line) for dim, line in lines.items()]
+                    continue
+                values = term.function(weight.float(), _PER_BATCH[term.statistic](gradient.float()))
+                for dim, line in lines.items():
+                    add_line(line, values, dim)
+        self._batch_finite[name] = product_lines(weight, gradient, wanted).isfinite()
+        for group_set, position in self._uses[name] if masked else ():
+            part = group_set.slices[position]
+            if self._groupwise[0].applies(group_set, part):
+                self._add(self._mask_gradients, group_set.key, sharding.gather(part, masked[part.dim], parameter))
+        for statistic in accumulated:
+            value = gradient if statistic == "gradient" else _PER_BATCH[statistic](gradient.float())
+            self._accumulator.add((statistic, name), value)
+
+    def _line(self, term: Term, name: str, dim: int, weight: Tensor) -> Tensor:
+        key = (term, name, dim)
+        if key not in self._lines:
+            self._lines[key] = weight.new_zeros(weight.shape[dim], dtype=torch.float32)
+        return self._lines[key]
 
     def _take_mask_gradients(self) -> None:
         shared = sharding.any_sharded(self._parameters.values())
@@ -469,6 +641,10 @@ class _GradientCollector:
             whole = sharding.sum_over_shards(torch.cat([self._mask_gradients[k] for k in keys]), shared)
             sizes = [len(self._mask_gradients[k]) for k in keys]
             self._mask_gradients = dict(zip(keys, whole.split(sizes), strict=True))
+        if self._blocks:
+            of_blocks = torch.cat([self._block_gradients.pop(key) for key in self._blocks])
+            of_blocks = of_blocks if self._ranks is None else self._ranks.mean(of_blocks)
+            self._mask_gradients.update(zip(self._blocks, of_blocks.split(1), strict=True))
         for key, derivative in self._mask_gradients.items():
             for term in self._groupwise:
                 self._add(self._reduced, (term, key, 0), term.function(derivative))
@@ -483,15 +659,26 @@ class _GradientCollector:
 
     def finish(self, statistics: Statistics) -> None:
         """Turn sums into means, and refuse gradients that were not finite."""
-        finite = torch.stack(self._finite)
-        finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
-        if not bool(finite.all()):
-            batch, position = (int(i) for i in (~finite).nonzero()[0])
-            raise CalibrationError(
-                f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
-                " Nothing was pruned."
-            )
-        for value in (*self._reduced.values(), *(v for s in self._elementwise.values() for v in s.values())):
+        if self._finite:
+            finite = torch.stack(self._finite)
+            finite = (finite if self._ranks is None else self._ranks.minimum(finite.int()).bool()).cpu()
+            if not bool(finite.all()):
+                batch, position = (int(i) for i in (~finite).nonzero()[0])
+                raise CalibrationError(
+                    f"The gradient of {list(self._parameters)[position]!r} is not finite in calibration batch {batch}."
+                    " Nothing was pruned."
+                )
+        for name, uses in self._uses.items():
+            for group_set, position in uses:
+                part = group_set.slices[position]
+                for term in self._terms:
+                    line = self._lines.get((term, name, part.dim))
+                    if line is not None and term.applies(group_set, part):
+                        reduced = sharding.gather(part, line, self._parameters[name])
+                        self._reduced[term, group_set.key, position] = reduced
+        sums = self._accumulator.finish()
+        for value in (*self._reduced.values(), *sums.values()):
             value /= self._batches
         statistics.reduced = self._reduced
-        statistics.elementwise = self._elementwise
+        for (statistic, name), value in sums.items():
+            statistics.elementwise.setdefault(statistic, {})[name] = value

@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.base import depth_of
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, check_names
+from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks
 from lit_prune.modeling_pruned import sync_features as _sync_features
-from lit_prune.plan import PLAN_ATTRIBUTE, PruningPlan, get_plan
+from lit_prune.plan import DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPlan, get_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_key = {s.key: s for s in group_sets}
     masks: dict[tuple[str, int], Tensor] = {}
-    for entry in plan.entries:
+    for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
         for part in group_set.slices:
@@ -67,7 +69,6 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
     return cuts
 
 
-@torch.no_grad()
 def apply_plan(
     model: nn.Module,
     plan: PruningPlan,
@@ -80,10 +81,13 @@ def apply_plan(
     Every touched parameter is replaced by a smaller one, one at a time; of the old ones only what leaves is kept until the
     end, so that an error anywhere puts model and optimizers back as they were, without a second copy of the model.
     Parameters that FSDP2 shards are gathered, cut and sharded again one at a time, and so is their optimizer state; all
-    processes have to call this. What can be known to fail is found before the first of them is cut; there is no way back
-    from an error after it.
+    processes have to call this. What leaves is kept as shards until the end, so that an error which all processes meet is
+    undone, too; after an error of one alone (out of memory, a broken connection) the others wait for it in vain.
     The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
     the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
+
+    Blocks that leave are taken out of their list; those behind them move up, also in the cache of keys and values. The model
+    gets a config of its own that says how many there are now, and their parameters leave the optimizers.
 
     Args:
         model: The model, or a module that holds one; changed in place.
@@ -96,8 +100,19 @@ def apply_plan(
         PlanError: If the plan or ``weights`` do not fit the model.
         PruningError: If an optimizer's state cannot be cut.
     """
+    cut(model, plan, optimizers, weights)
+
+
+@torch.no_grad()
+def cut(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Optimizer] = (),
+    weights: Mapping[str, Tensor] | None = None,
+) -> Callable[[], None]:
+    """Do what :func:`apply_plan` does, and return a function that undoes it; that holds on to everything that left."""
     model = find_model(model)[1]
-    group_sets = find_group_sets(model)
+    group_sets = find_group_sets(model, blocks=bool(plan.blocks))
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
     optimizers = list(optimizers)
@@ -116,17 +131,26 @@ def apply_plan(
         sharding.check_layout(model, group_sets)
         _check_sharded(model, cuts, weights, plan, optimizers)
     journal: list[Callable[[], None]] = []
+    places = _places(model)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for step in reversed(journal):
+                step()
+
     try:
         for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
-            _replace_parameter(model, name, cuts.get(name, []), weights.get(name), optimizers, journal)
+            _replace_parameter(model, name, places, cuts.get(name, []), weights.get(name), optimizers, journal)
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
         _set_attributes(model, group_sets, plan, journal)
+        for entry in plan.blocks:
+            _remove_blocks(model, entry, optimizers, journal)
         _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
     except BaseException:
-        for undo in reversed(journal):
-            undo()
+        undo()
         raise
+    return undo
 
 
 def _check_sharded(
@@ -173,9 +197,10 @@ def cut_block(
     """
     prefix = f"{name}."
     journal: list[Callable[[], None]] = []
+    places = _places(block)
     for parameter, parameter_cuts in cuts.items():
         if parameter.startswith(prefix):
-            _replace_parameter(block, parameter.removeprefix(prefix), parameter_cuts, None, (), journal)
+            _replace_parameter(block, parameter.removeprefix(prefix), places, parameter_cuts, None, (), journal)
     _set_attributes(block, [s for s in group_sets if s.block == name], plan, journal, prefix)
 
 
@@ -198,8 +223,79 @@ def _set_attributes(
                 journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
 
 
+def _remove_blocks(
+    model: nn.Module, entry: PlanEntry, optimizers: Sequence[Optimizer], journal: list[Callable[[], None]]
+) -> None:
+    """Take blocks out of their list, out of the optimizers, and out of what the model says of its depth."""
+    blocks: Any = model.get_submodule(entry.name)
+    gone = [blocks[i] for i in set(range(entry.size)) - set(entry.kept)]
+    for optimizer in optimizers:
+        _remove_from_optimizer(optimizer, [p for block in gone for p in block.parameters()], journal)
+    journal.extend(sharding.release(block) for block in gone)
+    journal.append(keep_blocks(blocks, entry.kept))
+    holder = model.get_submodule(entry.name.rpartition(".")[0])
+    for name in depth_of(model) or ():
+        value = None if name.startswith("config.") else getattr(holder, name, None)
+        if _counts_blocks(value, entry):
+            _set_attribute(holder, name, of_kept_blocks(value, entry.kept), journal)
+    if fields := depth_fields(model, entry):
+        journal.append(change_config(model, {n: of_kept_blocks(v, entry.kept) for n, v in fields.items()}))
+        _set_attribute(model, DEPTH_ATTRIBUTE, {**fields, **getattr(model, DEPTH_ATTRIBUTE, {})}, journal)
+
+
+def depth_fields(model: nn.Module, entry: PlanEntry) -> dict[str, Any]:
+    """The fields of a model's config that say how many blocks there are, or something for each of them.
+
+    Args:
+        model: The model, before blocks leave.
+        entry: What the plan says of its blocks.
+
+    Returns:
+        Their values by name.
+    """
+    config: Any = getattr(model, "config", None)
+    fields = {}
+    for name in depth_of(model) or ():
+        if name.startswith("config.") and _counts_blocks(getattr(config, name.removeprefix("config."), None), entry):
+            field = config.attribute_map.get(name.removeprefix("config."), name.removeprefix("config."))
+            fields[field] = getattr(config, field)
+    return fields
+
+
+def _counts_blocks(value: Any, entry: PlanEntry) -> bool:
+    return value == entry.size or (isinstance(value, (list, tuple)) and len(value) == entry.size)
+
+
+def _remove_from_optimizer(
+    optimizer: Optimizer, gone: Sequence[nn.Parameter], journal: list[Callable[[], None]]
+) -> None:
+    identities = {id(p) for p in gone}
+    groups = [(group, group["params"]) for group in optimizer.param_groups]
+    states: dict[Tensor, Any] = {p: optimizer.state[p] for p in gone if p in optimizer.state}
+
+    def undo() -> None:
+        for group, parameters in groups:
+            group["params"] = parameters
+        optimizer.state.update(states)
+
+    journal.append(undo)
+    for group, parameters in groups:
+        group["params"] = [p for p in parameters if id(p) not in identities]
+    for parameter in states:
+        del optimizer.state[parameter]
+
+
 def _is_added(name: str, plan: PruningPlan) -> bool:
     return name.removesuffix(".bias") in plan.biases
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of every parameter, the modules that hold it and the name that they hold it by."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    return places
 
 
 def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[Tensor]]:
@@ -225,16 +321,16 @@ def _paste(tensor: Tensor, cuts: Sequence[Cut], left: Sequence[Tensor]) -> Tenso
 def _replace_parameter(
     model: nn.Module,
     name: str,
+    places: Mapping[int, Sequence[tuple[nn.Module, str]]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
     journal: list[Callable[[], None]],
 ) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old: nn.Parameter = getattr(module, attribute)
+    old = model.get_parameter(name)
+    owners = places[id(old)]
     if isinstance(old, DTensor):
-        _replace_sharded(model, name, old, cuts, values, optimizers)
+        _replace_sharded(model, old, owners, cuts, values, optimizers, journal)
         return
     data, left = _cut(old.data, cuts)
     original = data
@@ -246,25 +342,19 @@ def _replace_parameter(
     new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)
     gradient = old.grad
-    places = [
-        (owner_module, key)
-        for owner_module in model.modules()
-        for key, parameter in owner_module._parameters.items()
-        if parameter is old
-    ]
     shape = old.shape
 
     def undo() -> None:
         old.data = _paste(original, cuts, left) if cuts else original
         old.grad = gradient
-        for owner_module, key in places:
-            owner_module._parameters[key] = old
-            _sync_features(owner_module)
+        for module, key in owners:
+            module._parameters[key] = old
+            _sync_features(module)
 
     journal.append(undo)
-    for owner_module, key in places:
-        owner_module._parameters[key] = new
-        _sync_features(owner_module)
+    for module, key in owners:
+        module._parameters[key] = new
+        _sync_features(module)
     if cuts:
         old.data = old.data.new_empty(0)
     old.grad = None
@@ -274,30 +364,85 @@ def _replace_parameter(
 
 def _replace_sharded(
     model: nn.Module,
-    name: str,
     old: DTensor,
+    owners: Sequence[tuple[nn.Module, str]],
     cuts: Sequence[Cut],
     values: Tensor | None,
     optimizers: Sequence[Optimizer],
+    journal: list[Callable[[], None]],
 ) -> None:
-    shape = old.shape
-    whole = _cut(sharding.full(old), cuts)[0] if values is None else sharding.full(values).to(old.dtype)
-    new = sharding.replace(model, old, whole)
-    del whole
-    for module in model.modules():
-        if any(p is new for p in module._parameters.values()):
-            _sync_features(module)
+    shape, gradient = old.shape, old.grad
+    kept = _ShardedCut(old, cuts)
+    new = _put_sharded(
+        model, old, owners, kept.whole if values is None else sharding.full(values).to(old.dtype), optimizers
+    )
+    kept.let_go(keep=values is not None)
+
+    def undo() -> None:
+        restored = _put_sharded(model, new, owners, kept.pasted(new), optimizers)
+        restored.grad = gradient
+
+    journal.append(undo)
+    for optimizer in optimizers:
+        state = optimizer.state.get(new, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                applied = _state_cuts(value, shape, cuts, key)
+                if isinstance(value, DTensor):
+                    _cut_sharded_state(state, key, value, applied, journal)
+                else:
+                    state[key], left = _cut(value, applied)
+                    journal.append(lambda s=state, k=key, a=applied, r=left: s.update({k: _paste(s[k], a, r)}))  # type: ignore[misc]
+
+
+def _cut_sharded_state(
+    state: dict[str, Any], key: str, value: DTensor, cuts: Sequence[Cut], journal: list[Callable[[], None]]
+) -> None:
+    kept = _ShardedCut(value, cuts)
+    state[key] = sharding.shard_like(kept.whole, value)
+    kept.let_go()
+    like = state[key]
+    journal.append(lambda: state.update({key: sharding.shard_like(kept.pasted(state[key]), like)}))
+
+
+class _ShardedCut:
+    """A sharded tensor, gathered and cut; of what left, this process keeps its share."""
+
+    def __init__(self, tensor: DTensor, cuts: Sequence[Cut]) -> None:
+        self._cuts, self._like = cuts, tensor
+        self.whole, left = _cut(sharding.full(tensor), cuts)
+        self._left = [sharding.shard_like(part, tensor) for part in left]
+        self._kept: DTensor | None = None
+
+    def let_go(self, keep: bool = False) -> None:
+        """Free what was gathered; with ``keep``, keep this process's share of it for :meth:`pasted`."""
+        if keep:
+            self._kept = sharding.shard_like(self.whole, self._like)
+        del self.whole, self._like
+
+    def pasted(self, kept: DTensor) -> Tensor:
+        """The whole tensor from before the cut; ``kept`` is what stayed of it, unless that was kept here."""
+        stayed = sharding.full(kept if self._kept is None else self._kept)
+        return _paste(stayed, self._cuts, [sharding.full(part) for part in self._left])
+
+
+def _put_sharded(
+    model: nn.Module,
+    old: DTensor,
+    owners: Sequence[tuple[nn.Module, str]],
+    whole: Tensor,
+    optimizers: Sequence[Optimizer],
+) -> DTensor:
+    """Put a new value of other sizes in the place of a sharded parameter, in the model and in the optimizers."""
+    new: Any = sharding.replace(model, old, whole)
+    for module, _ in owners:
+        _sync_features(module)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         if old in optimizer.state:
-            state = optimizer.state.pop(old)
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    applied = _state_cuts(value, shape, cuts, key)
-                    cut = _cut(sharding.full(value), applied)[0]
-                    state[key] = sharding.shard_like(cut, value) if isinstance(value, DTensor) else cut
-            optimizer.state[new] = state
+            optimizer.state[new] = optimizer.state.pop(old)
+    return new
 
 
 def _replace_in_optimizer(

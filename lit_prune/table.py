@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lit_prune.errors import CalibrationError
 from lit_prune.files import replacing
-from lit_prune.groups import GroupSet
+from lit_prune.groups import BLOCK, GroupSet, is_inside
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,13 +101,38 @@ class GroupTable:
         return self.importance / self.cost
 
     @property
+    def block_of_set(self) -> np.ndarray:
+        """Index of the set that is the whole block around every set, -1 where the table has none; a block is around itself."""
+        blocks = [(position, name) for position, (name, kind) in enumerate(self.keys) if kind == BLOCK]
+        around = np.full(len(self.keys), -1, dtype=np.int64)
+        for position, block in blocks:
+            around[[is_inside(name, block) for name, _ in self.keys]] = position
+        return around
+
+    @property
+    def block_of_row(self) -> np.ndarray:
+        """Row of the whole block around every row, -1 where the table has none, and for blocks themselves."""
+        around = self.block_of_set
+        rows = np.where((around < 0) | (around == np.arange(len(around))), -1, self.offsets[:-1][around])
+        return rows[self.set_of_row]
+
+    @property
+    def leaving(self) -> np.ndarray:
+        """Whether every row leaves by itself, and not with the whole block around it, whose cost that of the row is in."""
+        return ~self.kept & ~np.append(~self.kept, False)[self.block_of_row]
+
+    @property
     def removed_cost(self) -> int:
         """Parameters of the rows that do not stay."""
-        return int(self.cost[~self.kept].sum())
+        return int(self.cost[self.leaving].sum())
 
     def kept_groups(self) -> list[np.ndarray]:
         """For every set the indices of the groups that stay."""
         return [np.flatnonzero(k) for k in np.split(self.kept, self.offsets[1:-1])]
+
+    def removed_groups(self) -> list[Tensor]:
+        """For every set the indices of the groups that leave."""
+        return [torch.from_numpy(np.flatnonzero(~k)) for k in np.split(self.kept, self.offsets[1:-1])]
 
     def to_arrow(self) -> pa.Table:
         """The table with the columns :data:`COLUMNS`."""
@@ -136,12 +162,12 @@ class GroupTable:
         missing = [c for c in COLUMNS if c not in table.column_names]
         if missing:
             raise ValueError(f"A group table has the columns {COLUMNS}; {missing} are missing.")
-        names, kinds = table["name"].to_pylist(), table["kind"].to_pylist()
-        starts = [i for i in range(len(names)) if i == 0 or (names[i], kinds[i]) != (names[i - 1], kinds[i - 1])]
+        codes = [table[c].combine_chunks().dictionary_encode().indices.to_numpy() for c in ("name", "kind")]
+        starts = np.flatnonzero(np.any([np.diff(c, prepend=-1) != 0 for c in codes], axis=0))
         return cls(
-            keys=tuple((names[i], kinds[i]) for i in starts),
+            keys=tuple(zip(*(table[c].take(starts).to_pylist() for c in ("name", "kind")), strict=True)),
             layers=table["layer"].to_numpy()[starts],
-            offsets=np.array([*starts, len(names)]),
+            offsets=np.array([*starts, len(table)]),
             importance=table["importance"].to_numpy(),
             cost=table["cost"].to_numpy(),
             kept=table["kept"].to_numpy().copy(),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.blocks import passed_over
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.groups import BLOCK, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery import apply_plan
 
@@ -17,6 +19,8 @@ from lit_prune.surgery import apply_plan
 @torch.no_grad()
 def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor], tolerance: float = 1e-4) -> list[str]:
     """Cut a group out of every group set in turn, and compare with the dense model whose group is set to zero.
+
+    Where whole blocks may leave, each is taken out likewise, and compared with the dense model that passes it over.
 
     Meant for a small model with random weights, as it copies the model twice for every group set. Groups whose absence
     is more than zeros (experts, which a router with a zero row could still choose; heads under a norm over all heads)
@@ -33,32 +37,41 @@ def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor]
     Raises:
         UnsupportedModelError: If the outputs differ, or the smaller model does not run; the message names the group set.
     """
-    group_sets = find_group_sets(model)
+    try:
+        group_sets = find_group_sets(model, blocks=True)
+    except UnsupportedModelError:
+        group_sets = find_group_sets(model)
+    blocks = [s.name for s in group_sets if s.kind == BLOCK]
     checked = []
     for position, group_set in enumerate(group_sets):
-        if group_set.size - 1 < max(group_set.minimum, 1):
+        whole = group_set.kind == BLOCK
+        if group_set.size - 1 < max(group_set.minimum, 1) and not whole:
+            continue
+        if whole and sum(stack_of(b)[0] == stack_of(group_set.name)[0] for b in blocks) < 2:
             continue
         group = group_set.size // 2
         zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
         inner = find_model(zeroed)[1]
-        for part in group_set.slices:
+        for part in () if whole else group_set.slices:
             inner.get_parameter(part.parameter).index_fill_(part.dim, part.index[group], 0.0)
         kept = [[g for g in range(s.size) if n != position or g != group] for n, s in enumerate(group_sets)]
         apply_plan(smaller, PruningPlan.from_kept(group_sets, kept))
-        expected = forward(zeroed)
+        with passed_over(inner, [group_set.name] if whole else ()):
+            expected = forward(zeroed)
         where = f"{group_set.name} ({group_set.kind}), group {group} of {group_set.size}"
         try:
             found = forward(smaller)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise UnsupportedModelError(
-                f"Without {where}, the model does not run: {error}. Does its forward take sizes from an attribute that the"
-                " description does not name, or from the width of its input?"
+                f"Without {where}, the model does not run: {error}. Does its forward take sizes (or the number of blocks) from"
+                " an attribute that the description does not name, or from the width of its input?"
             ) from error
         difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
         if not difference <= tolerance * scale:
             raise UnsupportedModelError(
-                f"Without {where}, the output differs by {difference:.3g} from that of the dense model whose group is set to"
-                f" zero (largest output {scale:.3g}). Do layout, head_dim and the named projections fit the forward?"
+                f"Without {where}, the output differs by {difference:.3g} from that of the dense model whose"
+                f" {'block is passed over' if whole else 'group is set to zero'} (largest output {scale:.3g}). Do"
+                f" {'depth' if whole else 'layout, head_dim and the named projections'} fit the forward?"
             )
         checked.append(group_set.name)
     return checked

@@ -50,6 +50,22 @@ def translated_batch(seed: int) -> dict[str, Tensor]:
     return {"input_ids": random_ids(seed), "labels": random_ids(seed + 100, tokens=7)}
 
 
+def speech_batch(seed: int) -> dict[str, Tensor]:
+    features = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(seed))
+    return {"input_features": features, "labels": random_ids(seed + 100, tokens=7)}
+
+
+def seen_batch(seed: int) -> dict[str, Tensor]:
+    images = torch.zeros(2, 4, dtype=torch.long)
+    ids = torch.cat([images, random_ids(seed)], dim=1)
+    pixels = image_batch(seed)["pixel_values"]
+    return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "token_type_ids": (ids == 0).long()}
+
+
+def pair_batch(seed: int) -> dict[str, Any]:
+    return {"input_ids": random_ids(seed), "pixel_values": image_batch(seed)["pixel_values"], "return_loss": True}
+
+
 @contextlib.contextmanager
 def nothing(model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]) -> Iterator[None]:
     """Zeros are all it takes to make the dense model compute what the pruned one does."""
@@ -114,6 +130,15 @@ def routers_over_kept(
         yield
 
 
+@contextlib.contextmanager
+def routers_and_norms_over_kept(
+    model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]
+) -> Iterator[None]:
+    """Both of the above."""
+    with routers_over_kept(model, group_sets, kept), norms_over_kept(model, group_sets, kept):
+        yield
+
+
 @dataclass(frozen=True)
 class Case:
     """One architecture.
@@ -130,6 +155,8 @@ class Case:
         notes: For the table.
         kinds: The kinds of groups that it has.
         refits: Whether least-squares repair refits its blocks.
+        blocks: Whether whole blocks may leave.
+        slow: Whether it differs so little from others that it is run with the slow tests only.
     """
 
     name: str
@@ -142,6 +169,8 @@ class Case:
     notes: str = ""
     kinds: tuple[str, ...] = ("attention", "mlp")
     refits: bool = True
+    blocks: bool = True
+    slow: bool = False
 
     def build(self, attention: str | None = None) -> nn.Module:
         """The model, the same at every call."""
@@ -161,7 +190,10 @@ class Case:
 def output_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the model gives before its loss."""
     result = model(**batch)
-    return result.logits if hasattr(result, "logits") else result[0]
+    for name in ("logits", "logits_per_text"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    return result[0]
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -222,6 +254,50 @@ T5_SMALL = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+HYBRID_SMALL = {
+    "head_dim": 8,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MROPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+}
+QWEN_TOWER = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
+TOWER_SMALL = {"depth": 1, "num_heads": 2, "hidden_size": 32, "patch_size": 4}
+MPT_SMALL = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "expansion_ratio": 1}
+GPTJ_SMALL = {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_inner": 24, "n_positions": 64}
+GPTJ_SMALL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NEO_SMALL = {"num_heads": 4, "attention_types": [[["global", "local", "global"], 1]], "window_size": 4}
+NEO_SMALL |= {"resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0}
+DISTIL_SMALL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
+DEBERTA_SMALL = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
+BART_SMALL = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+}
+WHISPER_SMALL = {**BART_SMALL, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32}
+WHISPER_SMALL |= {"suppress_tokens": None, "begin_suppress_tokens": None}
+CLIP_SMALL = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 MOE_SMALL = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "head_dim": 6}
 VIT_SMALL = {"image_size": 8, "patch_size": 4, "num_labels": 3, "num_attention_heads": 4}
 
@@ -254,6 +330,21 @@ CASES = (
         "Gemma 3",
         hugging("gemma3_text", head_dim=6, sliding_window=4, sliding_window_pattern=2),
         notes="mixed layers, two rotary bases",
+    ),
+    Case(
+        "Gemma 3 with images",
+        hugging(
+            "gemma3",
+            "AutoModelForImageTextToText",
+            {},
+            text_config={**SMALL, "head_dim": 6, "sliding_window": 4},
+            vision_config={**CLIP_SMALL, "image_size": 8, "patch_size": 4},
+            mm_tokens_per_image=4,
+            image_token_index=0,
+        ),
+        seen_batch,
+        notes="the tower of images stays whole",
+        blocks=False,
     ),
     Case("SmolLM3", hugging("smollm3", no_rope_layer_interval=2), notes="layers without positions"),
     Case(
@@ -301,6 +392,85 @@ CASES = (
         hugging("falcon", **{**FALCON_SMALL, "num_kv_heads": 2}, new_decoder_architecture=True),
         notes="grouped-query, interleaved fused",
     ),
+    Case(
+        "Qwen3.5",
+        hugging("qwen3_5_text", **HYBRID_SMALL),
+        notes="full and linear attention mixed, a gate behind each head's query",
+    ),
+    *(
+        Case(
+            name,
+            hugging(
+                model_type,
+                "AutoModelForImageTextToText",
+                {},
+                text_config={**SMALL, **text},
+                vision_config={**TOWER_SMALL, **tower},
+            ),
+            notes="the tower of images stays whole",
+            slow=True,
+        )
+        for name, model_type, text, tower in (
+            ("Qwen2-VL", "qwen2_vl", MROPE, {"embed_dim": 16}),
+            ("Qwen2.5-VL", "qwen2_5_vl", MROPE, QWEN_TOWER),
+            ("Qwen3-VL", "qwen3_vl", {"head_dim": 8}, QWEN_TOWER),
+        )
+    ),
+    Case(
+        "Gemma 4, text",
+        hugging(
+            "gemma4_text",
+            head_dim=8,
+            global_head_dim=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=8,
+        ),
+        notes="layers share keys and values: heads stay",
+        kinds=("mlp",),
+        slow=True,
+    ),
+    Case("Granite", hugging("granite", residual_multiplier=0.5), notes="scaled residuals", slow=True),
+    Case("OLMo", hugging("olmo", clip_qkv=1.0), notes="clipped queries, keys and values", slow=True),
+    Case("Helium", hugging("helium", head_dim=4), slow=True),
+    Case("EXAONE 4", hugging("exaone4", sliding_window=4, sliding_window_pattern=2), notes="mixed layers", slow=True),
+    Case("Seed-OSS", hugging("seed_oss", head_dim=6, residual_dropout=0.0, attention_dropout=0.0), slow=True),
+    Case("ERNIE 4.5", hugging("ernie4_5", head_dim=6), slow=True),
+    Case("Cohere", hugging("cohere", use_qk_norm=True), notes="parallel branches, norms with a scale for every head"),
+    Case("Cohere 2", hugging("cohere2", sliding_window=4), notes="mixed layers", slow=True),
+    Case("GLM", hugging("glm", head_dim=8), notes="fused gate/up", slow=True),
+    Case("GLM 4", hugging("glm4", head_dim=8), notes="fused gate/up, norms behind each branch", slow=True),
+    Case("Nemotron", hugging("nemotron"), notes="MLP without a gate"),
+    Case("Apertus", hugging("apertus"), notes="MLP without a gate, norms of queries and keys", slow=True),
+    Case("Ministral 3", hugging("ministral3", head_dim=6), slow=True),
+    Case("BioGPT", hugging("biogpt", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), slow=True),
+    Case("Arcee", hugging("arcee"), notes="MLP without a gate", slow=True),
+    Case("StarCoder2", hugging("starcoder2", sliding_window=4, residual_dropout=0.0), slow=True),
+    Case("StableLM", hugging("stablelm", use_parallel_residual=True), notes="parallel branches", slow=True),
+    Case("Phi-1 / Phi-2", hugging("phi", qk_layernorm=True), notes="parallel branches, partly rotary"),
+    Case("GPT-J", hugging("gptj", **GPTJ_SMALL), attentions=("eager",), notes="parallel branches, partly rotary"),
+    Case(
+        "GPT-Neo",
+        hugging("gpt_neo", **NEO_SMALL),
+        attentions=("eager",),
+        notes="global and local attention mixed",
+        slow=True,
+    ),
+    Case(
+        "GPT-BigCode / StarCoder",
+        hugging("gpt_bigcode", **GPT2_SMALL),
+        notes="fused multi-query: query heads are the groups",
+        kinds=("query_head", "mlp"),
+        slow=True,
+    ),
+    Case("BLOOM", hugging("bloom", n_head=4), attentions=("eager",), notes="ALiBi, interleaved fused qkv"),
+    Case("MPT", hugging("mpt", **MPT_SMALL), attentions=("eager",), notes="ALiBi, fused qkv"),
+    Case(
+        "Falcon, ALiBi",
+        hugging("falcon", **{**FALCON_SMALL, "alibi": True}, multi_query=False, bias=True),
+        notes="ALiBi within the mask",
+    ),
     Case("BERT, masked language model", encoder("bert", "AutoModelForMaskedLM"), generates=False),
     Case(
         "BERT, sequence classification",
@@ -319,6 +489,54 @@ CASES = (
         encoder("albert", "AutoModelForMaskedLM", embedding_size=16),
         generates=False,
         notes="one layer, run three times",
+        blocks=False,
+    ),
+    Case("XLM-RoBERTa", encoder("xlm-roberta", "AutoModelForMaskedLM", pad_token_id=0), generates=False, slow=True),
+    Case(
+        "ELECTRA",
+        encoder("electra", "AutoModelForTokenClassification", num_labels=3, embedding_size=16),
+        tagged_batch,
+        generates=False,
+        slow=True,
+    ),
+    Case(
+        "DistilBERT",
+        encoder(
+            "distilbert", "AutoModelForSequenceClassification", **DISTIL_SMALL, seq_classif_dropout=0.0, num_labels=3
+        ),
+        classified_batch,
+        generates=False,
+    ),
+    Case(
+        "DeBERTa-v2",
+        encoder("deberta-v2", "AutoModelForTokenClassification", **DEBERTA_SMALL, num_labels=3),
+        tagged_batch,
+        generates=False,
+        attentions=("eager",),
+        notes="projections of positions",
+    ),
+    Case(
+        "DeBERTa-v3",
+        encoder("deberta-v2", "AutoModelForTokenClassification", **DEBERTA_SMALL, share_att_key=True, num_labels=3),
+        tagged_batch,
+        generates=False,
+        attentions=("eager",),
+        notes="positions through the projections of words",
+        slow=True,
+    ),
+    Case(
+        "ModernBERT",
+        encoder(
+            "modernbert",
+            "AutoModelForMaskedLM",
+            pad_token_id=0,
+            cls_token_id=1,
+            sep_token_id=2,
+            local_attention=4,
+            global_attn_every_n_layers=2,
+        ),
+        generates=False,
+        notes="fused qkv and gate/up, mixed layers",
     ),
     Case(
         "ViT, image classification",
@@ -327,17 +545,102 @@ CASES = (
         generates=False,
     ),
     Case(
+        "DeiT, image classification",
+        encoder("deit", "AutoModelForImageClassification", **VIT_SMALL, architectures=["DeiTForImageClassification"]),
+        image_batch,
+        generates=False,
+        slow=True,
+    ),
+    Case(
+        "DINOv2, image classification",
+        encoder("dinov2", "AutoModelForImageClassification", **VIT_SMALL, mlp_ratio=1),
+        image_batch,
+        generates=False,
+        slow=True,
+        blocks=False,
+    ),
+    Case(
+        "CLIP",
+        hugging(
+            "clip",
+            "AutoModel",
+            {},
+            text_config={**CLIP_SMALL, "vocab_size": VOCABULARY, "eos_token_id": 2},
+            vision_config={**CLIP_SMALL, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        ),
+        pair_batch,
+        generates=False,
+        notes="two towers in one table",
+        blocks=False,
+    ),
+    Case(
+        "SigLIP",
+        hugging(
+            "siglip",
+            "AutoModel",
+            {},
+            text_config={**CLIP_SMALL, "vocab_size": VOCABULARY, "projection_size": 32},
+            vision_config={**CLIP_SMALL, "image_size": 8, "patch_size": 4},
+        ),
+        pair_batch,
+        generates=False,
+        slow=True,
+        blocks=False,
+    ),
+    Case(
+        "BART",
+        hugging("bart", "AutoModelForSeq2SeqLM", BART_SMALL),
+        translated_batch,
+        kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
+    ),
+    *(
+        Case(
+            name,
+            hugging(model_type, "AutoModelForSeq2SeqLM", BART_SMALL),
+            translated_batch,
+            kinds=("attention", "cross_attention", "mlp"),
+            slow=True,
+            blocks=False,
+        )
+        for name, model_type in (
+            ("mBART", "mbart"),
+            ("Pegasus", "pegasus"),
+            ("Marian", "marian"),
+            ("M2M100 / NLLB", "m2m_100"),
+        )
+    ),
+    Case(
+        "Whisper",
+        hugging("whisper", "AutoModelForSpeechSeq2Seq", WHISPER_SMALL),
+        speech_batch,
+        generates=False,
+        kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
+    ),
+    Case(
         "T5",
         hugging("t5", "AutoModelForSeq2SeqLM", T5_SMALL),
         translated_batch,
         notes="relative biases of the first layer read by all",
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
     ),
     Case(
         "T5, gated",
         hugging("t5", "AutoModelForSeq2SeqLM", T5_SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         translated_batch,
         kinds=("attention", "cross_attention", "mlp"),
+        blocks=False,
+    ),
+    Case(
+        "mT5",
+        hugging("mt5", "AutoModelForSeq2SeqLM", T5_SMALL),
+        translated_batch,
+        kinds=("attention", "cross_attention", "mlp"),
+        slow=True,
+        blocks=False,
     ),
     Case(
         "Mixtral",
@@ -353,6 +656,65 @@ CASES = (
         ),
         absent=routers_over_kept,
         notes="fused experts, one dense layer",
+        kinds=("attention", "mlp", "expert"),
+    ),
+    Case(
+        "Qwen2-MoE",
+        hugging(
+            "qwen2_moe",
+            num_hidden_layers=2,
+            num_experts_per_tok=2,
+            num_experts=5,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=12,
+        ),
+        absent=routers_over_kept,
+        notes="fused experts and a shared one",
+        kinds=("attention", "mlp", "expert"),
+    ),
+    Case(
+        "Qwen3-Next",
+        hugging(
+            "qwen3_next",
+            **HYBRID_SMALL,
+            num_experts_per_tok=2,
+            num_experts=5,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=12,
+        ),
+        absent=routers_over_kept,
+        notes="full and linear attention mixed, fused experts and a shared one",
+        kinds=("attention", "mlp", "expert"),
+        slow=True,
+    ),
+    Case(
+        "OLMoE",
+        hugging("olmoe", num_hidden_layers=2, num_experts_per_tok=2, num_experts=5),
+        absent=routers_and_norms_over_kept,
+        notes="fused experts, norms over all heads",
+        kinds=("attention", "mlp", "expert"),
+        slow=True,
+    ),
+    Case(
+        "Granite-MoE",
+        hugging("granitemoe", num_hidden_layers=2, num_experts_per_tok=2, num_local_experts=5),
+        absent=routers_over_kept,
+        notes="fused experts",
+        kinds=("attention", "mlp", "expert"),
+        slow=True,
+    ),
+    Case(
+        "Llama 4, text",
+        hugging(
+            "llama4_text",
+            num_hidden_layers=2,
+            interleave_moe_layer_step=2,
+            num_local_experts=4,
+            intermediate_size_mlp=20,
+            head_dim=8,
+        ),
+        absent=routers_over_kept,
+        notes="fused experts and a shared one, every other layer",
         kinds=("attention", "mlp", "expert"),
     ),
     Case(
@@ -388,6 +750,7 @@ CASES = (
         attentions=("own",),
         notes="cut once; not refitted",
         refits=False,
+        blocks=False,
     ),
     Case(
         "nn.TransformerEncoder",
@@ -417,5 +780,6 @@ CASES = (
         notes="coupled by torch-pruning's dependency graph",
         kinds=("channel",),
         refits=False,
+        blocks=False,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -36,8 +36,11 @@ def tiny(model_type: str = "llama", attn: str = "sdpa", **overrides: object) -> 
 
 
 def unsettled(model: nn.Module) -> nn.Module:
-    """The model with every weight, bias and norm away from its initial constant, in eval mode."""
-    for parameter in model.parameters():
+    """The model with every weight, bias and norm away from its initial constant, in eval mode.
+
+    What is not trained (sinusoids) stays: some models do not save it.
+    """
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         with torch.no_grad():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -66,6 +69,19 @@ def zeroed(model: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module:
             for group in set(range(group_set.size)) - set(keep):
                 for part in group_set.slices:
                     parameters[part.parameter].index_fill_(part.dim, part.index[group], 0.0)
+    return model
+
+
+def skipping(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy whose modules of these names give the hidden states that they are called with: the oracle of blocks."""
+
+    def hook(module, args, kwargs, output):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    model = copy.deepcopy(model)
+    for name in names:
+        find_model(model)[1].get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     return model
 
 

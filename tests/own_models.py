@@ -93,6 +93,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=(),
     )
 )
 

@@ -57,17 +57,44 @@ def emptied(model, layers=(0,), kinds=("attention", "mlp")):
 
 
 def test_an_unknown_class_says_where_detection_stopped():
-    model = hugging("bloom", n_head=4)("eager")
+    model = hugging("mamba")("eager")
     with pytest.raises(
-        UnsupportedModelError,
-        match=r"stopped at 'transformer\.h\.0' \(BloomBlock, one of 3\).*self_attention: BloomAttention",
+        UnsupportedModelError, match=r"stopped at 'backbone\.layers\.0' \(MambaBlock, one of 3\).*mixer: MambaMixer"
     ):
         find_group_sets(model)
 
 
-def test_slopes_of_alibi_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"config\.alibi is True"):
-        find_group_sets(hugging("falcon", num_attention_heads=4, alibi=True)("eager"))
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("falcon", {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 4}, "ALiBi and heads that share"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("gpt_bigcode", {"n_head": 4, "multi_query": False}, "multi_query=False"),
+    ],
+)
+def test_options_that_no_description_covers_are_refused(model_type, options, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_group_sets(hugging(model_type, **options)("eager"))
+
+
+@pytest.mark.parametrize(("name", "attention"), [("BLOOM", "eager"), ("MPT", "eager"), ("Falcon, ALiBi", "sdpa")])
+def test_slopes_of_alibi_go_with_their_heads_where_batches_are_padded(name, attention):
+    """A heads' slope is a matter of which head it was; pruned twice, so that heads are counted from the dense model."""
+    model = CASE[name].build(attention)
+    dense = copy.deepcopy(model)
+    for kept in ([0, 2, 3], [1, 2]):
+        group_sets = [s for s in find_group_sets(model) if s.kind == "attention"]
+        apply_plan(model, PruningPlan.from_kept(group_sets, [kept for _ in group_sets]))
+    group_sets = find_group_sets(dense)
+    dense = zeroed(dense, [[2, 3] if s.kind == "attention" else list(range(s.size)) for s in group_sets])
+    ids, mask = random_ids(0), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids, attention_mask=mask).logits[:, 4:] for m in (model, dense))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    assert torch.equal(model.generate(ids, num_beams=3, **options), dense.generate(ids, num_beams=3, **options))
 
 
 def test_a_part_that_no_alternative_describes_is_named():
@@ -342,13 +369,38 @@ def test_flex_attention(name):
 
 
 def test_a_description_is_verified():
-    assert verify_architecture(unsettled(MyGPT(64)), lambda m: m(random_ids(0))[0])[:2] == ["h.0.attn", "h.0.mlp"]
+    assert verify_architecture(unsettled(MyGPT(64)), lambda m: m(random_ids(0))[0])[:3] == [
+        "h.0",
+        "h.0.attn",
+        "h.0.mlp",
+    ]
     assert "stem.0" in verify_architecture(unsettled(MyResNet()), lambda m: m(torch.ones(1, 3, 8, 8))[0])
+
+
+def test_the_features_of_a_head_may_be_computed():
+    class Computed(MyGPT):
+        pass
+
+    attention = Attention(
+        path="h.*.attn",
+        fused="c_attn",
+        output="c_proj",
+        head_dim=lambda module: module.n_attn // module.n_head,
+        attributes={"n_head": "query_heads", "n_attn": "query_features"},
+    )
+    register_architecture(Architecture("computed", ("Computed",), (attention, MLP("h.*.mlp", ("c_fc",), "c_proj"))))
+    model = unsettled(Computed(64))
+    for _ in range(2):
+        assert verify_architecture(model, lambda m: m(random_ids(0))[0])
+        group_sets = find_group_sets(model)
+        apply_plan(model, PruningPlan.from_kept(group_sets, [list(range(1, s.size)) for s in group_sets]))
+    assert model.h[0].attn.c_attn.weight.shape == (3 * 16, 32)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"head_dim": "head_width"}, r"h\.0\.attn \(CausalAttention\) .*'head_width'; found None.*lambda"),
         ({"layout": "interleaved"}, r"Without h\.0\.attn \(attention\), group 2 of 4, the output differs"),
         ({"attributes": {"n_head": "query_heads"}}, r"Without h\.0\.attn .*does not run.*an attribute"),
     ],
@@ -366,6 +418,33 @@ def test_a_wrong_description_is_found_out(change, message):
     for change in ({"layout": "diagonal"},):
         with pytest.raises(ValueError, match="Unknown layout 'diagonal'"):
             Attention("h.*.attn", **change)
+
+
+class Counted(MyGPT):
+    """Knows by a number of its own how many layers to run."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+        self.depth = len(self.h)
+
+    def forward(self, input_ids):
+        x = self.wte(input_ids)
+        for layer in range(self.depth):
+            x = self.h[layer](x)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_a_depth_that_nobody_described_is_found_out():
+    mlp = MLP("h.*.mlp", ("c_fc",), "c_proj")
+    for depth in ((), None, ("depth",)):
+        register_architecture(Architecture("counted", ("Counted",), (mlp,), depth=depth))
+        model = unsettled(Counted())
+        if depth == ():
+            with pytest.raises(UnsupportedModelError, match=r"Without h\.0 \(block\).*does not run.*number of blocks"):
+                verify_architecture(model, lambda m: m(random_ids(0)))
+        else:
+            checked = verify_architecture(model, lambda m: m(random_ids(0)))
+            assert ("h.0" in checked) == (depth is not None)
 
 
 # inside a fit

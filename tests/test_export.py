@@ -198,6 +198,85 @@ def test_task_heads_and_the_bare_model(tmp_path, tokens):
     assert torch.equal(headed.model(tokens)[0], bare(tokens)[0])
 
 
+def without_block(model, layer, widths=False):
+    group_sets = find_group_sets(model, blocks=True)
+    kept = uneven_kept(group_sets) if widths else [range(s.size) for s in group_sets]
+    leaves = [s.kind == "block" and s.layer == layer for s in group_sets]
+    kept = [
+        [] if gone else range(1) if s.kind == "block" else k
+        for gone, s, k in zip(leaves, group_sets, kept, strict=True)
+    ]
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    return model
+
+
+def depth_of(folder):
+    content = json.loads((folder / "config.json").read_text())
+    return content["model_type"], content["num_hidden_layers"], content.get("layer_types")
+
+
+def test_a_model_that_lost_nothing_but_blocks_is_stock(tmp_path, tokens):
+    mixed = {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = without_block(tiny("gemma3_text", num_hidden_layers=4, **mixed), 1)
+    folder = save_pruned(model, tmp_path / "model")
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    assert depth_of(folder) == ("gemma3_text", 3, types)
+    done = loads(folder, tokens, model, block=WITHOUT)
+    assert "loaded Gemma3ForCausalLM" in done.stdout, done.stderr
+    assert "| blocks | 4 | 3 |" in (folder / "README.md").read_text()
+    # cut and saved again, the plan is that for the model of four layers
+    again = without_block(load_pruned(folder), 0)
+    save_pruned(again, tmp_path / "again")
+    assert depth_of(tmp_path / "again") == ("gemma3_text", 2, types[1:])
+    loaded = load_pruned(tmp_path / "again")
+    assert get_plan(loaded).removed_blocks == ("model.layers.0", "model.layers.1")
+    assert torch.equal(loaded(tokens).logits, again(tokens).logits)
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_blocks_and_widths_together(self_contained, tmp_path, tokens):
+    model = without_block(tiny(num_hidden_layers=4), 1, widths=True)
+    folder = save_pruned(model, tmp_path / "model", self_contained=self_contained)
+    assert depth_of(folder) == ("lit_prune", 3, None)
+    if self_contained:
+        trusting = {"options": "{'trust_remote_code': True}", "block": WITHOUT}
+        done = loads(folder, tokens, model, tmp_path / "again", **trusting)
+    else:
+        done = loads(folder, tokens, model, tmp_path / "again", imports="import lit_prune", known=True)
+    assert "loaded PrunedLlamaForCausalLM" in done.stdout, done.stderr
+    for path in (folder, tmp_path / "again"):
+        loaded = load_pruned(path)
+        assert get_plan(loaded) == get_plan(model)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(loaded.generate(tokens, **options), model.generate(tokens, **options))
+    thinner = without_block(load_pruned(folder), 2, widths=True)
+    loaded = load_pruned(save_pruned(thinner, tmp_path / "thinner", self_contained=self_contained))
+    assert torch.equal(loaded(tokens).logits, thinner(tokens).logits)
+    assert get_plan(loaded).removed_blocks == ("model.layers.1", "model.layers.3")
+    assert loaded.config.num_hidden_layers == 2
+
+
+def test_settings_that_follow_from_the_index_of_a_layer_are_kept(tmp_path, tokens):
+    model = without_block(tiny("gpt2", scale_attn_by_inverse_layer_idx=True), 0)
+    folder = save_pruned(model, tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    assert (content["model_type"], content["n_layer"]) == ("lit_prune", 2)
+    assert torch.equal(load_pruned(folder)(tokens).logits, model(tokens).logits)
+
+
+def test_task_heads_around_fewer_blocks(tmp_path, tokens):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **{**SMALL, "num_labels": 3, "pad_token_id": 0})
+    model = without_block(AutoModelForSequenceClassification.from_config(config).eval(), 1, widths=True)
+    folder = save_pruned(model, tmp_path / "model")
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.config.num_hidden_layers == loaded.model.config.num_hidden_layers == 2
+    assert get_plan(loaded) == get_plan(model)
+    bare = AutoModel.from_pretrained(folder)
+    assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
 def test_saving_again_replaces_and_leaves_no_temporary_files(tmp_path, tokens):
     first, second = pruned(), pruned("qwen2")
     save_pruned(first, tmp_path / "model")

@@ -114,6 +114,17 @@ def test_layers_of_different_widths_give_the_same_tokens(tmp_path, name, overrid
     check(model, path)
 
 
+def test_fewer_layers(tmp_path):
+    model = tiny(**{**SIZES, "num_hidden_layers": 4})
+    group_sets = find_group_sets(model, blocks=True)
+    kept = uneven_kept(group_sets)
+    for position, group_set in enumerate(group_sets):
+        if group_set.kind == "block":
+            kept[position] = [] if group_set.layer == 1 else [0]
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    check(model, save_gguf(model, tmp_path / "model.gguf", byte_level(), dtype="f32"))
+
+
 def test_a_layer_without_mlp_and_biases_from_repair(tmp_path, batches, loss_of):
     model = tiny(**SIZES)
     group_sets, config = find_group_sets(model), PruningConfig(repair="bias", importance="wanda", pruning_ratio=0.1)

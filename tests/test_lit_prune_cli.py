@@ -126,6 +126,20 @@ def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys)
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_whole_blocks_leave_by_a_plan_and_by_another(model, text, tmp_path):
+    options = ["--pruning.limits.kinds=[block]", "--pruning.ratio_of=prunable", "--pruning.pruning_ratio=0.5"]
+    run("plan", model, tmp_path / "plan", *text, *options)
+    made = PruningPlan.load(tmp_path / "plan" / "plan.json")
+    assert len(made.removed_blocks) == 1 and len(made.entries) == 1
+    run("apply", model, tmp_path / "out", *text, "--plan", tmp_path / "plan" / "plan.json")
+    assert get_plan(load_pruned(tmp_path / "out")) == made
+    run("apply", model, tmp_path / "same", *text, *options)
+    tokens = torch.arange(2, 14)[None]
+    # what loads is a stock model
+    expected, stock = (AutoModelForCausalLM.from_pretrained(tmp_path / f)(tokens).logits for f in ("out", "same"))
+    assert torch.equal(expected, stock)
+
+
 def test_a_checkpoint_is_converted(model, tmp_path):
     trainer, module = fit(tmp_path, pruning(epoch=0, repair=None), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

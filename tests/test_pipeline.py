@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import tiny, uneven_kept, zeroed
 from lit_prune import (
     BudgetError,
+    CalibrationError,
     Limits,
     PruningConfig,
     PruningPlan,
     apply_plan,
     calibrate,
     find_group_sets,
+    get_plan,
     make_plan,
+    prune,
     repair,
 )
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
-from lit_prune.pipeline import CANDIDATES, masked, masked_loss
+from lit_prune.pipeline import CANDIDATES, masked, masked_loss, model_size
 
 
 def prune_config(**options) -> PruningConfig:
@@ -52,7 +57,7 @@ def test_bad_mixes_are_refused():
         with pytest.raises(ValueError, match=message):
             prune_config(importance=importance)
     with pytest.raises(ValueError, match="positive sum"):
-        mixed_importance([(1.0, [torch.tensor([-1.0, 1.0])])])
+        mixed_importance([(1.0, [torch.tensor([-1.0, 1.0])])], find_group_sets(tiny())[:1])
 
 
 def test_auto_takes_the_candidate_whose_masked_model_loses_least_on_held_back_batches(loss_of):
@@ -170,3 +175,70 @@ def test_blocks_that_cannot_be_replayed_are_left_unrepaired_with_a_warning(batch
     scale.remove()
     assert same is plan
     assert weights == {}
+
+
+def snapshot(model, optimizer):
+    state = {
+        n: {k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()
+    }
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, state
+
+
+def trained(batches, loss_of):
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_of(model)(batches[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_iterations_are_cuts_one_after_the_other(batches, loss_of):
+    config = prune_config(importance="fisher", pruning_ratio=0.3)
+    at_once, optimizer = trained(batches, loss_of)
+    table, plan = prune(at_once, batches, loss_of(at_once), replace(config, iterations=2), [optimizer])
+    by_hand, other = trained(batches, loss_of)
+    size = model_size(by_hand, find_group_sets(by_hand))
+    for ratio in (0.15, 0.3):
+        prune(by_hand, batches, loss_of(by_hand), replace(config, pruning_ratio=ratio, reference=size), [other])
+    assert plan.digest() == get_plan(at_once).digest() == get_plan(by_hand).digest()
+    assert plan.info["iterations"] == 2
+    assert plan.info["parameters_before"] == size[0]
+    assert plan.info["parameters_after"] == sum(p.numel() for p in at_once.parameters()) < 0.75 * size[0]
+    assert table.removed_cost < 0.2 * size[0]
+    for (name, a), (_, b) in zip(at_once.named_parameters(), by_hand.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
+    once, _ = trained(batches, loss_of)
+    assert prune(once, batches, loss_of(once), config)[1].digest() != plan.digest()
+
+
+def test_more_iterations_than_groups_leave_what_one_leaves(batches, loss_of):
+    model = tiny("llama")
+    total = model_size(model, find_group_sets(model))[0]
+    config = prune_config(importance="magnitude", pruning_ratio=0.02, iterations=50)
+    _, plan = prune(model, batches, loss_of(model), config)
+    assert 0.015 * total < total - plan.info["parameters_after"] <= 0.02 * total
+
+
+def test_an_error_in_a_later_iteration_leaves_everything_as_it_was(batches, loss_of):
+    model, optimizer = trained(batches, loss_of)
+    weights, state = snapshot(model, optimizer)
+    kept = list(model.parameters())
+    size = sum(p.numel() for p in kept)
+
+    def failing(batch):
+        loss = loss_of(model)(batch)
+        return loss if sum(p.numel() for p in model.parameters()) == size else loss * float("nan")
+
+    config = prune_config(importance="taylor", pruning_ratio=0.3, iterations=2)
+    with pytest.raises(CalibrationError, match="nan"):
+        prune(model, batches, failing, config, [optimizer])
+    assert get_plan(model) is None
+    assert all(a is b for a, b in zip(model.parameters(), kept, strict=True))
+    again, state_again = snapshot(model, optimizer)
+    assert all(torch.equal(again[n], weights[n]) for n in weights)
+    assert all(torch.equal(state_again[n][k], state[n][k]) for n in state for k in state[n])
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in kept}
+    with pytest.raises(ValueError, match="iterations must be 1 or more; found 0"):
+        prune_config(iterations=0)

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SMALL, tiny
 from lit_prune import CalibrationError, find_group_sets
+from lit_prune.groups import GroupSet, Slice
 from lit_prune.importance import criteria, get_criterion, group_importance, register_criterion
+from lit_prune.reduction import pieces, product_lines
 from lit_prune.statistics import collect_statistics
 
 GRADIENT = ["taylor", "taylor_2nd", "taylor_batch", "second_order"]
@@ -125,7 +128,12 @@ def test_activation_statistics_equal_those_of_the_recorded_inputs_and_pass_over_
     mask = (torch.arange(8) < torch.tensor([[8], [5], [3]])).long()
     batches = [{"input_ids": ids, "attention_mask": mask}]
     terms = get_criterion("wanda").terms
-    statistics = collect_statistics(model, group_sets, batches, lambda b: model(**b).logits.sum(), terms)
+    few = collect_statistics(model, group_sets, batches, lambda b: model(**b).logits.sum(), terms)
+    with pytest.raises(CalibrationError, match="activations=True"):
+        _ = next(iter(few.activations.values())).variance
+    statistics = collect_statistics(
+        model, group_sets, batches, lambda b: model(**b).logits.sum(), terms, activations=True
+    )
     seen = inputs_by_hand(model, [ids], mask)
     assert statistics.tokens == 16
     for name, activation in statistics.activations.items():
@@ -307,10 +315,11 @@ def test_fisher_equals_autograd_by_a_mask_on_what_the_consumers_read(batches, lo
         for s in group_sets
         for part in s.consumers
     ]
-    for batch in batches:
-        gradients = torch.autograd.grad(loss_of(model)(batch), list(masks.values()))
+    samples = [sample for batch in batches for sample in batch.split(1)]
+    for sample in samples:
+        gradients = torch.autograd.grad(loss_of(model)(sample), list(masks.values()))
         for key, gradient in zip(masks, gradients, strict=True):
-            expected[key] += gradient.square() / len(batches)
+            expected[key] += gradient.square() / len(samples)
     for handle in handles:
         handle.remove()
     criterion = get_criterion("fisher")
@@ -319,3 +328,150 @@ def test_fisher_equals_autograd_by_a_mask_on_what_the_consumers_read(batches, lo
     for group_set, importance in zip(group_sets, found, strict=True):
         torch.testing.assert_close(importance, expected[group_set.key], rtol=1e-4, atol=1e-12)
     assert not statistics.elementwise
+
+
+def test_fisher_needs_no_gradient_of_a_weight_and_does_not_depend_on_the_size_of_batches(batches, loss_of):
+    model = tiny("qwen2")
+    group_sets = find_group_sets(model)
+    criterion = get_criterion("fisher")
+    plain = collect_statistics(model, group_sets, batches, loss_of(model), criterion.terms)
+    model.requires_grad_(False)
+    singles = [sample for batch in batches for sample in batch.split(1)]
+    frozen = collect_statistics(model, group_sets, singles, loss_of(model), criterion.terms)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert plain.reduced.keys() == frozen.reduced.keys()
+    for key, value in plain.reduced.items():
+        torch.testing.assert_close(frozen.reduced[key], value, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+@pytest.mark.parametrize("name", ["taylor", "taylor_2nd"])
+def test_offloaded_gradients_are_the_same_and_bfloat16_ones_nearly(batches, loss_of, name, device):
+    model = tiny("llama").to(device)
+    data = [b.to(device) for b in batches]
+    group_sets = find_group_sets(model)
+    criterion = get_criterion(name)
+
+    def importance(**options):
+        statistics = collect_statistics(model, group_sets, data, loss_of(model), criterion.terms, **options)
+        kept = statistics.elementwise["gradient"].values()
+        found = group_importance(criterion, dict(model.named_parameters()), group_sets, statistics)
+        return found, {(v.device.type, v.dtype) for v in kept}
+
+    plain, where = importance()
+    assert where == {(device, torch.float32)}
+    offloaded, where = importance(offload_gradients=True)
+    assert where == {("cpu", torch.float32)}
+    small, where = importance(gradient_dtype="bfloat16")
+    assert where == {(device, torch.bfloat16)}
+    for a, b, c in zip(plain, offloaded, small, strict=True):
+        torch.testing.assert_close(a, b)
+        # 8 bits of mantissa, rounded once a batch
+        torch.testing.assert_close(a, c, rtol=2e-2, atol=1e-6)
+        assert not torch.equal(a, c)
+    with pytest.raises(ValueError, match="Unknown gradient_dtype 'float16'"):
+        importance(gradient_dtype="float16")
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a GPU's host wait: values read, and results whose size depends on values."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.waits
+        self.count += func.overloadpacket.__name__ == "index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["taylor_2nd", "fisher", "wanda"])
+def test_no_value_is_read_from_the_device_between_batches(batches, loss_of, name):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    terms = get_criterion(name).terms
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 7:] = 0
+    data = [{"input_ids": b, "attention_mask": mask} for b in (*batches, *batches)]
+
+    def loss(batch):
+        # layer by layer: what the model around them reads to make its masks is not ours to count
+        hidden = model.model.embed_tokens(batch["input_ids"])
+        for layer in model.model.layers:
+            hidden = layer(hidden, position_embeddings=rope(model, batch["input_ids"]))
+        return hidden.square().mean()
+
+    counts = []
+    for amount in (3, 6):
+        with Reads() as reads:
+            collect_statistics(model, group_sets, data[:amount], loss, terms)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_batch(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+
+    def loss(batch):
+        # finite, with an infinite derivative at 0
+        extra = torch.zeros(()) if batch is not batches[1] else (weight.flatten()[0] * 0).sqrt()
+        return loss_of(model)(batch) + extra
+
+    for name in ("taylor", "second_order"):
+        with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.up_proj.* is not finite in calibration batch 1"):
+            collect_statistics(model, group_sets, batches, loss, get_criterion(name).terms)
+
+
+def test_pieces_cover_every_element_once_and_stay_small():
+    for shape in ((), (7,), (5, 3), (4, 6, 5), (1, 100), (0, 4)):
+        values = torch.zeros(shape)
+        for index in pieces(shape, 8):
+            assert values[index].numel() <= 8
+            values[index] += 1
+        assert torch.equal(values, torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_lines_equal_whole_tensors(monkeypatch, dtype):
+    monkeypatch.setattr("lit_prune.reduction.CPU_PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(3, 5, 40, generator=generator).to(dtype) for _ in range(2))
+    lines = {dim: torch.zeros(weight.shape[dim]) for dim in range(3)}
+    total = product_lines(weight, gradient, [(torch.abs_, dim, line) for dim, line in lines.items()])
+    product = (weight.double() * gradient.double()).abs()
+    for dim, line in lines.items():
+        torch.testing.assert_close(line, product.sum([d for d in range(3) if d != dim]).float())
+    torch.testing.assert_close(total, gradient.double().sum().float(), rtol=1e-4, atol=1e-3)
+    gradient[2, 1, 7] = torch.nan
+    assert not product_lines(weight, gradient, []).isfinite()
+
+
+def test_inputs_that_change_between_two_projections_are_summed_anew():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.first(x)
+            x.mul_(2)
+            return y + self.second(x)
+
+    block = Block()
+    index = torch.arange(4)[:, None]
+    group_set = GroupSet("", 0, "x", 4, 8, (Slice("first.weight", 1, index, 1), Slice("second.weight", 1, index, 1)))
+    x = torch.rand(3, 4)
+    terms = get_criterion("wanda").terms
+    statistics = collect_statistics(block, [group_set], [x.clone(), x.clone()], lambda b: block(b).sum(), terms)
+    first, second = (statistics.activations[n].mean_abs for n in ("first", "second"))
+    torch.testing.assert_close(first, x.double().mean(0))
+    torch.testing.assert_close(second, 2 * first)

@@ -1,7 +1,7 @@
 """Finds the groups of a model. Every file but the machinery (base, adapt, traced) is nothing but descriptions."""
 
 # importing a file registers what it describes
-from lit_prune.architectures import decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.base import (
     MLP,
     Architecture,

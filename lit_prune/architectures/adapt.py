@@ -29,6 +29,39 @@ def nothing_to_undo() -> None:
     """What an adaptation returns that left the module as it was."""
 
 
+class KeptHeads:
+    """What attention remembers that gets something for every head of the dense model: which of them are its own."""
+
+    kept_heads: list[int]
+
+
+def kept_heads(module: nn.Module, kept: Tensor, mixin: type[KeptHeads]) -> Callable[[], None]:
+    """Let attention know, by ``mixin``, which heads of the dense model it has; the function that undoes this.
+
+    Args:
+        module: The attention module, of which one group is one head.
+        kept: Indices of the heads that stay, of those that it has now, shape ``(kept,)``.
+        mixin: What its class becomes, derived from :class:`KeptHeads`.
+    """
+    if isinstance(module, mixin):
+        before: list[int] = module.kept_heads
+        module.kept_heads = [before[i] for i in kept.tolist()]
+
+        def undo() -> None:
+            module.kept_heads = before
+
+        return undo
+    back = become(module, mixin)
+    # no buffer: from_pretrained builds models without values, and buffers that no file holds would stay so
+    module.kept_heads = kept.tolist()  # type: ignore[assignment]
+
+    def undo_all() -> None:
+        del module.kept_heads
+        back()
+
+    return undo_all
+
+
 class WithoutHeads:
     """Mixed into the class of an attention module that has no heads left: its forward computes none.
 

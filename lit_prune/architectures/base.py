@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.adapt import without_heads, without_inputs
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost
+from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
 from lit_prune.plan import get_plan
 
 STACKED = "stacked"
@@ -97,7 +97,7 @@ class Attention(Block):
         key: Name of the key projection.
         value: Name of the value projection.
         output: Name of the output projection, which reads the heads.
-        head_dim: Attribute of the core that holds the features of one head.
+        head_dim: Attribute of the core that holds the features of one head, or a function of the core that gives them.
         attributes: Attributes of the core that count heads or features, each mapped to what it counts:
             ``"query_heads"``, ``"key_value_heads"``, ``"query_features"``, ``"key_value_features"`` or
             ``"queries_per_key_value"``. Those that a module lacks are passed over. ``config.NAME`` stands for a field read
@@ -106,8 +106,11 @@ class Attention(Block):
         fused: Name of the one projection that gives queries, keys and values, in place of three.
         layout: How the rows of ``fused`` lie: ``"stacked"``, all queries, all keys, all values; or ``"interleaved"``,
             for every key/value head its queries, its key and its value.
+        query_parts: How often the features of a head the query projection gives, head by head: 2 where a gate lies behind
+            each head's query. With ``fused`` it has no meaning.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
-            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``.
+            sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
+            lacks are passed over.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
         skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
             it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
@@ -122,11 +125,12 @@ class Attention(Block):
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    head_dim: str = "head_dim"
+    head_dim: str | Callable[[nn.Module], int] = "head_dim"
     attributes: Mapping[str, str] = field(default_factory=lambda: dict(_HEAD_COUNTS))
     kind: str = "attention"
     fused: str | None = None
     layout: str = STACKED
+    query_parts: int = 1
     parameters: Mapping[str, str] = field(default_factory=dict)
     core: str = ""
     skippable: bool = False
@@ -150,11 +154,12 @@ class Attention(Block):
         """
         core_name = f"{name}.{self.core}" if self.core else name
         core = model.get_submodule(core_name)
-        head_dim = getattr(core, self.head_dim, None)
+        head_dim = getattr(core, self.head_dim, None) if isinstance(self.head_dim, str) else self.head_dim(core)
         if not isinstance(head_dim, int):
             raise UnsupportedModelError(
                 f"{core_name} ({type(core).__name__}) was expected to hold the features of one head as an integer"
-                f" attribute {self.head_dim!r}; found {head_dim!r}."
+                f" attribute {self.head_dim!r}; found {head_dim!r}. Let head_dim be the name of the attribute that does, or a"
+                " function such as lambda attention: attention.n_embd // attention.n_head."
             )
         heads, kv_heads = self._heads(model, name, head_dim)
         # with one key/value head the earlier cut tells a model that always had one from one that was cut to one
@@ -188,6 +193,8 @@ class Attention(Block):
     def _heads(self, model: nn.Module, name: str, head_dim: int) -> tuple[int, int]:
         """The numbers of query heads and of key/value heads."""
         read = projection(model, name, self.output).in_features
+        queries: float
+        keys: float
         if self.fused is not None:
             rows = projection(model, name, self.fused).out_features
             queries, keys = read, (rows - read) / 2
@@ -197,7 +204,8 @@ class Attention(Block):
             what = (
                 f"{self.query} has {queries} output features, {self.key} {keys} and {self.output} {read} input features"
             )
-        heads, kv_heads = queries // head_dim, int(keys // head_dim)
+            queries = queries / self.query_parts
+        heads, kv_heads = int(queries // head_dim), int(keys // head_dim)
         fits = queries == heads * head_dim == read and keys == kv_heads * head_dim
         if not fits or bool(heads) != bool(kv_heads) or (kv_heads and heads % kv_heads):
             raise UnsupportedModelError(
@@ -211,11 +219,12 @@ class Attention(Block):
         self, model: nn.Module, name: str, heads: int, kv_heads: int, head_dim: int, share: int | None
     ) -> Iterator[Slice]:
         """The slices of the projections that give queries, keys and values; the queries' alone without a share."""
+        width = head_dim if self.fused is not None else head_dim * self.query_parts
         if share is None:
-            query_rows = torch.arange(heads * head_dim).view(heads, head_dim)
+            query_rows = torch.arange(heads * width).view(heads, width)
             yield from produced(model, name, self.fused or self.query, query_rows)
             return
-        query_rows = torch.arange(heads * head_dim).view(kv_heads, share * head_dim)
+        query_rows = torch.arange(heads * width).view(kv_heads, share * width)
         key_rows = torch.arange(kv_heads * head_dim).view(kv_heads, head_dim)
         if self.fused is None:
             yield from produced(model, name, self.query, query_rows)
@@ -231,7 +240,7 @@ class Attention(Block):
 
     def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
         for parameter, counted in self.parameters.items():
-            if counted not in counts:
+            if counted not in counts or not _has(model, f"{name}.{parameter}"):
                 continue
             entries = counts[counted] * groups
             yield part_of(model, f"{name}.{parameter}", 0, torch.arange(entries).view(groups, counts[counted]))
@@ -315,6 +324,10 @@ class Architecture:
         blocks: The descriptions of the parts that hold groups.
         check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
             fit all the same, because of an option in its config for instance.
+        depth: Where a model says how many blocks it has, and anything for each of them, so that it can follow when whole
+            blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
+            list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
+            ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
 
     Example::
 
@@ -332,6 +345,7 @@ class Architecture:
     models: tuple[str, ...]
     blocks: tuple[Block, ...]
     check: Callable[[nn.Module], None] | None = None
+    depth: tuple[str, ...] | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -426,18 +440,20 @@ def _layers_hint(module: nn.Module) -> str:
     )
 
 
-def find_group_sets(model: nn.Module) -> list[GroupSet]:
+def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
     """Find everything in the model that can be pruned. What an earlier cut emptied is left out.
 
     Args:
         model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
+        blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
+            others.
 
     Returns:
         The group sets in the order of the layers. Names are relative to the model.
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
-            or its weights are quantised.
+            its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
     """
     model = find_model(model)[1]
     architecture = _architecture_of(model)
@@ -445,7 +461,7 @@ def find_group_sets(model: nn.Module) -> list[GroupSet]:
     if architecture.check is not None:
         architecture.check(model)
     plan = get_plan(model)
-    pruned = set() if plan is None else {e.key for e in plan.entries}
+    pruned: Collection[tuple[str, str]] = set() if plan is None else plan.afterwards().keys()
     group_sets: list[GroupSet] = []
     for block in architecture.blocks:
         found = list(block.group_sets(model, pruned))
@@ -457,9 +473,60 @@ def find_group_sets(model: nn.Module) -> list[GroupSet]:
         group_sets.extend(found)
     _check_alternatives(model, architecture, group_sets)
     group_sets = [s for s in group_sets if s.size]
+    if blocks:
+        group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets)
     return group_sets
+
+
+def depth_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Where the model says how many blocks it has, see :class:`Architecture`."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.depth
+
+
+def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:
+    """A group set for every block of every list of blocks.
+
+    Raises:
+        UnsupportedModelError: If no block may leave, or a block shares weights with another part of the model.
+    """
+    if architecture.depth is None:
+        raise UnsupportedModelError(
+            f"Whole blocks cannot leave {type(model).__name__}: its description (architecture {architecture.name!r}) names no"
+            " depth. Prune other kinds."
+        )
+    stacks = dict.fromkeys(
+        stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit()
+    )
+    places: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), set()).add(name)
+    for stack in stacks:
+        blocks = model.get_submodule(stack)
+        config = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
+        if config is not None and type(config) is not type(model.config):
+            raise UnsupportedModelError(
+                f"Whole blocks cannot leave {stack!r}: it has a config of its own, a {type(config).__name__}, inside the"
+                f" {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
+            )
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{stack} is a {type(blocks).__name__}; expected the blocks in an nn.ModuleList."
+            )
+        for index in range(len(blocks)):
+            name = f"{stack}.{index}"
+            parameters = {f"{name}.{n}": p for n, p in blocks[index].named_parameters(remove_duplicate=False)}
+            unfit = [n for n, p in parameters.items() if p.dim() == 0 or not places[id(p)] <= parameters.keys()]
+            if unfit:
+                raise UnsupportedModelError(
+                    f"Whole blocks cannot leave {type(model).__name__}: {unfit[0]!r} is shared with another part of the model"
+                    " (or is a single number). Prune other kinds."
+                )
+            own = {id(p): (n, p) for n, p in parameters.items()}
+            slices = tuple(Slice(n, 0, torch.arange(len(p)).view(1, -1)) for n, p in own.values())
+            yield GroupSet(name, index, BLOCK, 1, sum(p.numel() for _, p in own.values()), slices, block=name)
 
 
 def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets: list[GroupSet]) -> None:

@@ -157,6 +157,106 @@ register_architecture(
             Experts(path="layers.*.mlp", having="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
+        depth=("config.num_hidden_layers",),
+    )
+)
+
+register_architecture(
+    Architecture(
+        name="qwen2-moe",
+        models=("Qwen2MoePreTrainedModel",),
+        blocks=(
+            Attention(path="layers.*.self_attn", skippable=True),
+            MLP(path="layers.*.mlp", having="gate_proj"),
+            MLP(path="layers.*.mlp.shared_expert", optional=True),
+            Experts(path="layers.*.mlp", having="experts"),
+            ExpertChannels(path="layers.*.mlp.experts", optional=True),
+        ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
+    )
+)
+
+# as Qwen3.5 and Qwen2-MoE
+register_architecture(
+    Architecture(
+        name="qwen3-next",
+        models=("Qwen3NextPreTrainedModel", "Qwen3_5MoePreTrainedModel"),
+        blocks=(
+            Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
+            MLP(path="layers.*.mlp", having="gate_proj"),
+            MLP(path="layers.*.mlp.shared_expert", optional=True),
+            Experts(path="layers.*.mlp", having="experts"),
+            ExpertChannels(path="layers.*.mlp.experts", optional=True),
+        ),
+    )
+)
+
+# the norms of queries and keys are over all heads, as in OLMo 2
+register_architecture(
+    Architecture(
+        name="olmoe",
+        models=("OlmoePreTrainedModel",),
+        blocks=(
+            Attention(
+                path="layers.*.self_attn",
+                parameters={"q_norm.weight": "query_features", "k_norm.weight": "key_value_features"},
+                skippable=True,
+            ),
+            Experts(path="layers.*.mlp"),
+            ExpertChannels(path="layers.*.mlp.experts"),
+        ),
+        depth=("config.num_hidden_layers",),
+    )
+)
+
+register_architecture(
+    Architecture(
+        name="granite-moe",
+        models=("GraniteMoePreTrainedModel",),
+        blocks=(
+            Attention(path="layers.*.self_attn", skippable=True),
+            Experts(
+                path="layers.*.block_sparse_moe",
+                parameters=("experts.gate_up_proj", "experts.down_proj", "router.weight"),
+                top_k="router.top_k",
+                attributes={"experts.num_experts": "experts", "router.num_experts": "experts"},
+            ),
+            ExpertChannels(path="layers.*.block_sparse_moe.experts"),
+        ),
+        depth=("config.num_hidden_layers",),
+    )
+)
+
+# every other layer of some sizes has one MLP in place of experts
+register_architecture(
+    Architecture(
+        name="llama4",
+        models=("Llama4ForCausalLM", "Llama4TextModel"),
+        blocks=(
+            Attention(path="layers.*.self_attn", skippable=True),
+            MLP(path="layers.*.feed_forward", having="gate_proj"),
+            MLP(path="layers.*.feed_forward.shared_expert", optional=True),
+            Experts(
+                path="layers.*.feed_forward",
+                parameters=("experts.gate_up_proj", "experts.down_proj", "router.weight"),
+                top_k="router.top_k",
+                attributes={
+                    "num_experts": "experts",
+                    "experts.num_experts": "experts",
+                    "router.num_experts": "experts",
+                },
+                having="experts",
+            ),
+            ExpertChannels(
+                path="layers.*.feed_forward.experts",
+                inputs={"gate_up_proj": 2},
+                input_dims={"gate_up_proj": 1},
+                output_dim=1,
+                attributes={"intermediate_size": "channels", "expert_dim": "channels"},
+                optional=True,
+            ),
+        ),
+        depth=("config.num_hidden_layers", "config.layer_types", "config.no_rope_layers"),
     )
 )
 
@@ -187,5 +287,6 @@ register_architecture(
                 layout=INTERLEAVED,
             ),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )

@@ -1,7 +1,11 @@
 """Decoders whose queries, keys and values come from one projection."""
 
-from torch import nn
+from collections.abc import Callable
 
+from torch import Tensor, nn
+
+from lit_prune.architectures.adapt import nothing_to_undo
+from lit_prune.architectures.alibi import own_slopes
 from lit_prune.architectures.base import (
     INTERLEAVED,
     MLP,
@@ -28,6 +32,7 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -45,6 +50,7 @@ register_architecture(
             ),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
@@ -63,17 +69,23 @@ register_architecture(
             ),
             MLP(path="layers.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
     )
 )
 
 
 def _check_falcon(model: nn.Module) -> None:
-    """The slopes of ALiBi are computed once, for as many heads as the config says."""
-    if getattr(getattr(model, "config", None), "alibi", False):
+    config = getattr(model, "config", None)
+    shared = getattr(config, "new_decoder_architecture", False) and config.num_kv_heads != config.num_attention_heads  # type: ignore[union-attr]
+    if getattr(config, "alibi", False) and shared:
         raise UnsupportedModelError(
-            f"{type(model).__name__} adds ALiBi slopes, computed for all heads of the config, to the attention of every"
-            " layer (config.alibi is True); layers with fewer heads cannot read them. Only rotary positions are supported."
+            f"{type(model).__name__} has ALiBi and heads that share keys and values (config.alibi and"
+            " config.new_decoder_architecture); expected one of the two."
         )
+
+
+def _own_slopes(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    return own_slopes(module, kept) if module.config.alibi else nothing_to_undo  # type: ignore[union-attr]
 
 
 register_architecture(
@@ -87,10 +99,43 @@ register_architecture(
                 layout=INTERLEAVED,
                 output="dense",
                 attributes={"num_heads": "query_heads", "num_kv_heads": "key_value_heads"},
+                adapt=_own_slopes,
                 skippable=True,
             ),
             MLP(path="h.*.mlp", inputs=("dense_h_to_4h",), output="dense_4h_to_h"),
         ),
+        depth=("config.num_hidden_layers",),
         check=_check_falcon,
+    )
+)
+
+
+def _check_bigcode(model: nn.Module) -> None:
+    if not getattr(getattr(model, "config", None), "multi_query", True):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was built with config.multi_query=False, which the description does not cover; expected"
+            " multi-query attention."
+        )
+
+
+register_architecture(
+    Architecture(
+        name="gpt-bigcode",
+        models=("GPTBigCodePreTrainedModel",),
+        blocks=(
+            Attention(
+                path="h.*.attn",
+                fused="c_attn",
+                output="c_proj",
+                attributes={
+                    "num_heads": "query_heads",
+                    "num_key_value_groups": "query_heads",
+                    "embed_dim": "query_features",
+                },
+            ),
+            MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
+        ),
+        check=_check_bigcode,
+        depth=("config.num_hidden_layers",),
     )
 )

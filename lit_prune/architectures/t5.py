@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_prune.architectures.adapt import become
+from lit_prune.architectures.adapt import KeptHeads, kept_heads
 from lit_prune.architectures.base import MLP, Architecture, Attention, register_architecture
 
 
-class WithOwnHeads:
+class WithOwnHeads(KeptHeads):
     """Mixed into T5's attention once it lost heads: of the biases, which come for all heads, it reads those of its own.
 
     What it passes on to the next layer is for all heads again. The table of biases stays whole, as the layers share it.
     """
 
-    kept_heads: list[int]
     _shared_bias: Tensor | None
 
     def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -36,23 +35,7 @@ class WithOwnHeads:
 
 def own_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of T5's attention to fewer heads."""
-    if isinstance(module, WithOwnHeads):
-        before: list[int] = module.kept_heads
-        module.kept_heads = [before[i] for i in kept.tolist()]
-
-        def undo() -> None:
-            module.kept_heads = before
-
-        return undo
-    back = become(module, WithOwnHeads)
-    # no buffer: from_pretrained builds models without values, and buffers that no file holds would stay so
-    module.kept_heads = kept.tolist()  # type: ignore[assignment]
-
-    def undo_all() -> None:
-        del module.kept_heads
-        back()
-
-    return undo_all
+    return kept_heads(module, kept, WithOwnHeads)
 
 
 def _attention(path: str, kind: str) -> Attention:
@@ -73,7 +56,7 @@ def _attention(path: str, kind: str) -> Attention:
 register_architecture(
     Architecture(
         name="t5",
-        models=("T5PreTrainedModel",),
+        models=("T5PreTrainedModel", "MT5PreTrainedModel"),
         blocks=(
             _attention("block.*.layer.*.SelfAttention", "attention"),
             _attention("block.*.layer.*.EncDecAttention", "cross_attention"),

@@ -173,5 +173,6 @@ register_architecture(
             MultiheadAttention(path="layers.*.multihead_attn", kind="cross_attention", optional=True),
             MLP(path="layers.*", inputs=("linear1",), output="linear2"),
         ),
+        depth=("num_layers",),
     )
 )

@@ -13,6 +13,7 @@ from processes import run, run_well
 from test_pruning import Module, corpus, pruning
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from conftest import tiny
 from lit_prune import PruningPlan
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery
 from lit_prune.callbacks.strategies import check_strategy
@@ -52,8 +53,8 @@ class Plain(Module):
     uneven_stream = False
     static = False
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, model=None):
+        super().__init__(model)
         self.dropout.p = 0.0
         if not self.static:
             self.unused = torch.nn.Parameter(torch.zeros(3))
@@ -104,19 +105,22 @@ def finish(folder: str, name: str, trainer: pl.Trainer, callback, module) -> Non
 
 
 def equal_runs(folder: str, world: int) -> None:
-    """Several criteria, accumulation, a last batch that is smaller, and a resumed run, one after the other."""
+    """Several criteria, accumulation, a last batch that is smaller, and experts, one after the other."""
     for name, options, trainer_options, sequences in (
         ("taylor", {}, {}, 24),
         ("taylor_2nd", {}, {"accumulate_grad_batches": 2}, 24),
         ("taylor_batch", {"statistics": "elementwise"}, {}, 24),
         ("wanda", {}, {}, 20),
+        ("fisher", {"kinds": ("block",), "pruning_ratio": 0.3}, {}, 24),
         ("auto", {"calibration_batches": 9}, {}, 80),
+        ("experts", {"importance": "taylor", "kinds": ["mlp"]}, {}, 24),
     ):
         pl.seed_everything(7, verbose=False)
-        callback = pruning(importance=name, **options)
+        callback = pruning(**{"importance": name, **options})
         saver = ModelCheckpoint(folder, filename=f"{name}-{world}-{{epoch}}", save_top_k=-1)
         trainer = trainer_of(world, callback, saver, enable_checkpointing=True, **trainer_options)
-        module = Plain()
+        model = tiny("mixtral", num_local_experts=3, num_experts_per_tok=2) if name == "experts" else None
+        module = Plain(model)
         module.sequences = sequences
         trainer.fit(module)
         finish(folder, f"{name}-{world}", trainer, callback, module)
@@ -148,7 +152,7 @@ def assert_close(one: dict, other: dict) -> None:
             torch.testing.assert_close(value, other["weights"][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "taylor_batch", "wanda", "auto"])
+@pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "taylor_batch", "wanda", "fisher", "auto", "experts"])
 def test_two_processes_equal_one_with_the_same_global_batch(folder, importance):
     both = [read(folder, f"{importance}-2-{rank}") for rank in range(RANKS)]
     single = read(folder, f"{importance}-1-0")

@@ -18,7 +18,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from conftest import tiny
-from lit_prune import PruningPlan, UnsupportedModelError, sharding
+from lit_prune import (
+    MLP,
+    Architecture,
+    Attention,
+    PruningConfig,
+    PruningPlan,
+    UnsupportedModelError,
+    apply_plan,
+    find_group_sets,
+    make_plan,
+    register_architecture,
+    sharding,
+)
 from lit_prune.callbacks import Stage
 from lit_prune.training import CausalLMModule
 from lit_prune.training.loading import load_model
@@ -104,6 +116,7 @@ CASES = {
     "second_order": ({"importance": "second_order", "schedule": [Stage(0.1, epoch=1), Stage(0.2, epoch=2)]}, {}),
     "mix": ({"importance": {"taylor_batch": 0.7, "output_wanda": 0.3}}, {"adam": True}),
     "wanda": ({"importance": "wanda", "step": 0}, {}),
+    "blocks": ({"importance": "fisher", "kinds": ("block",), "pruning_ratio": 0.3}, {"adam": True}),
     "magnitude": ({"importance": "magnitude", "repair": None}, {}),
     "taylor_batch": ({"importance": "taylor_batch", "step": 4}, {}),
     "auto": ({"importance": "auto", "calibration_batches": 9}, {"sequences": 80}),
@@ -164,7 +177,7 @@ def resumed(folder: str, name: str, epoch: int, kind: str) -> None:
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_distributed_checkpoints_resume(folder, epoch):
     """Of a run with two stages, from before the first cut and from between the two: weights and optimizer state."""
-    for name in ("second_order", "mix"):
+    for name in ("second_order", "mix", "blocks"):
         run_well(resumed, str(folder), name, epoch, "fit", folder=folder, processes=RANKS)
         whole, again = read(folder, f"{name}-2-0"), read(folder, f"{name}-resumed-{epoch}-0")
         for key, value in whole["weights"].items():
@@ -175,6 +188,50 @@ def test_distributed_checkpoints_resume(folder, epoch):
 def test_distributed_checkpoints_validate(folder):
     run_well(resumed, str(folder), "mix", 2, "validate", folder=folder, processes=RANKS)
     assert read(folder, "mix-measured-2-0")["measured"][0]["val_loss"] > 0
+
+
+def undone(folder: str) -> None:
+    """A cut that fails at its end, on all processes, in the middle of a run with sharded optimizer state."""
+
+    class Fails(pl.Callback):
+        def __init__(self, fail):
+            self.fail = fail
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and self.fail:
+                model = pl_module.inner["lm"]
+                group_sets = find_group_sets(model)
+                _, plan = make_plan(model, group_sets, None, PruningConfig("random", 0.2))
+                sizes = {n: p.shape for n, p in model.named_parameters()}
+                entry = next(e for e in plan.entries if e.kind == "mlp")
+                name = f"{entry.name}.down_proj.weight"
+                weights = {name: torch.zeros(sizes[name][0], len(entry.kept))}
+                register_architecture(failing)
+                with pytest.raises(ZeroDivisionError):
+                    apply_plan(model, plan, trainer.optimizers, weights=weights)
+                register_architecture(plain)
+                assert {n: p.shape for n, p in model.named_parameters()} == sizes
+                assert all(isinstance(p, DTensor) for p in model.parameters())
+
+    def fail(module, kept):
+        raise ZeroDivisionError
+
+    blocks = (Attention(path="layers.*.self_attn"), MLP(path="layers.*.mlp"))
+    plain = Architecture("tried", ("LlamaPreTrainedModel",), blocks)
+    failing = Architecture("tried", plain.models, (Attention(path="layers.*.self_attn", adapt=fail), blocks[1]))
+    for fails in (False, True):
+        pl.seed_everything(7, verbose=False)
+        trainer = trainer_of(RANKS, Fails(fails), strategy=strategy())
+        module = type("Case", (Sharded,), {"adam": True})()
+        trainer.fit(module)
+        torch.save({"weights": whole_state(module)}, Path(folder, f"undone-{fails}-{trainer.global_rank}.pt"))
+
+
+def test_a_cut_that_fails_leaves_sharded_model_and_optimizer_as_they_were(tmp_path):
+    run_well(undone, str(tmp_path), folder=tmp_path, processes=RANKS)
+    tried, untried = read(tmp_path, "undone-True-0"), read(tmp_path, "undone-False-0")
+    for name, value in untried["weights"].items():
+        assert torch.equal(tried["weights"][name], value), name
 
 
 def full_checkpoints(folder: str) -> None:
@@ -264,15 +321,24 @@ def refused(folder: str, what: str) -> None:
             for layer in self.inner["lm"].model.layers:
                 parallelize_module(layer, self.device_mesh["tensor_parallel"], {"mlp.up_proj": ColwiseParallel()})
 
+    class Whole(Sharded):
+        def configure_model(self):
+            fully_shard(self.inner["lm"], mesh=self.device_mesh["data_parallel"])
+
     options = {"data_parallel_size": 1, "tensor_parallel_size": RANKS} if what == "tensors" else {}
     chosen = ModelParallelStrategy(process_group_backend="gloo", **options) if options else strategy()
-    callback = pruning(repair="bias" if what == "bias" else None)
-    trainer_of(RANKS, callback, strategy=chosen).fit(Tensors() if what == "tensors" else Sharded())
+    callback = pruning(repair="bias" if what == "bias" else None, kinds=("block",) if what == "block" else None)
+    module = {"tensors": Tensors, "block": Whole}.get(what, Sharded)()
+    trainer_of(RANKS, callback, strategy=chosen).fit(module)
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("tensors", "sharded, but not by .*fully_shard"), ("bias", "adds biases .* FSDP2 cannot take up")],
+    [
+        ("tensors", "sharded, but not by .*fully_shard"),
+        ("bias", "adds biases .* FSDP2 cannot take up"),
+        ("block", "sharded as a part of .*the block 'model.layers.0' that may leave"),
+    ],
 )
 def test_what_sharding_cannot_do_is_refused_on_every_process(tmp_path, what, message):
     for code, output in run(refused, str(tmp_path), what, folder=tmp_path, processes=RANKS):

@@ -239,6 +239,23 @@ def test_a_pruned_run_equals_a_dense_one_with_the_removed_groups_at_zero(tmp_pat
         assert (value.double() - expected.double()).norm() <= tolerance * moved + 1e-6 * first.norm(), key
 
 
+class Faint(Base):
+    """A loss whose gradients vanish in float16, unless they are scaled."""
+
+    def training_step(self, batch, batch_idx):
+        return 1e-6 * super().training_step(batch, batch_idx)
+
+
+def test_gradients_of_calibration_do_not_vanish_in_float16(tmp_path):
+    """Importance is that of float32, to the precision of float16."""
+    tables = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu")]):
+        callback = pruning(importance="taylor", step=0)
+        fit(tmp_path, callback, module=Faint(), max_epochs=1, limit_train_batches=1, plugins=plugins)
+        tables.append(torch.as_tensor(callback.table.importance))
+    assert (tables[1] - tables[0]).norm() < 0.02 * tables[0].norm()
+
+
 def test_adafactor_keeps_its_factored_state(tmp_path):
     """Row and column statistics are means over what is cut, so the oracle above does not hold: the state's shapes do."""
     callback = pruning()
@@ -286,6 +303,31 @@ def test_a_compiled_module_is_calibrated_repaired_and_compiled_again(tmp_path):
     assert graphs[0] < graphs[1] < graphs[2]
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+class Inductor(Base):
+    def __init__(self):
+        super().__init__()
+        torch._dynamo.reset()
+        self.inner["lm"].compile()
+
+
+@pytest.mark.slow
+def test_what_inductor_compiled_is_compiled_again(tmp_path):
+    graphs = []
+
+    class Count(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        on_train_end = on_train_epoch_start
+
+    options = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1}
+    _, compiled = fit(tmp_path, pruning(), Count(), module=Inductor(), **options)
+    _, plain = fit(tmp_path, pruning(), module=Base(), **options)
+    assert graphs[0] < graphs[1] < graphs[2]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_accumulation_that_changes_and_other_callbacks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -146,7 +147,8 @@ def test_distillation_adds_to_the_loss_from_the_cut_on(tmp_path, source):
 
     class Check(pl.Callback):
         def on_pruning_start(self, trainer, pl_module, pruning):
-            self.dense = copy.deepcopy(pl_module.inner["lm"])
+            if pruning.plan is None:
+                self.dense = copy.deepcopy(pl_module.inner["lm"])
 
         def on_before_backward(self, trainer, pl_module, loss):
             if not hasattr(self, "dense") or not pl_module.training:
@@ -162,12 +164,20 @@ def test_distillation_adds_to_the_loss_from_the_cut_on(tmp_path, source):
             hidden = hidden_state_loss(ours.hidden_states[1:], theirs.hidden_states[1:], mask)
             checked.append((loss.item(), (0.3 * ours.loss + 0.7 * kl + 0.1 * hidden).item()))
 
+    class Remove(pl.Callback):
+        """The teacher on disk is loaded once: it is not there for later cuts."""
+
+        def on_pruning_end(self, trainer, pl_module, pruning):
+            shutil.rmtree(tmp_path / "teacher", ignore_errors=True)
+
     options = {}
     if source == "disk":
         tiny("llama").save_pretrained(tmp_path / "teacher")
         options["teacher"] = str(tmp_path / "teacher")
     distillation = Distillation(weight=0.7, hidden_weight=0.1, **options)
-    trainer, module = fit(tmp_path, pruning(), distillation, Check(), module=Taught())
+    twice = pruning(schedule=[Stage(0.1, epoch=1), Stage(0.2, epoch=2)])
+    trainer, module = fit(tmp_path, twice, distillation, Check(), Remove(), module=Taught())
+    assert twice.stages_done == 2
     assert len(checked) == 12
     for loss, expected in checked:
         assert loss == pytest.approx(expected, rel=1e-5)

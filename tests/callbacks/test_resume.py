@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -14,8 +16,9 @@ from processes import run, run_well
 from test_pruning import Module, corpus, fit, pruning
 from torch.utils.data import DataLoader
 
+import lit_prune
 from conftest import tiny
-from lit_prune import PlanError, get_plan, rebuild_from_checkpoint
+from lit_prune import PlanError, callbacks, get_plan, rebuild_from_checkpoint
 from lit_prune.callbacks import Stage
 from lit_prune.training import CausalLMModule
 
@@ -86,6 +89,44 @@ def test_a_killed_process_resumed_ends_with_the_same_weights_bit_for_bit(tmp_pat
         assert end["steps"] < expected["steps"] or name == "first epoch"
         for key, value in expected["weights"].items():
             assert torch.equal(end["weights"][key], value), (name, key)
+
+
+def train_counted(folder: str, kill_at: int | None) -> None:
+    """Like :func:`train`; killed at the n-th call of any function of lit_prune and Lightning, wherever that is."""
+    counted, calls = (str(Path(module.__file__).parent) for module in (lit_prune, callbacks, lightning)), 0
+    folders = tuple(counted)
+
+    def count(frame, event, _):
+        nonlocal calls
+        if event == "call" and frame.f_code.co_filename.startswith(folders):
+            calls += 1
+            if calls == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    train(folder, None, False)
+    sys.setprofile(None)
+    Path(folder, "calls.txt").write_text(str(calls))
+
+
+@pytest.mark.parametrize("points", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_it_may_be_killed_anywhere(tmp_path, points):
+    """In the middle of planning, surgery, or writing a checkpoint as well as between steps."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run_well(train_counted, str(whole), None, folder=whole)
+    expected = torch.load(whole / "end.pt", weights_only=True)["weights"]
+    calls = int((whole / "calls.txt").read_text())
+    generator = torch.Generator().manual_seed(points)
+    for kill_at in torch.randint(1, calls, (points,), generator=generator).tolist():
+        folder = tmp_path / str(kill_at)
+        folder.mkdir()
+        [(code, _)] = run(train_counted, str(folder), kill_at, folder=folder)
+        assert code == -signal.SIGKILL
+        run_well(train, str(folder), None, True, folder=folder)
+        end = torch.load(folder / "end.pt", weights_only=True)["weights"]
+        for key, value in expected.items():
+            assert torch.equal(end[key], value), (kill_at, calls, key)
 
 
 class Stateful:

@@ -1,0 +1,22 @@
+"""BART and its relatives, Whisper among them: encoder and decoder with separate projections."""
+
+from lit_prune.architectures.base import MLP, Architecture, Attention, register_architecture
+
+register_architecture(
+    Architecture(
+        name="bart",
+        models=(
+            "BartPreTrainedModel",
+            "MBartPreTrainedModel",
+            "PegasusPreTrainedModel",
+            "MarianPreTrainedModel",
+            "M2M100PreTrainedModel",
+            "WhisperPreTrainedModel",
+        ),
+        blocks=(
+            Attention(path="layers.*.self_attn", output="out_proj"),
+            Attention(path="layers.*.encoder_attn", output="out_proj", kind="cross_attention", optional=True),
+            MLP(path="layers.*", inputs=("fc1",), output="fc2"),
+        ),
+    )
+)
