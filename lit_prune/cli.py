@@ -379,7 +379,7 @@ def _parser() -> ArgumentParser:
             sub.add_argument(
                 "models", nargs="+", type=str, help="Two or more models; the last is compared with the first."
             )
-        skipped = {"models", "pruning"}
+        skipped: set[str | int] = {"models", "pruning"}
         sub.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True, skip=skipped)
         if "pruning" in inspect.signature(function).parameters:
             # stages of a schedule are the callback's
