@@ -110,6 +110,8 @@ class StructuredPruning(Callback):
             ``metrics["dense"]`` and ``metrics["pruned"]``.
         output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``.
         seed: Seed of ``importance="random"``.
+        compensation: Whether importance takes into account what the repair ``"least_squares"`` will make up for (two more
+            forward passes over the calibration batches).
         iterations: Reach the ratio of each stage in so many equal cuts, each calibrated, ranked and repaired anew on the same
             batches; better than one cut, and as many times the cost.
 
@@ -158,6 +160,7 @@ class StructuredPruning(Callback):
         validate: bool = True,
         output_dir: str | Path | None = None,
         seed: int = 0,
+        compensation: bool = True,
         iterations: int = 2,
     ) -> None:
         super().__init__()
@@ -191,6 +194,7 @@ class StructuredPruning(Callback):
             ),
             repair=repair,
             seed=seed,
+            compensation=compensation,
             iterations=iterations,
         )
         self.calibration_batches = calibration_batches
@@ -304,7 +308,7 @@ class StructuredPruning(Callback):
             root=pl_module,
             ranks=ranks_of(trainer),
             agree=lambda plan: check_same_on_all_ranks(trainer, plan),
-            progress=progress_bar(trainer, "Repair"),
+            progress=progress_bar(trainer, "Blocks"),
             dry_run=self.dry_run,
         )
         if not self.dry_run:

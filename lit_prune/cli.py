@@ -7,11 +7,12 @@ import json
 import math
 import re
 import statistics as numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -24,16 +25,14 @@ from lit_prune.errors import PruningError
 from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
 from lit_prune.groups import count_parameters
 from lit_prune.importance import criteria
-from lit_prune.pipeline import PruningConfig, calibrate, make_plan, masked_loss, repair
+from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
+from lit_prune.statistics import Statistics
 from lit_prune.surgery import apply_plan
 from lit_prune.table import GroupTable
 from lit_prune.version import __version__
-
-if TYPE_CHECKING:
-    from lit_prune.statistics import Statistics
 
 REPORT = "pruning"
 
@@ -73,7 +72,7 @@ def plan(
     device: str = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Decide what to cut, and cut nothing: writes the plan, the group table, pictures and a page to look at.
+    """Decide what to cut, and save no model: writes the plan, the group table, pictures and a page to look at.
 
     Args:
         model: A directory in Hugging Face format, a hub name, a GGUF file, or package:NAME for a GGUF file inside an
@@ -85,11 +84,9 @@ def plan(
         dtype: Data type of the weights; auto takes that of the files.
     """
     session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
-    table, made, _ = session.plan(pruning)
-    figures = {
-        "dense": session.figures(),
-        "planned": {"parameters": float(made.info["parameters_after"])},
-    }
+    dense = session.figures()
+    table, made = session.prune(pruning)
+    figures = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
     write_report(output, figures, made, table)
     _print(figures, output)
 
@@ -126,8 +123,12 @@ def apply(
     if given is not None:
         given.validate(session.group_sets)
     figures = {"dense": session.figures()}
-    table, made, collected = session.plan(pruning) if given is None else (None, given, None)
-    figures["pruned"] = session.cut(made, collected, pruning)
+    table = None
+    if given is None:
+        table, _ = session.prune(pruning)
+    else:
+        session.cut(given, pruning)
+    figures["pruned"] = session.figures()
     save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
     cut = get_plan(session.model)
     assert cut is not None
@@ -282,36 +283,33 @@ class _Session:
         """The causal loss of token ids of shape ``(batch, tokens)``."""
         return self.model(input_ids=batch, labels=batch, use_cache=False).loss
 
-    def plan(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan, Statistics]:
-        """Calibrate and plan, as the callback does."""
-        config.check(self.model, self.group_sets)
-        collected = calibrate(self.model, self.group_sets, _progress(self.batches, "Calibration"), self.loss, config)
+    def prune(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan]:
+        """Calibrate, plan, repair and cut, as the callback does."""
+        return prune_with(self.model, self._data, config, progress=partial(_progress, what="Blocks"))
 
-        def measure(candidate: PruningPlan) -> float:
-            return masked_loss(self.model, self.group_sets, candidate, self.batches, self.loss, config)
-
-        table, made = make_plan(self.model, self.group_sets, collected, config, measure=measure)
-        return table, made, collected
-
-    def cut(self, made: PruningPlan, collected: Statistics | None, config: PruningConfig) -> dict[str, float]:
-        """Repair and cut; the figures afterwards."""
-        if config.repair == "bias" and collected is None:
-            collected = calibrate(self.model, self.group_sets, self.batches, self.loss, config)
-        weights: dict[str, Tensor] = {}
-        if config.repair is not None:
-            statistics: Any = collected
-            made, weights = repair(
-                self.model,
-                self.group_sets,
-                made,
-                statistics,
-                self.batches,
-                self.loss,
-                config,
-                progress=partial(_progress, what="Repair"),
+    def cut(self, made: PruningPlan, config: PruningConfig) -> None:
+        """Repair and cut by a plan that is there already."""
+        with self._data(CALIBRATION) as (batches, loss):
+            statistics = (
+                calibrate(self.model, self.group_sets, batches, loss, config)
+                if config.repair == "bias"
+                else Statistics()
             )
+        made, weights = repair(
+            self.model,
+            self.group_sets,
+            made,
+            statistics,
+            self.batches,
+            self.loss,
+            config,
+            progress=partial(_progress, what="Repair"),
+        )
         apply_plan(self.model, made, weights=weights)
-        return self.figures()
+
+    def _data(self, purpose: str) -> AbstractContextManager[tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]]:
+        shown = _progress(self.batches, purpose.capitalize()) if purpose == CALIBRATION else self.batches
+        return nullcontext((shown, self.loss))
 
     @torch.inference_mode()
     def figures(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from lit_prune.errors import CalibrationError, SmallBudgetError, UnsupportedMode
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
-from lit_prune.repair import REPAIRS, bias_fold, least_squares
+from lit_prune.repair import REPAIRS, bias_fold, least_squares, unexplained_shares
 from lit_prune.selection import Limits, check_ratio, parameter_budget, select
 from lit_prune.statistics import Statistics, check_gathering, collect_statistics, evaluation_mode
 from lit_prune.surgery import cut, get_plan
@@ -59,6 +59,9 @@ class PruningConfig:
         repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
             :mod:`lit_prune.repair`.
         seed: Seed of the criterion ``random``.
+        compensation: Whether importance takes into account what ``"least_squares"`` will make up for: it is multiplied by the
+            square root of the share of a group's contribution that the other groups at the same place cannot explain. Two
+            more forward passes over the calibration batches in each iteration.
         iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
             left; see :func:`prune`.
         reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
@@ -75,6 +78,7 @@ class PruningConfig:
     limits: Limits = field(default_factory=Limits)
     repair: str | None = "least_squares"
     seed: int = 0
+    compensation: bool = True
     iterations: int = 2
     reference: tuple[int, int] | None = None
 
@@ -255,6 +259,8 @@ def make_plan(
             )
             parts.append((weight, importance))
         total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
+        if statistics is not None and statistics.unexplained:
+            total = _discounted(total, group_sets, statistics.unexplained)
         table = _table(model, group_sets, total)
         removed = _select(model, group_sets, table, config)
         info = {
@@ -277,6 +283,16 @@ def make_plan(
     best = min(measured, key=measured.__getitem__)
     table, plan = results[list(measured).index(best)]
     return table, replace(plan, info={**plan.info, "candidates": measured})
+
+
+def _discounted(
+    importance: Sequence[Tensor], group_sets: Sequence[GroupSet], unexplained: Mapping[tuple[str, str], Tensor]
+) -> list[Tensor]:
+    """Importance times the square root of the shares, which measured better than the shares themselves."""
+    return [
+        i * unexplained[s.key].sqrt().to(i) if s.key in unexplained else i
+        for i, s in zip(importance, group_sets, strict=True)
+    ]
 
 
 def prune(
@@ -314,7 +330,7 @@ def prune(
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
-CALIBRATION, COMPARISON, REPAIR = "calibration", "comparison", "repair"
+CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "calibration", "compensation", "comparison", "repair"
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
 
 
@@ -334,7 +350,8 @@ def prune_with(
 
     Args:
         model: The model itself.
-        data: Called with what the batches are for, ``"calibration"``, ``"comparison"`` (of candidates) or ``"repair"``; gives
+        data: Called with what the batches are for, ``"calibration"``, ``"compensation"`` (what a repair could make up for),
+            ``"comparison"`` (of candidates) or ``"repair"``; gives
             a context in which they are run, with the batches, the same ones every time, and the loss function.
         config: The configuration.
         optimizers: Optimizers over the model's parameters, cut along.
@@ -363,6 +380,10 @@ def prune_with(
                 continue
             with data(CALIBRATION) as (batches, loss):
                 statistics = calibrate(model, group_sets, batches, loss, step, root=root, ranks=ranks)
+
+            if step.compensation and step.repair == "least_squares":
+                with data(COMPENSATION) as (batches, loss):
+                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, total)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -398,6 +419,22 @@ def prune_with(
     assert table is not None
     assert made is not None
     return table, made
+
+
+def _unexplained(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    root: nn.Module | None,
+    progress: Callable[[Sequence[str]], Iterable[str]],
+    total: Callable[[Tensor], Tensor] | None,
+) -> dict[tuple[str, str], Tensor]:
+    try:
+        return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
+    except UnsupportedModelError:
+        # such a model is not repaired either, of which repair warns
+        return {}
 
 
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:

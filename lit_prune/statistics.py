@@ -123,6 +123,8 @@ class Statistics:
             (``mask_gradient``) are at position 0, and whole in every process.
         activations: By module, the statistics of its inputs.
         loss: Mean calibration loss, if losses were computed.
+        unexplained: By group-set key, what share of each group's contribution others cannot make up for, tensors of shape
+            ``(groups,)``; see :func:`lit_prune.repair.unexplained_shares`. Empty if that was not asked for.
     """
 
     batches: int = 0
@@ -130,6 +132,7 @@ class Statistics:
     reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationStatistics] = field(default_factory=dict)
     loss: float | None = None
+    unexplained: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import SMALL, tiny, uneven_kept
-from lit_prune import PruningPlan, apply_plan, find_group_sets
-from lit_prune.repair import bias_fold, least_squares, ridge
+from lit_prune import PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan
+from lit_prune.repair import bias_fold, least_squares, ridge, unexplained_share, unexplained_shares
 from lit_prune.statistics import collect_statistics
 
 
@@ -220,3 +220,66 @@ def test_a_folded_bias_makes_the_mean_output_of_the_first_consumer_that_of_the_d
     apply_plan(again, PruningPlan.from_dict(folded.to_dict()))
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again, batches()), logits(model, batches()))
+
+
+def test_what_others_cannot_explain_is_one_minus_the_squared_multiple_correlation():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 7, generator=generator, dtype=torch.float64)
+    x[:, 0] = x[:, 1] - 2 * x[:, 2] + 0.1 * x[:, 0]
+    weight = torch.randn(5, 7, generator=generator)
+    single = unexplained_share(x.T @ x, weight, torch.arange(7).view(7, 1), 0.0)
+    pairs = torch.tensor([[0, 3], [1, 4]])
+    both = unexplained_share(x.T @ x, weight, pairs, 0.0)
+    data = x.numpy()
+
+    def left(columns):
+        others = np.delete(data, columns, axis=1)
+        fitted = others @ np.linalg.lstsq(others, data[:, columns], rcond=None)[0]
+        give = weight.double().numpy()[:, columns].T
+        return ((data[:, columns] - fitted) @ give, data[:, columns] @ give)
+
+    for found, columns in (*zip(single, [[j] for j in range(7)], strict=True), *zip(both, pairs.tolist(), strict=True)):
+        rest, whole = left(columns)
+        assert float(found) == pytest.approx((rest**2).sum() / (whole**2).sum(), rel=1e-4)
+    assert float(single[0]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_shares_come_from_the_inputs_of_the_consumers(name):
+    model = tiny(name)
+    group_sets = find_group_sets(model)
+    data = [torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    seen = {}
+    handles = [
+        model.get_submodule(s.consumers[0].module).register_forward_hook(
+            lambda _, args, __, key=s.key: seen.setdefault(key, []).append(args[0].flatten(0, 1))
+        )
+        for s in group_sets
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    found = unexplained_shares(model, group_sets, data, model)
+    assert found.keys() == {s.key for s in group_sets}
+    for group_set in group_sets:
+        (part,) = group_set.consumers
+        x = torch.cat(seen[group_set.key])
+        weight = model.get_parameter(part.parameter).movedim(part.dim, -1)
+        damping = 0.1 * x.shape[1] / len(x)
+        torch.testing.assert_close(
+            found[group_set.key], unexplained_share(x.T @ x, weight, part.index, damping), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_importance_is_discounted_by_what_the_repair_makes_up_for(batches, loss_of):
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    config = PruningConfig(importance="fisher")
+    statistics = calibrate(model, group_sets, batches, loss_of(model), config)
+    plain, _ = make_plan(model, group_sets, statistics, config)
+    statistics.unexplained = unexplained_shares(model, group_sets, batches, loss_of(model))
+    discounted, _ = make_plan(model, group_sets, statistics, config)
+    shares = torch.cat([statistics.unexplained[s.key] for s in group_sets])
+    np.testing.assert_allclose(discounted.importance, plain.importance * shares.sqrt().numpy(), rtol=1e-5)
