@@ -134,7 +134,7 @@ class StructuredPruning(Callback):
 
     def __init__(
         self,
-        importance: str | dict[str, float] = "taylor",
+        importance: str | dict[str, float] = "fisher",
         pruning_ratio: float = 0.2,
         epoch: int | None = None,
         step: int | None = None,
@@ -158,7 +158,7 @@ class StructuredPruning(Callback):
         validate: bool = True,
         output_dir: str | Path | None = None,
         seed: int = 0,
-        iterations: int = 1,
+        iterations: int = 2,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):

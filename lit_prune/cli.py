@@ -1,30 +1,36 @@
-"""``lit-prune``: prune, convert, export, report and compare, for people with no training to run."""
+"""Prune a model from the command line, convert, export and look at it, with no training to run."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import statistics as numbers
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PruningError
-from lit_prune.export import convert_checkpoint, load_pruned, save_pruned
+from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
 from lit_prune.groups import count_parameters
+from lit_prune.importance import criteria
 from lit_prune.pipeline import PruningConfig, calibrate, make_plan, masked_loss, repair
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.surgery import apply_plan
 from lit_prune.table import GroupTable
+from lit_prune.version import __version__
 
 if TYPE_CHECKING:
     from lit_prune.statistics import Statistics
@@ -37,7 +43,8 @@ class Calibration:
     """The text that calibration runs on, and how much of it.
 
     Args:
-        text: Text, JSON, CSV or Parquet files; ``python-docs`` for the documentation that every Python ships.
+        text: A text, JSON, CSV or Parquet file, or several as a list; python-docs for the documentation that every Python
+            ships.
         batches: Number of calibration batches.
         batch_size: Sequences of a batch.
         block_size: Tokens of a sequence.
@@ -45,7 +52,7 @@ class Calibration:
         seed: Seed of the choice of calibration sequences.
     """
 
-    text: list[str] = field(default_factory=lambda: ["python-docs"])
+    text: str | list[str] = "python-docs"
     batches: int = 32
     batch_size: int = 1
     block_size: int = 128
@@ -112,15 +119,14 @@ def apply(
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
     """
+    check_replaceable(output)
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
     session = _Session(model, calibration, device, dtype, blocks=blocks)
+    if given is not None:
+        given.validate(session.group_sets)
     figures = {"dense": session.figures()}
-    if given is None:
-        table, made, collected = session.plan(pruning)
-    else:
-        table, made, collected = None, given, None
-        made.validate(session.group_sets)
+    table, made, collected = session.plan(pruning) if given is None else (None, given, None)
     figures["pruned"] = session.cut(made, collected, pruning)
     save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
     cut = get_plan(session.model)
@@ -151,6 +157,7 @@ def convert(
     """
     from lit_prune.training.loading import load_model, load_tokenizer
 
+    check_replaceable(output)
     dense: Any = load_model(model)
     converted = convert_checkpoint(checkpoint, dense, name=name)
     try:
@@ -212,8 +219,8 @@ def compare(
     """Measure models side by side: parameters, size, perplexity on the held-out text, and speed, taking turns.
 
     Args:
-        models: Two or more models, each a directory, hub name, GGUF file or package:NAME; the first is what the last is
-            compared with.
+        models: Two or more models, each a directory, hub name, GGUF file or package:NAME; the last is compared with the
+            first.
         calibration: The text; its held-out sequences are what perplexity is measured on.
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
@@ -243,9 +250,7 @@ class _Session:
     def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
         from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = _device(device)
         wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
         if dtype == "auto" and gguf_file(source) is not None:
             wanted = torch.float32
@@ -259,8 +264,7 @@ class _Session:
         from lit_prune.training.data import load_texts, pack
 
         options = self.calibration
-        text: Any = options.text[0] if len(options.text) == 1 else options.text
-        documents = load_texts(text)["train"]
+        documents = load_texts(options.text)["train"]
         blocks: Tensor = pack(documents, self.tokenizer, "text", options.block_size)[:]["input_ids"]
         needed = options.batches * options.batch_size
         if len(blocks) < needed + options.held_out:
@@ -281,9 +285,7 @@ class _Session:
     def plan(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan, Statistics]:
         """Calibrate and plan, as the callback does."""
         config.check(self.model, self.group_sets)
-        collected = calibrate(
-            self.model, self.group_sets, track(self.batches, "Calibration", transient=True), self.loss, config
-        )
+        collected = calibrate(self.model, self.group_sets, _progress(self.batches, "Calibration"), self.loss, config)
 
         def measure(candidate: PruningPlan) -> float:
             return masked_loss(self.model, self.group_sets, candidate, self.batches, self.loss, config)
@@ -299,7 +301,14 @@ class _Session:
         if config.repair is not None:
             statistics: Any = collected
             made, weights = repair(
-                self.model, self.group_sets, made, statistics, self.batches, self.loss, config, progress=_progress
+                self.model,
+                self.group_sets,
+                made,
+                statistics,
+                self.batches,
+                self.loss,
+                config,
+                progress=partial(_progress, what="Repair"),
             )
         apply_plan(self.model, made, weights=weights)
         return self.figures()
@@ -310,13 +319,31 @@ class _Session:
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         figures = {"parameters": float(count_parameters(self.model)), "megabytes": size / 1e6}
         if self.held_out:
-            losses = [float(self.loss(batch)) for batch in track(self.held_out, "Perplexity", transient=True)]
+            losses = [float(self.loss(batch)) for batch in _progress(self.held_out, "Perplexity")]
             figures["perplexity"] = math.exp(sum(losses) / len(losses))
         return figures
 
 
-def _progress(blocks: Any) -> Any:
-    return track(blocks, "Repair", transient=True)
+def _device(name: str) -> torch.device:
+    """The device of that name, the first GPU or the CPU for auto.
+
+    Raises:
+        PruningError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise PruningError(f"There is no device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items, with a bar in a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, transient=True, console=console, disable=not console.is_terminal)
 
 
 def _print(figures: dict[str, dict[str, float]], folder: Path) -> None:
@@ -326,16 +353,57 @@ def _print(figures: dict[str, dict[str, float]], folder: Path) -> None:
     console.print(f"Written to {folder}", soft_wrap=True)
 
 
+_MARKUP = re.compile(r"(?::\w+:`|``)([^`]+)``?")
+_COMMANDS = (plan, apply, convert, export, report, compare)
+_EXAMPLES = {
+    "plan": "lit-prune plan ./model ./plan --calibration.text notes.txt --pruning.pruning_ratio 0.2",
+    "apply": "lit-prune apply ./model ./pruned --calibration.text notes.txt --pruning.pruning_ratio 0.2",
+    "convert": "lit-prune convert last.ckpt ./model ./pruned",
+    "export": "lit-prune export ./pruned pruned.gguf --dtype q8_0",
+    "report": "lit-prune report ./pruned/pruning",
+    "compare": "lit-prune compare ./model ./pruned --calibration.text notes.txt",
+}
+
+
+def _parser() -> ArgumentParser:
+    """The parser; what it says comes from the commands' docstrings and types."""
+    parser = ArgumentParser(prog="lit-prune", description=__doc__, version=__version__)
+    commands = parser.add_subcommands(required=True)
+    for function in _COMMANDS:
+        name = function.__name__
+        summary = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
+        known = f" Criteria: {', '.join(criteria())}." if name in ("plan", "apply") else ""
+        sub = ArgumentParser(description=summary, epilog=f"Example: {_EXAMPLES[name]}.{known}")
+        sub.add_argument("--config", action="config", help="YAML file with any of these options.")
+        if name == "compare":
+            sub.add_argument(
+                "models", nargs="+", type=str, help="Two or more models; the last is compared with the first."
+            )
+        skipped: set[str | int] = {"models", "pruning"}
+        sub.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True, skip=skipped)
+        if "pruning" in inspect.signature(function).parameters:
+            # stages of a schedule are the callback's
+            sub.add_class_arguments(PruningConfig, "pruning", skip={"reference"}, sub_configs=True)
+        for action in sub._actions:
+            action.help = _MARKUP.sub(r"\1", action.help or "")
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
         arguments: The arguments; those of the process if ``None``.
     """
-    commands: dict[str, Any] = {f.__name__: f for f in (plan, apply, convert, export, report, compare)}
+    commands = {function.__name__: function for function in _COMMANDS}
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
     try:
-        auto_cli(commands, args=arguments, prog="lit-prune", as_positional=True)
-    except (PruningError, FileNotFoundError) as error:
+        options = parser.instantiate(parsed)[parsed.subcommand]
+        options.pop("config", None)
+        commands[parsed.subcommand](**vars(options))
+    except (PruningError, OSError, ValueError, ImportError) as error:
         raise SystemExit(f"lit-prune: {error}") from error
 
 

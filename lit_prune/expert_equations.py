@@ -32,7 +32,7 @@ def expert_equations(
     inputs: Sequence[Tensor],
     calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
     masks: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The normal equations of every expert's output projection, on the channels that stay.
 
     Args:
@@ -48,7 +48,8 @@ def expert_equations(
 
     Returns:
         For every expert the Gram matrix of the channels that stay over the tokens that went to it, ``(experts, kept,
-        kept)``; and the products of what it gave, with all its channels, with those channels, ``(experts, hidden, kept)``.
+        kept)``; and the products of what it gave, with all its channels, with those channels, ``(experts, hidden, kept)``;
+        and the number of those tokens, ``(experts,)``.
     """
     experts = block.get_submodule(path)
     if hasattr(getattr(experts, "config", None), "_experts_implementation"):
@@ -77,7 +78,7 @@ def expert_equations(
     finally:
         for handle in handles:
             handle.remove()
-    return seen.gram, seen.cross
+    return seen.gram, seen.cross, seen.tokens
 
 
 class _Seen(TorchFunctionMode):
@@ -90,6 +91,7 @@ class _Seen(TorchFunctionMode):
         precision = torch.promote_types(parameter.dtype, torch.float32)
         self.gram = parameter.new_zeros(experts, len(kept), len(kept), dtype=precision)
         self.cross = parameter.new_zeros(experts, outputs, len(kept), dtype=precision)
+        self.tokens = parameter.new_zeros(experts, dtype=torch.float32)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -113,5 +115,6 @@ class _Seen(TorchFunctionMode):
         weight = self._parameter[expert] if self._dim == 1 else self._parameter[expert].T
         x = channels.reshape(-1, channels.shape[-1]).to(self.gram.dtype)
         given, stays = x @ weight.to(self.gram.dtype), x[:, self._kept]
+        self.tokens[expert] += len(x)
         self.gram[expert] += stays.T @ stays
         self.cross[expert] += given.T @ stays

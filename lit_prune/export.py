@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
 from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
+from lit_prune.figures import format_figure, label
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, check_weights, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
@@ -247,14 +249,19 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        PruningError: If it is no Lightning checkpoint, or was written before the cut.
+        PruningError: If it is no Lightning checkpoint, holds more than plain data, or was written before the cut.
         PlanError: If plan or weights do not fit the model.
     """
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(
             f"No file at {checkpoint}; expected a Lightning checkpoint in one file. Consolidate a sharded one first."
         )
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise PruningError(
+            f"{checkpoint} is damaged, or holds more than plain data; expected a checkpoint as Trainer.save_checkpoint writes it."
+        ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise PruningError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict.")
     plans = [s["plan"] for s in pruning_states(content) if s["plan"] is not None]
@@ -308,10 +315,7 @@ def model_card(
     lines += ["---", "", f"# A pruned {config.base_model_type} model", ""]
     removed = f", {1 - after / before:.1%} fewer than before" if before else ""
     what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
-    lines.append(
-        f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with"
-        " [lit_prune](https://pypi.org/project/lit_prune/)."
-    )
+    lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
     lines += ["", "| group set | of | kept |", "|---|---|---|"]
     lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
     for kind in dict.fromkeys(e.kind for e in plan.group_entries):
@@ -328,8 +332,8 @@ def model_card(
     if names:
         lines += ["", "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
         for name in names:
-            cells = [f"{values[name]:,.5g}" if name in values else "" for values in figures.values()]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            cells = [format_figure(name, values.get(name)) for values in figures.values()]
+            lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
     lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
     trusted = ", trust_remote_code=True" if self_contained and not stock else ""
     lines += [
@@ -466,12 +470,21 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
     return True
 
 
-@contextmanager
-def _replacing_directory(directory: Path) -> Iterator[Path]:
+def check_replaceable(directory: Path) -> None:
+    """Refuse to replace a folder, or a file, that is not a saved model.
+
+    Raises:
+        PruningError: If ``directory`` is there, is not empty and holds no model.
+    """
     if directory.exists() and (
         not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists())
     ):
         raise PruningError(f"{directory} exists and holds no saved model; refusing to replace it.")
+
+
+@contextmanager
+def _replacing_directory(directory: Path) -> Iterator[Path]:
+    check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:

@@ -65,7 +65,7 @@ class PruningConfig:
             (the later stages of a schedule): what is gone already counts towards the ratio.
     """
 
-    importance: str | Mapping[str, float] = "taylor"
+    importance: str | Mapping[str, float] = "fisher"
     pruning_ratio: float = 0.2
     ratio_of: str = "all"
     normalize: str | None = DEFAULT
@@ -75,7 +75,7 @@ class PruningConfig:
     limits: Limits = field(default_factory=Limits)
     repair: str | None = "least_squares"
     seed: int = 0
-    iterations: int = 1
+    iterations: int = 2
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -299,7 +299,8 @@ def prune(
         optimizers: Optimizers over the model's parameters, cut along.
 
     Returns:
-        The group table of the last iteration, and the plan for the model as it was.
+        The group table of the model as it was, and the plan for it. A group's importance is that of the last iteration that
+        ranked it.
 
     Raises:
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
@@ -370,7 +371,8 @@ def prune_with(
                     value = masked_loss(model, sets, candidate, batches, loss, step, root=root)
                 return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
 
-            table, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            table = ranked if table is None else table.then(ranked)
             agree(plan)
             if not dry_run:
                 with data(REPAIR) as (batches, loss):

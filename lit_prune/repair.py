@@ -37,10 +37,11 @@ from lit_prune.surgery import cut_block, parameter_cuts
 log = logging.getLogger(__name__)
 
 REPAIRS = ("least_squares", "bias")
-DAMPING = 0.01
+# measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much
+DAMPING = 4.0
 
 
-def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = DAMPING) -> Tensor:
+def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
     r"""Solve :math:`\min_W \|Y - XW^T\|^2 + \lambda\|W - W_0\|^2`, λ = ``damping`` times the mean of the Gram's diagonal.
 
     Args:
@@ -147,7 +148,9 @@ def least_squares(
         plan: The plan.
         batches: Calibration batches.
         forward: Runs one batch through the model.
-        damping: See :func:`ridge`.
+        damping: The damping of :func:`ridge` in units of inputs / tokens of each consumer: the more weights there are to fit
+            for each calibration token, the less the fit is trusted. In the Bayesian reading of ridge regression it is the
+            ratio of the variance of what no weights could fit to that of what the change of the weights contributes.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
         total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
@@ -186,12 +189,14 @@ def least_squares(
                 order = list(wanted[0])
                 residual = _adds_up(dense[0], wanted[0], following[0])
                 for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
-                    gram, cross = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+                    gram, cross, tokens = _normal_equations(
+                        smaller, order, path, residual, dense, pruned, wanted, stream, name
+                    )
                     if total is not None:
-                        gram, cross = total(gram), total(cross)
+                        gram, cross, tokens = total(gram), total(cross), total(tokens)
                     weight = smaller.get_parameter(f"{path}.weight")
                     transposed = parts[path].input_dim == 0
-                    solved = ridge(gram, cross, weight.T if transposed else weight, damping)
+                    solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
                     weight.copy_(solved.T if transposed else solved)
                     weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
                 for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
@@ -201,6 +206,10 @@ def least_squares(
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
                 dense, pruned = following, _run(smaller, pruned, stream.calls[name])
     return weights
+
+
+def _relative(damping: float, gram: Tensor, tokens: Tensor) -> float:
+    return damping * gram.shape[-1] / max(float(tokens), 1.0)
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -238,14 +247,17 @@ def _refit_experts(
             parameter.copy_(state[key])
     path, _, output = part.parameter.removeprefix(f"{name}.").rpartition(".")
     kept = next(torch.tensor(e.kept) for e in plan.entries if e.key == group_set.key)
-    gram, cross = expert_equations(whole, path, output, part.dim, kept, pruned, stream.calls[name], stream.masks)
+    gram, cross, tokens = expert_equations(
+        whole, path, output, part.dim, kept, pruned, stream.calls[name], stream.masks
+    )
     if total is not None:
-        gram, cross = total(gram), total(cross)
+        gram, cross, tokens = total(gram), total(cross), total(tokens)
     weights = smaller.get_parameter(f"{path}.{output}")
     for expert, weight in enumerate(weights):
         # an expert that no token went to says nothing
         if float(gram[expert].diagonal().sum()) > 0:
-            solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, damping)
+            relative = _relative(damping, gram[expert], tokens[expert])
+            solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, relative)
             weight.copy_(solved if part.dim == 2 else solved.T)
     return part.parameter
 
@@ -382,12 +394,13 @@ def _normal_equations(
     wanted: Sequence[Mapping[str, Tensor]],
     stream: _Stream,
     name: str,
-) -> tuple[Tensor, Tensor]:
-    """The Gram matrix of a consumer's inputs in the pruned stream, and their products with what it should give.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gram matrix of a consumer's inputs in the pruned stream, their products with what it should give, and their number.
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
     gram = cross = None
+    tokens = torch.zeros((), device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
     for number, (x_dense, x_pruned, call, mask) in enumerate(
@@ -405,8 +418,9 @@ def _normal_equations(
         precision = torch.promote_types(inputs.dtype, torch.float32)
         a = inputs[select].reshape(-1, inputs.shape[-1]).to(precision)
         b = target[select].reshape(-1, target.shape[-1]).to(precision)
+        tokens += len(a)
         gram = a.T @ a if gram is None else gram + a.T @ a
         cross = b.T @ a if cross is None else cross + b.T @ a
     assert gram is not None
     assert cross is not None
-    return gram, cross
+    return gram, cross, tokens

@@ -17,50 +17,25 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from lit_prune.figures import figure_rows
 from lit_prune.files import replacing, write_text
 from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
 
 KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
-
-
-_LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "tokens_per_second": "tokens / s (forward)"}
+_UNITS = {"attention": "head groups", "mlp": "channels", BLOCK: "blocks"}
 
 
 def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
     """The figures by stage as a rich table, a row a figure."""
-    rows = _rows(figures)
+    rows = figure_rows(figures)
     table = Table(title="Structured pruning")
     for position, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if position else "left")
     for row in rows[1:]:
         table.add_row(*row)
     return table
-
-
-def _rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The figures as text: a heading, and a row a figure with what the last stage has of what the first one had."""
-    rows = [["", *figures, "last / dense"]]
-    names = list(dict.fromkeys(name for values in figures.values() for name in values if name != "speedup"))
-    first, last = next(iter(figures.values()), {}), list(figures.values())[-1] if figures else {}
-    for name in names:
-        ratio = ""
-        if first.get(name) and name in last:
-            value = last[name] / first[name]
-            if name == "tokens_per_second":
-                value = last.get("speedup", value)
-            ratio = f"{value:.3f}"
-        rows.append([_LABELS.get(name, name), *(_format(name, v.get(name)) for v in figures.values()), ratio])
-    return rows
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if name == "parameters":
-        return f"{value:,.0f}"
-    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
 
 
 def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
@@ -91,8 +66,9 @@ def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
         axis.bar(layers, dense, color=PALE, label="dense")
         axis.bar(layers, [kept[key] for key in keys], color=KEPT, label="kept")
         share = sum(kept[key] for key in keys) / sum(dense)
-        axis.set_title(f"{kind}: {share:.1%} of the groups kept", loc="left", fontsize=10)
-        axis.set_ylabel("groups")
+        unit = _UNITS.get(kind, "groups")
+        axis.set_title(f"{kind}: {share:.1%} of the {unit} kept", loc="left", fontsize=10)
+        axis.set_ylabel(unit)
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xticks(layers[:: 1 + len(layers) // 40])
         axis.tick_params(axis="x", labelsize=8)
@@ -131,12 +107,13 @@ def importance_figure(table: GroupTable, columns: int = 64) -> Figure:
         layers = table.layers[places]
         ticks = range(0, len(layers), 1 + len(layers) // 20)
         axis.set_yticks(list(ticks), [str(layers[t]) for t in ticks], fontsize=8)
-        axis.set_xticks([])
+        shares = np.linspace(0, 1, 5)
+        axis.set_xticks(width * shares - 0.5, [f"{share:.0%}" for share in shares], fontsize=8)
         axis.set_ylabel("layer")
-        axis.set_title(
-            f"{kind}: scores from high to low; the groups right of the line were removed", loc="left", fontsize=10
-        )
-        figure.colorbar(image, ax=axis, label="importance / cost", pad=0.01)
+        unit = _UNITS.get(kind, "groups")
+        axis.set_title(f"{kind}: {unit} right of the red line were removed", loc="left", fontsize=10)
+        figure.colorbar(image, ax=axis, label="importance / parameter", pad=0.01)
+    axis.set_xlabel("share of the layer's groups, from the highest score to the lowest")
     return figure
 
 
@@ -150,8 +127,12 @@ def score_figure(table: GroupTable) -> Figure:
     scores, kept = table.score, table.kept
     positive = scores > 0
     shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
-    edges = np.linspace(shown.min(), max(shown.max(), shown.min() + 1e-3), 61)
+    low, high = float(shown.min()), max(float(shown.max()), float(shown.min()) + 1e-3)
     cut = float(shown[table.leaving].max()) if table.leaving.any() else None
+    step = (high - low) / 60
+    # an edge just above the cut, so that no bar holds scores of both sides
+    start = low if cut is None else cut + 1e-6 * step - step * math.ceil((cut - low) / step + 1e-6)
+    edges = start + step * np.arange(math.ceil((high - start) / step + 1e-6) + 1)
     figure = Figure(figsize=(9, 2.4 * len(kinds)), layout="constrained")
     for axis, kind in zip(figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0], kinds, strict=True):
         mine = table.kind_of_row == kind
@@ -159,11 +140,12 @@ def score_figure(table: GroupTable) -> Figure:
         axis.hist(parts, edges, stacked=True, color=colours, label=["removed", "kept"])
         if cut is not None:
             axis.axvline(cut, color="black", linewidth=1, linestyle="--", label="highest score removed")
-        axis.set_title(kind, loc="left", fontsize=10)
-        axis.set_ylabel("groups")
-        axis.set_yscale("symlog", linthresh=1)
+        axis.set_title(f"{kind}: {(mine & ~kept).sum():,} of {mine.sum():,} removed", loc="left", fontsize=10)
+        axis.set_ylabel(_UNITS.get(kind, "groups"))
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("log10(importance / cost)")
+    axis.xaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
+    axis.set_xlabel("score: importance / parameter")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
 
@@ -182,7 +164,15 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
     axis.plot([p[0] for p in points], [p[1] for p in points], color=KEPT, marker="o", markersize=4)
     for step in dict.fromkeys(step for step, _, stage in points if stage == "pruned"):
         axis.axvline(step, color=REMOVED, linewidth=1, linestyle="--", label="cut")
-    axis.set_xlabel("step")
+    for position, (step, value, stage) in enumerate(points):
+        # the last of the dense model, what a cut left, and the last of all
+        following = points[position + 1][2] if position + 1 < len(points) else None
+        if following is None or stage == "pruned" or (stage == "dense" and following != "dense"):
+            axis.annotate(
+                f"{value:.4g}", (step, value), (6, 6), textcoords="offset points", fontsize=9, annotation_clip=False
+            )
+    axis.margins(x=0.06, y=0.12)
+    axis.set_xlabel("optimizer step")
     axis.set_ylabel(name)
     values = [p[1] for p in points if math.isfinite(p[1]) and p[1] > 0]
     if values and max(values) > 20 * min(values):
@@ -238,7 +228,7 @@ def html_report(
         images: The pictures by name (see :func:`pictures`), as PNG.
         title: Heading of the page.
     """
-    rows = _rows(figures)
+    rows = figure_rows(figures)
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     info = "".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,18 @@ class GroupTable:
     def removed_cost(self) -> int:
         """Parameters of the rows that do not stay."""
         return int(self.cost[self.leaving].sum())
+
+    def then(self, later: GroupTable) -> GroupTable:
+        """This table, with what one of the same model after this cut says of the groups that were left.
+
+        The groups that this cut took keep the importance they had.
+        """
+        stays = np.flatnonzero(self.kept & np.append(self.kept, True)[self.block_of_row])
+        assert len(stays) == len(later)
+        result = replace(self, importance=self.importance.copy(), cost=self.cost.copy(), kept=np.zeros_like(self.kept))
+        for column in ("importance", "cost", "kept"):
+            getattr(result, column)[stays] = getattr(later, column)
+        return result
 
     def kept_groups(self) -> list[np.ndarray]:
         """For every set the indices of the groups that stay."""

@@ -70,7 +70,7 @@ def load_model(
         config: Fields of the model's config to change.
 
     Raises:
-        FileNotFoundError: If a local file is missing.
+        FileNotFoundError: If a local file is missing, or there is no such model.
     """
     if random_weights:
         loaded = (
@@ -83,7 +83,16 @@ def load_model(
         return AutoModelForCausalLM.from_config(loaded, dtype=dtype, trust_remote_code=trust_remote_code)
     file = gguf_file(source)
     if file is None:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **config)
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code, **config
+            )
+        except OSError as error:
+            if Path(source).exists():
+                raise
+            raise FileNotFoundError(
+                f"There is no folder {source!r}, and no model of that name could be had from the hub: {error}"
+            ) from error
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # a model read from GGUF refuses save_pretrained as quantised, although its weights are plain floats: rebuild it
     plain = quantised.config.to_dict()

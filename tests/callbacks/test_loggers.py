@@ -32,6 +32,8 @@ def records(file):
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if position + 7 + length > len(content):
+            return  # being written
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
@@ -73,7 +75,7 @@ class Recorded:
         """The records once the last one is there: finishing a run does not wait for the process that writes its file."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            found = list(records(self.file)) if self.file.stat().st_size else []
+            found = list(records(self.file)) if self.file.stat().st_size >= 7 else []
             if found and found[-1].WhichOneof("record_type") == "exit":
                 return found
             time.sleep(0.1)
