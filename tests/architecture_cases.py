@@ -408,6 +408,7 @@ CASES = (
                 vision_config={**TOWER_SMALL, **tower},
             ),
             notes="the tower of images stays whole",
+            blocks=False,
             slow=True,
         )
         for name, model_type, text, tower in (
@@ -429,6 +430,7 @@ CASES = (
         ),
         notes="layers share keys and values: heads stay",
         kinds=("mlp",),
+        blocks=False,
         slow=True,
     ),
     Case("Granite", hugging("granite", residual_multiplier=0.5), notes="scaled residuals", slow=True),
@@ -685,6 +687,7 @@ CASES = (
         absent=routers_over_kept,
         notes="full and linear attention mixed, fused experts and a shared one",
         kinds=("attention", "mlp", "expert"),
+        blocks=False,
         slow=True,
     ),
     Case(

@@ -200,12 +200,10 @@ class Attention(Block):
             queries, keys = read, (rows - read) / 2
             what = f"{self.fused} has {rows} output features and {self.output} {read} input features"
         else:
-            queries, keys = (projection(model, name, p).out_features for p in (self.query, self.key))
-            what = (
-                f"{self.query} has {queries} output features, {self.key} {keys} and {self.output} {read} input features"
-            )
-            queries = queries / self.query_parts
-        heads, kv_heads = int(queries // head_dim), int(keys // head_dim)
+            rows, keys = (projection(model, name, p).out_features for p in (self.query, self.key))
+            what = f"{self.query} has {rows} output features, {self.key} {keys} and {self.output} {read} input features"
+            queries = rows // self.query_parts
+        heads, kv_heads = queries // head_dim, int(keys // head_dim)
         fits = queries == heads * head_dim == read and keys == kv_heads * head_dim
         if not fits or bool(heads) != bool(kv_heads) or (kv_heads and heads % kv_heads):
             raise UnsupportedModelError(

@@ -92,6 +92,7 @@ register_architecture(
             Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
             MLP(path="layers.*.mlp"),
         ),
+        depth=("config.num_hidden_layers", "config.layer_types"),
     )
 )
 
