@@ -1,7 +1,8 @@
-"""One-shot quality: perplexity of SmolLM2-135M after pruning, without any training, for every criterion and repair.
+"""One-shot quality: perplexity of SmolLM2-135M after pruning, without any training, ours and other people's.
 
 The text file is cut in two halves: calibration sequences come from the first, perplexity is measured on windows of the
-second. Results are added to a JSON file as they come, and rows that are in it are not computed again.
+second. Results are added to a JSON file as they come, and rows that are in it are not computed again, so that several
+processes may share it. The table and the picture are written beside it.
 
     python benchmarks/quality.py --text wikitext2-valid.txt --output docs/quality.json
 """
@@ -10,25 +11,31 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import math
+import statistics as numbers
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
-from rich.console import Console
-from rich.table import Table
+from peers import flap, torch_pruning, wanda_sp
+from torch import Tensor, nn
 
-from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, repair
-from lit_prune.files import write_text
+from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune, repair
+from lit_prune.files import replacing, write_text
 from lit_prune.groups import count_parameters
 from lit_prune.importance import get_criterion
 from lit_prune.pipeline import masked_loss
-from lit_prune.statistics import collect_statistics
+from lit_prune.selection import Limits
+from lit_prune.statistics import Statistics, collect_statistics
 from lit_prune.training.loading import load_model, load_tokenizer
 
-ROWS: dict[str, dict[str, Any]] = {
+# one cut by one criterion, so that criteria alone are compared
+CRITERIA: dict[str, dict[str, Any]] = {
     "random": {"importance": "random"},
     "magnitude": {"importance": "magnitude"},
     "wanda, as the seed writes it": {"importance": "wanda", "normalize": None},
@@ -40,8 +47,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "second_order": {"importance": "second_order"},
     "fisher": {"importance": "fisher"},
     "taylor_batch + output_wanda": {"importance": {"taylor_batch": 0.75, "output_wanda": 0.25}},
+    "fisher + output_wanda": {"importance": {"fisher": 0.75, "output_wanda": 0.25}},
     "auto": {"importance": "auto"},
 }
+# the whole way, with what differs from the defaults
+WHOLE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default, one iteration": {"iterations": 1},
+    "default, one iteration, no compensation": {"iterations": 1, "compensation": False},
+    "default, four iterations": {"iterations": 4},
+    "default, uniform": {"limits": Limits(uniform=True)},
+    "whole blocks": {"limits": Limits(kinds=("block",)), "iterations": 1},
+    "default, blocks too": {"limits": Limits(kinds=("attention", "mlp", "block"))},
+}
+PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]] = {
+    "torch-pruning 1.6.1, Taylor": lambda m, b, ratio, size: torch_pruning(m, b, size, "taylor"),
+    "torch-pruning 1.6.1, magnitude": lambda m, b, ratio, size: torch_pruning(m, b, size, "magnitude"),
+    "FLAP": lambda m, b, ratio, size: flap(m, b, ratio),
+    "Wanda-sp": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
+}
+AS_GIVEN = "its own"
+DRAWN = ("default", "fisher", "taylor", "output_wanda", "torch-pruning 1.6.1, Taylor", "FLAP", "Wanda-sp")
 
 
 def arguments() -> argparse.Namespace:
@@ -53,9 +79,14 @@ def arguments() -> argparse.Namespace:
         "--text", type=Path, required=True, help="text file: first half calibrates, second half measures"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/quality.json"), help="JSON file; added to")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2], help="of all parameters")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="of all parameters")
     parser.add_argument(
-        "--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help=f"out of {list(ROWS)}"
+        "--rows",
+        nargs="*",
+        default=[*CRITERIA, *WHOLE, *PEERS],
+        choices=[*CRITERIA, *WHOLE, *PEERS],
+        metavar="ROW",
+        help=f"out of {[*CRITERIA, *WHOLE, *PEERS]}",
     )
     parser.add_argument(
         "--repairs", nargs="+", default=["none", "least_squares"], choices=["none", "bias", "least_squares"]
@@ -82,94 +113,209 @@ def calibration_sequences(ids: torch.Tensor, count: int, length: int, seed: int)
     return [ids[None, s : s + length] for s in starts.tolist()]
 
 
+class Results:
+    """A JSON file that several processes add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}}
+
+    def add(self, key: str, value: Any, *, run: bool = True) -> None:
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            results = self.read()
+            (results["runs"] if run else results)[key] = value
+            write_text(self.path, json.dumps(results, indent=1) + "\n")
+
+
+class Setting:
+    """The model, the windows that measure it, and one choice of calibration sequences."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, batches: Sequence[Tensor], seed: int) -> None:
+        self.model, self.windows, self.batches, self.seed = model, windows, batches, seed
+        self.group_sets = find_group_sets(model)
+        self.parameters = count_parameters(model)
+        self._statistics: Statistics | None = None
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def statistics(self, rows: Sequence[str]) -> Statistics:
+        """What all criteria of some rows need, from one pass over the calibration sequences."""
+        if self._statistics is None:
+            candidates = [
+                PruningConfig(**CRITERIA[row]).candidates for row in rows if row in CRITERIA and row != "auto"
+            ]
+            names = sorted({name for c in candidates for weights in c.values() for name in weights})
+            terms = [t for n in names for t in get_criterion(n).terms]
+            self._statistics = collect_statistics(
+                self.model, self.group_sets, self.batches, self.loss, terms, activations=True
+            )
+        return self._statistics
+
+    def pruned(self, row: str, ratio: float, kind: str, rows: Sequence[str]) -> tuple[nn.Module, str]:
+        """A pruned copy of the model, and what was chosen for it."""
+        if row in PEERS:
+            return PEERS[row](self.model, self.batches, ratio, int((1 - ratio) * self.parameters)), row
+        if row in WHOLE:
+            model = copy.deepcopy(self.model)
+            config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
+            _, plan = prune(model, self.batches, lambda b: model(input_ids=b, labels=b).loss, config)
+            return model, plan.info["importance"]
+        config = PruningConfig(
+            **CRITERIA[row],
+            pruning_ratio=ratio,
+            repair=None if kind == "none" else kind,
+            seed=self.seed,
+            iterations=1,
+            compensation=False,
+        )
+        shared = row != "auto"
+        own = (
+            self.statistics(rows) if shared else calibrate(self.model, self.group_sets, self.batches, self.loss, config)
+        )
+        _, plan = make_plan(
+            self.model,
+            self.group_sets,
+            own,
+            config,
+            measure=lambda p: masked_loss(self.model, self.group_sets, p, self.batches, self.loss, config),
+        )
+        base: Any = self.model.base_model
+        plan, weights = repair(
+            self.model, self.group_sets, plan, own, self.batches, lambda b: base(input_ids=b, use_cache=False), config
+        )
+        model = copy.deepcopy(self.model)
+        apply_plan(model, plan, weights=weights)
+        return model, plan.info["importance"]
+
+
+def wanted(options: argparse.Namespace, seed: int) -> Iterator[tuple[str, float, str, str]]:
+    for ratio in options.ratios:
+        for row in options.rows:
+            for kind in options.repairs if row in CRITERIA else [AS_GIVEN]:
+                yield row, ratio, kind, f"{row} | {ratio} | {kind} | {seed}"
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
+    results = Results(options.output)
+    if options.rows:
+        measure(options, results)
+    report(results.read(), options.output)
+
+
+def measure(options: argparse.Namespace, results: Results) -> None:
     model = load_model(options.model).eval()
     tokenizer = load_tokenizer(options.model)
     ids = torch.tensor(tokenizer(options.text.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
     half = len(ids) // 2
     windows = ids[half : half + options.windows * 512].view(-1, 512)
-    results: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {"runs": {}}
-    if "dense" not in results:
-        results["dense"] = {"perplexity": perplexity(model, windows), "parameters": count_parameters(model)}
-        results["protocol"] = {
-            "model": options.model,
-            "text": options.text.name,
-            "sequences": options.sequences,
-            "length": options.length,
-            "windows": options.windows,
-        }
-    group_sets = find_group_sets(model)
-
-    def loss(batch: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=batch, labels=batch).loss
-
+    if "dense" not in results.read():
+        results.add(
+            "dense", {"perplexity": perplexity(model, windows), "parameters": count_parameters(model)}, run=False
+        )
+        protocol = {"model": options.model, "text": options.text.name}
+        protocol |= {"sequences": options.sequences, "length": options.length, "windows": options.windows}
+        results.add("protocol", protocol, run=False)
     for seed in options.seeds:
-        batches = calibration_sequences(ids[:half], options.sequences, options.length, seed)
-        wanted = [
-            (row, ratio, kind, f"{row} | {ratio} | {kind} | {seed}")
-            for ratio in options.ratios
-            for row in options.rows
-            for kind in options.repairs
-        ]
-        wanted = [w for w in wanted if w[3] not in results["runs"]]
-        if not wanted:
-            continue
-        configs = [PruningConfig(**ROWS[row]) for row, *_ in wanted if row != "auto"]
-        names = {name for config in configs for weights in config.candidates.values() for name in weights}
-        start = time.perf_counter()
-        terms = [t for n in sorted(names) for t in get_criterion(n).terms]
-        statistics = collect_statistics(model, group_sets, batches, loss, terms, activations=True)
-        print(f"statistics of {len(batches)} sequences: {time.perf_counter() - start:.0f} s", flush=True)
-        for row, ratio, kind, key in wanted:
-            config = PruningConfig(**ROWS[row], pruning_ratio=ratio, repair=None if kind == "none" else kind, seed=seed)
+        setting = Setting(
+            model, windows, calibration_sequences(ids[:half], options.sequences, options.length, seed), seed
+        )
+        for row, ratio, kind, key in wanted(options, seed):
+            if key in results.read()["runs"]:
+                continue
             start = time.perf_counter()
-            own = calibrate(model, group_sets, batches, loss, config) if row == "auto" else statistics
-            _, plan = make_plan(
-                model,
-                group_sets,
-                own,
-                config,
-                measure=lambda p, c=config, b=batches: masked_loss(model, group_sets, p, b, loss, c),
-            )
-            plan, weights = repair(model, group_sets, plan, own, batches, loss, config)
-            pruned = copy.deepcopy(model)
-            apply_plan(pruned, plan, weights=weights)
+            pruned, chosen = setting.pruned(row, ratio, kind, options.rows)
             seconds = time.perf_counter() - start
-            results["runs"][key] = {
-                "row": row,
-                "ratio": ratio,
-                "repair": kind,
-                "seed": seed,
-                "perplexity": perplexity(pruned, windows),
-                "parameters": count_parameters(pruned),
-                "seconds": seconds,
-                "chosen": plan.info["importance"],
-            }
-            write_text(options.output, json.dumps(results, indent=1) + "\n")
-            print(key, results["runs"][key]["perplexity"], f"{seconds:.0f} s", flush=True)
-            del pruned, weights
-    report(results)
+            run = {"row": row, "ratio": ratio, "repair": kind, "seed": seed, "chosen": chosen, "seconds": seconds}
+            run |= {"perplexity": perplexity(pruned, windows), "parameters": count_parameters(pruned)}
+            results.add(key, run)
+            print(key, run["perplexity"], f"{seconds:.0f} s", flush=True)
 
 
-def report(results: dict[str, Any]) -> None:
-    """Print the table: mean over the seeds, and the spread where there are several."""
-    runs = list(results["runs"].values())
-    columns = sorted({(r["ratio"], r["repair"]) for r in runs}, key=lambda c: (c[0], c[1] != "none"))
-    table = Table(title=f"Perplexity (dense {results['dense']['perplexity']:.2f}), in brackets over dense")
-    table.add_column("criterion")
-    for ratio, kind in columns:
-        table.add_column(f"{ratio:.0%}, {kind}", justify="right")
-    for row in dict.fromkeys(r["row"] for r in runs):
-        cells = []
-        for column in columns:
-            values = [r["perplexity"] for r in runs if (r["row"], r["ratio"], r["repair"]) == (row, *column)]
-            mean = sum(values) / len(values) if values else math.nan
-            spread = f" ±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean:.1f}{spread} ({mean / results['dense']['perplexity']:.2f}x)" if values else "")
-        table.add_row(row, *cells)
-    Console(width=160).print(table)
+def report(results: dict[str, Any], output: Path) -> None:
+    """Write the table, mean over the seeds and half the spread where there are several, and the picture."""
+    runs, dense = list(results["runs"].values()), results["dense"]["perplexity"]
+    ratios = sorted({r["ratio"] for r in runs})
+    protocol = results["protocol"]
+
+    def cell(row: str, ratio: float, kind: str) -> str:
+        values = [r["perplexity"] for r in runs if (r["row"], r["ratio"], r["repair"]) == (row, ratio, kind)]
+        if not values:
+            return ""
+        mean = numbers.fmean(values)
+        spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+        return f"{mean:,.1f}{spread} ({mean / dense:.2f}x)" if mean < 100 * dense else f"{mean:,.0f}"
+
+    def table(columns: list[tuple[float, str]], rows: list[str], titles: list[str]) -> list[str]:
+        lines = [f"| | {' | '.join(titles)} |", "|---" + "|---:" * len(columns) + "|"]
+        for row in rows:
+            cells = [cell(row, *column) for column in columns]
+            if any(cells):
+                lines.append(f"| {row} | {' | '.join(cells)} |")
+        return lines
+
+    repairs = [(ratio, kind) for ratio in ratios for kind in ("none", "least_squares")]
+    repairs = [c for c in repairs if any((r["ratio"], r["repair"]) == c for r in runs)]
+    lines = [
+        "# One-shot quality",
+        "",
+        f"Perplexity of {protocol['model']} after pruning, without training; {protocol['sequences']} calibration sequences of"
+        f" {protocol['length']} tokens from the first half of {protocol['text']}, {protocol['windows']} windows of 512 tokens of"
+        f" the second half; ratios of **all** parameters, tied embeddings included. Dense: {dense:.2f}; in brackets over dense."
+        " Means over calibration seeds ± half the range where there are several.",
+        "",
+        "## The whole way, and peers at the same number of parameters",
+        "",
+        *table([(r, AS_GIVEN) for r in ratios], [*WHOLE, *PEERS], [f"{r:.0%}" for r in ratios]),
+        "",
+        "## Criteria, in one cut without compensation, so that they alone are compared",
+        "",
+        *table(repairs, list(CRITERIA), [f"{r:.0%}, {'no repair' if k == 'none' else k}" for r, k in repairs]),
+        "",
+        f"Made by `python benchmarks/quality.py --text {protocol['text']} --output docs/quality.json`.",
+    ]
+    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    draw(results, output.with_suffix(".png"))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense = results["dense"]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(dense["perplexity"], color="grey", linestyle=":", label="dense")
+    for name in DRAWN:
+        points: dict[float, list[tuple[int, float]]] = {}
+        for run in results["runs"].values():
+            if run["row"] == name and run["repair"] in (AS_GIVEN, "none"):
+                points.setdefault(run["ratio"], []).append((run["parameters"], run["perplexity"]))
+        line = [tuple(numbers.fmean(v) for v in zip(*points[r], strict=True)) for r in sorted(points)]
+        if line:
+            label = "lit_prune, default" if name == "default" else f"{name}, no repair" if name in CRITERIA else name
+            axes.plot(
+                [x / 1e6 for x, _ in line],
+                [y for _, y in line],
+                marker="o",
+                label=label,
+                linewidth=3 if name == "default" else 1.5,
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(top=40 * dense["perplexity"])
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("perplexity")
+    axes.set_title("SmolLM2-135M-Instruct after pruning, no training")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Other people's pruning, run for real on a Llama at a given number of parameters, for benchmarks/quality.py."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from lit_prune import Limits, PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan, repair
+from lit_prune.groups import count_parameters
+from lit_prune.importance import criteria, register_criterion
+
+TOLERANCE = 0.002
+
+
+def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, importance: str) -> nn.Module:
+    """torch-pruning's BasePruner with a global ranking and its support of grouped queries; heads and MLP channels leave.
+
+    Its ratios are of heads and channels: the one that leaves about ``parameters`` is searched for. The residual stream stays
+    whole, as in every other row. Two things of transformers 5 that its tracer cannot follow are put aside while it traces:
+    the rotation of queries and keys (it never ends) and attention kernels that share key/value heads themselves.
+    """
+    dense: Any = copy.deepcopy(model)
+    dense.set_attn_implementation("eager")
+    if importance == "taylor":
+        for batch in batches:
+            (dense(input_ids=batch, labels=batch).loss / len(batches)).backward()
+    low, high, best = 0.0, 0.9, None
+    before = count_parameters(dense)
+    ratio = 1.25 * (before - parameters) / before
+    for _ in range(8):
+        pruned = _torch_pruned(dense, batches[0][:, :16], importance, ratio)
+        found = count_parameters(pruned)
+        if best is None or abs(found - parameters) < abs(count_parameters(best) - parameters):
+            best = pruned
+        if abs(found - parameters) < TOLERANCE * before:
+            break
+        low, high = (ratio, high) if found > parameters else (low, ratio)
+        ratio = (low + high) / 2
+    assert best is not None
+    return best
+
+
+def _torch_pruned(dense: Any, example: Tensor, importance: str, ratio: float) -> nn.Module:
+    model = copy.deepcopy(dense)
+    for copied, parameter in zip(model.parameters(), dense.parameters(), strict=True):
+        copied.grad = parameter.grad
+    heads, ignored = {}, [model.lm_head, model.model.embed_tokens]
+    for layer in model.model.layers:
+        heads[layer.self_attn.q_proj] = model.config.num_attention_heads
+        heads[layer.self_attn.k_proj] = heads[layer.self_attn.v_proj] = model.config.num_key_value_heads
+        ignored += [layer.self_attn.o_proj, layer.mlp.down_proj]
+    scores = {
+        "taylor": tp.importance.GroupTaylorImportance(),
+        "magnitude": tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+    }
+    rotate = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = lambda query, key, *_, **__: (query, key)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = tp.pruner.BasePruner(
+                model,
+                example_inputs=example,
+                importance=scores[importance],
+                global_pruning=True,
+                pruning_ratio=ratio,
+                head_pruning_ratio=ratio,
+                num_heads=heads,
+                prune_num_heads=True,
+                prune_head_dims=False,
+                ignored_layers=ignored,
+                output_transform=lambda output: output.logits.sum(),
+            )
+    finally:
+        modeling_llama.apply_rotary_pos_emb = rotate
+    pruner.step()
+    model.zero_grad()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    return model
+
+
+def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
+    """FLAP (An et al., AAAI 2024): fluctuation standardised within each layer, one global threshold, means folded into biases."""
+    config = PruningConfig(
+        importance="flap",
+        pruning_ratio=ratio,
+        repair="bias",
+        limits=Limits(min_fraction=0.0),
+        iterations=1,
+        compensation=False,
+    )
+    return _ours(model, batches, config)
+
+
+def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
+    """Wanda-sp (ibid.): mean over outputs of absolute weight times the norm of the input, the same ratio in every layer."""
+    if "wanda_sp" not in criteria():
+        register_criterion("wanda_sp", lambda w, norm: w.abs() * norm, "activation_l2", consumers_only=True)
+    group_sets = find_group_sets(model)
+    config = PruningConfig(importance="wanda_sp", pruning_ratio=ratio, repair=None, iterations=1, compensation=False)
+    statistics = calibrate(model, group_sets, batches, lambda batch: model(input_ids=batch, labels=batch).loss, config)
+    table, _ = make_plan(model, group_sets, statistics, config)
+    prunable = sum(s.cost * s.size for s in group_sets)
+    budget = int(ratio * count_parameters(model))
+    share = budget / prunable
+    heads = [s for s in group_sets if s.kind == "attention"]
+    # heads are few: as many leave each layer as the share allows, and channels make up the rest
+    fewer = int(share * heads[0].size)
+    channels = [s for s in group_sets if s.kind == "mlp"]
+    left = budget - sum(fewer * s.cost for s in heads)
+    gone = {"attention": fewer, "mlp": left // sum(s.cost for s in channels)}
+    kept = []
+    for position, group_set in enumerate(group_sets):
+        scores = torch.from_numpy(table.importance[table.offsets[position] : table.offsets[position + 1]])
+        kept.append(scores.argsort()[gone[group_set.kind] :].sort().values.tolist())
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, PruningPlan.from_kept(group_sets, kept))
+    return pruned
+
+
+def _ours(model: nn.Module, batches: Sequence[Tensor], config: PruningConfig) -> nn.Module:
+    group_sets = find_group_sets(model)
+
+    def loss(batch: Tensor) -> Tensor:
+        return model(input_ids=batch, labels=batch).loss
+
+    statistics = calibrate(model, group_sets, batches, loss, config)
+    _, plan = make_plan(model, group_sets, statistics, config)
+    plan, weights = repair(model, group_sets, plan, statistics, batches, loss, config)
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, plan, weights=weights)
+    return pruned
