@@ -32,8 +32,8 @@ AUTO = "auto"
 # what importance="auto" chooses from; plain taylor is among them, so that it cannot lose to it but by noise
 CANDIDATES: dict[str, dict[str, float]] = {
     "taylor": {"taylor": 1.0},
-    "taylor_batch": {"taylor_batch": 1.0},
     "second_order": {"second_order": 1.0},
+    "fisher": {"fisher": 1.0},
     "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
 }
 HELD_BACK = 8

@@ -63,7 +63,7 @@ def test_every_config_is_valid(config, capsys):
 
 
 # the two-process recipe runs in its own processes below; those of recovery and FSDP have tests of their own
-SHRUNKEN = ["taylor_2nd", "wanda", "mix", "uniform", "gradual", "llama3_8b"]
+SHRUNKEN = ["taylor", "taylor_2nd", "wanda", "mix", "uniform", "gradual", "llama3_8b"]
 
 
 @pytest.mark.parametrize("name", SHRUNKEN)
