@@ -67,6 +67,7 @@ PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]]
     "Wanda-sp": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
 }
 AS_GIVEN = "its own"
+STACK = 8
 DRAWN = ("default", "fisher", "taylor", "output_wanda", "torch-pruning 1.6.1, Taylor", "FLAP", "Wanda-sp")
 
 
@@ -136,6 +137,8 @@ class Setting:
 
     def __init__(self, model: nn.Module, windows: Tensor, batches: Sequence[Tensor], seed: int) -> None:
         self.model, self.windows, self.batches, self.seed = model, windows, batches, seed
+        # the same sequences, for what does not depend on the size of the batches: faster
+        self.stacked = list(torch.cat(list(batches)).split(STACK))
         self.group_sets = find_group_sets(model)
         self.parameters = count_parameters(model)
         self._statistics: Statistics | None = None
@@ -163,7 +166,7 @@ class Setting:
         if row in WHOLE:
             model = copy.deepcopy(self.model)
             config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
-            _, plan = prune(model, self.batches, lambda b: model(input_ids=b, labels=b).loss, config)
+            _, plan = prune(model, self.stacked, lambda b: model(input_ids=b, labels=b).loss, config)
             return model, plan.info["importance"]
         config = PruningConfig(
             **CRITERIA[row],
@@ -186,7 +189,7 @@ class Setting:
         )
         base: Any = self.model.base_model
         plan, weights = repair(
-            self.model, self.group_sets, plan, own, self.batches, lambda b: base(input_ids=b, use_cache=False), config
+            self.model, self.group_sets, plan, own, self.stacked, lambda b: base(input_ids=b, use_cache=False), config
         )
         model = copy.deepcopy(self.model)
         apply_plan(model, plan, weights=weights)

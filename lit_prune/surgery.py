@@ -337,7 +337,7 @@ def _replace_parameter(
     if values is not None:
         if values.shape != data.shape:
             raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(data.shape)}.")
-        data = values.to(dtype=data.dtype, device=data.device, copy=True)
+        data = values.to(dtype=data.dtype, device=data.device, copy=True).contiguous()
     # a layer that lost everything has no gradient to wait for, and DDP would wait
     new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
     new.__dict__.update(old.__dict__)

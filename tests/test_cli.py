@@ -109,7 +109,10 @@ def test_the_classifier_recipe_runs_shrunken_on_a_tiny_bert(tmp_path, monkeypatc
     assert 0.15 < 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"] <= 0.2
     loaded = AutoModelForSequenceClassification.from_pretrained(out / "model")
     ids = torch.arange(2, 10)[None]
-    assert torch.equal(loaded(ids).logits, cli.model.model.eval()(ids).logits)
+    trained = cli.model.model.eval()
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in trained.named_parameters())
+    # kernels differ with where in memory the same weights lie
+    torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow

@@ -18,11 +18,10 @@ from lit_prune import (
     GroupTable,
     PruningConfig,
     PruningPlan,
-    calibrate,
     find_group_sets,
     get_plan,
     load_pruned,
-    make_plan,
+    prune,
 )
 from lit_prune.cli import main
 from lit_prune.training.data import load_texts, pack
@@ -88,8 +87,7 @@ def test_a_plan_is_what_the_engine_makes_and_nothing_is_cut(model, text, tmp_pat
     usable = blocks[: len(blocks) - 32]
     batches = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:4]].split(1)
     config = PruningConfig("taylor_2nd", pruning_ratio=0.15)
-    collected = calibrate(dense, group_sets, batches, lambda b: dense(input_ids=b, labels=b).loss, config)
-    table, expected = make_plan(dense, group_sets, collected, config)
+    table, expected = prune(dense, batches, lambda b: dense(input_ids=b, labels=b).loss, config)
     assert made == expected
     assert GroupTable.read(tmp_path / "out" / "group_table.csv").removed_cost == table.removed_cost
     assert {"report.html", "kept.png", "importance.png", "scores.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
@@ -98,7 +96,7 @@ def test_a_plan_is_what_the_engine_makes_and_nothing_is_cut(model, text, tmp_pat
 
 def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys):
     out = tmp_path / "pruned"
-    run("apply", model, out, *text, "--pruning.pruning_ratio=0.2")
+    run("apply", model, out, *text, "--pruning.pruning_ratio=0.2", "--pruning.iterations=1")
     pruned = load_pruned(out)
     assert AutoTokenizer.from_pretrained(out)("w5 w7")["input_ids"] == [5, 7]
     figures = json.loads((out / "pruning" / "report.json").read_text())
