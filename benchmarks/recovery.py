@@ -28,7 +28,7 @@ from lit_prune.training.loading import load_tokenizer
 
 STARTS: dict[str, dict[str, Any]] = {
     "taylor, no repair": {"importance": "taylor", "repair": None, "iterations": 1},
-    "default": {},
+    "fisher, least squares": {"importance": "fisher", "iterations": 1, "compensation": False},
 }
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "full": (5e-5, ()),
@@ -47,9 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), metavar="START")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of 128 tokens")
-    parser.add_argument("--calibration", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--calibration", type=int, default=32, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
