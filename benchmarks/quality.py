@@ -253,7 +253,7 @@ def report(results: dict[str, Any], output: Path) -> None:
             return ""
         mean = numbers.fmean(values)
         spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-        return f"{mean:,.1f}{spread} ({mean / dense:.2f}x)" if mean < 100 * dense else f"{mean:,.0f}"
+        return f"{mean:,.1f}{spread} ({mean / dense:.2f}x)" if mean < 20 * dense else f"{mean:,.0f}"
 
     def table(columns: list[tuple[float, str]], rows: list[str], titles: list[str]) -> list[str]:
         lines = [f"| | {' | '.join(titles)} |", "|---" + "|---:" * len(columns) + "|"]
