@@ -23,8 +23,7 @@ def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, 
     """torch-pruning's BasePruner with a global ranking and its support of grouped queries; heads and MLP channels leave.
 
     Its ratios are of heads and channels: the one that leaves about ``parameters`` is searched for. The residual stream stays
-    whole, as in every other row. Two things of transformers 5 that its tracer cannot follow are put aside while it traces:
-    the rotation of queries and keys (it never ends) and attention kernels that share key/value heads themselves.
+    whole, as in every other row.
     """
     dense: Any = copy.deepcopy(model)
     dense.set_attn_implementation("eager")
@@ -35,7 +34,10 @@ def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, 
     before = count_parameters(dense)
     ratio = 1.25 * (before - parameters) / before
     for _ in range(8):
-        pruned = _torch_pruned(dense, batches[0][:, :16], importance, ratio)
+        pruned = copy.deepcopy(dense)
+        for copied, parameter in zip(pruned.parameters(), dense.parameters(), strict=True):
+            copied.grad = parameter.grad
+        cut_by_torch_pruning(pruned, batches[0][:, :16], importance, ratio)
         found = count_parameters(pruned)
         if best is None or abs(found - parameters) < abs(count_parameters(best) - parameters):
             best = pruned
@@ -47,10 +49,12 @@ def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, 
     return best
 
 
-def _torch_pruned(dense: Any, example: Tensor, importance: str, ratio: float) -> nn.Module:
-    model = copy.deepcopy(dense)
-    for copied, parameter in zip(model.parameters(), dense.parameters(), strict=True):
-        copied.grad = parameter.grad
+def cut_by_torch_pruning(model: Any, example: Tensor, importance: str, ratio: float) -> None:
+    """Cut a Llama with eager attention, in place; ``"taylor"`` takes the gradients that its parameters have.
+
+    The rotation of queries and keys by transformers 5 is put aside while torch-pruning traces: building its groups does not
+    end otherwise (the indices that it maps through splits and concatenations grow in a circle).
+    """
     heads, ignored = {}, [model.lm_head, model.model.embed_tokens]
     for layer in model.model.layers:
         heads[layer.self_attn.q_proj] = model.config.num_attention_heads
@@ -85,7 +89,6 @@ def _torch_pruned(dense: Any, example: Tensor, importance: str, ratio: float) ->
     for layer in model.model.layers:
         attention = layer.self_attn
         attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
-    return model
 
 
 def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
