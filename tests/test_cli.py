@@ -115,7 +115,6 @@ def test_the_classifier_recipe_runs_shrunken_on_a_tiny_bert(tmp_path, monkeypatc
     torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.slow
 def test_the_two_process_recipe_runs_shrunken(tmp_path):
     model = write_model(tmp_path / "model")
     text = write_text(tmp_path / "text.txt", chains(60))
