@@ -118,6 +118,12 @@ class PruningConfig:
             term for weights in self.candidates.values() for name in weights for term in get_criterion(name).terms
         )
 
+    @property
+    def compensates(self) -> bool:
+        """Whether importance is to be discounted; that of the baselines, which look at no data, never is."""
+        looks = any(term.statistic is not None for term in self.terms)
+        return self.compensation and self.repair == "least_squares" and looks
+
     def holds_back(self, batch: int) -> bool:
         """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
         return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
@@ -381,7 +387,7 @@ def prune_with(
             with data(CALIBRATION) as (batches, loss):
                 statistics = calibrate(model, group_sets, batches, loss, step, root=root, ranks=ranks)
 
-            if step.compensation and step.repair == "least_squares":
+            if step.compensates:
                 with data(COMPENSATION) as (batches, loss):
                     statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, total)
 
