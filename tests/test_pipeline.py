@@ -244,3 +244,12 @@ def test_an_error_in_a_later_iteration_leaves_everything_as_it_was(batches, loss
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in kept}
     with pytest.raises(ValueError, match="iterations must be 1 or more; found 0"):
         prune_config(iterations=0)
+
+
+def test_baselines_are_not_discounted(batches, loss_of):
+    config = prune_config(importance="random", pruning_ratio=0.3, iterations=1)
+    model = tiny("llama")
+    table, _ = prune(model, batches, loss_of(model), config)
+    dense = tiny("llama")
+    plain, _ = make_plan(dense, find_group_sets(dense), None, config)
+    assert (table.importance == plain.importance).all()
