@@ -242,9 +242,11 @@ def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(tmp_path):
             asked = tokenizer(question)["input_ids"]
             assert served.tokenize(question) == asked
             said, wanted = served.greedy(asked, 24), continued(model, asked, 24)
-            print(dtype, sum(a == b for a, b in zip(said, wanted, strict=True)), repr(tokenizer.decode(said)))
+            print(dtype, sum(a == b for a, b in zip(said, wanted, strict=False)), repr(tokenizer.decode(said)))
             if dtype == "f32":
-                assert said == wanted
+                # llama.cpp stops where a text ends, and transformers was told not to
+                assert said == wanted[: len(said)]
+                assert len(said) == 24 or tokenizer.eos_token_id in wanted[len(said) - 1 : len(said) + 1]
         found = [served.log_probability(w[: i + 1], w[i + 1]) for w in windows for i in range(len(w) - 1)]
         ratio = math.exp((sum(expected) - sum(found)) / len(expected))
         print(dtype, path.stat().st_size, "perplexity", math.exp(-sum(expected) / len(expected)), "ratio", ratio)
