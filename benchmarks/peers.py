@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from lit_prune import Limits, PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan, repair
+from lit_prune import Limits, PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan, prune
 from lit_prune.groups import count_parameters
 from lit_prune.importance import criteria, register_criterion
 
@@ -101,7 +101,9 @@ def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module
         iterations=1,
         compensation=False,
     )
-    return _ours(model, batches, config)
+    pruned: Any = copy.deepcopy(model)
+    prune(pruned, batches, lambda batch: pruned(input_ids=batch, labels=batch).loss, config)
+    return pruned
 
 
 def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
@@ -127,18 +129,4 @@ def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Mo
         kept.append(scores.argsort()[gone[group_set.kind] :].sort().values.tolist())
     pruned = copy.deepcopy(model)
     apply_plan(pruned, PruningPlan.from_kept(group_sets, kept))
-    return pruned
-
-
-def _ours(model: nn.Module, batches: Sequence[Tensor], config: PruningConfig) -> nn.Module:
-    group_sets = find_group_sets(model)
-
-    def loss(batch: Tensor) -> Tensor:
-        return model(input_ids=batch, labels=batch).loss
-
-    statistics = calibrate(model, group_sets, batches, loss, config)
-    _, plan = make_plan(model, group_sets, statistics, config)
-    plan, weights = repair(model, group_sets, plan, statistics, batches, loss, config)
-    pruned = copy.deepcopy(model)
-    apply_plan(pruned, plan, weights=weights)
     return pruned

@@ -109,11 +109,6 @@ class MaskCollector:
         for handle in self._handles:
             handle.remove()
 
-    def start_batch(self) -> None:
-        """Forget what came of a forward pass without a backward pass."""
-        for derivatives in self._blocks.values():
-            derivatives.clear()
-
     @torch.no_grad()
     def end_batch(self) -> list[str]:
         """Take what the backward pass of a batch has left.
@@ -129,7 +124,8 @@ class MaskCollector:
                 found = [m.grad for m in masks if m.grad is not None]
                 derivatives[group_set.key] += [g[:, part.index.to(g.device)].sum(dim=2) for g in found]
                 masks.clear()
-        self.start_batch()
+        for taken in self._blocks.values():
+            taken.clear()
         missing = [name for (name, _), found in derivatives.items() if not found]
         if missing:
             return missing

@@ -246,8 +246,6 @@ def collect_statistics(
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
-                if masks is not None:
-                    masks.start_batch()
                 loss.backward()  # type: ignore[union-attr]
                 collector.end_batch(masks.end_batch() if masks is not None else [])
             elif isinstance(loss, Tensor):
