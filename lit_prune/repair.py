@@ -356,7 +356,10 @@ def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: floa
         return torch.ones(len(index), device=gram.device)
     inverse = torch.cholesky_inverse(factor)
     within = index[:, :, None], index[:, None, :]
-    left = torch.linalg.inv(inverse[within])
+    # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)
+    factors, failed = torch.linalg.cholesky_ex(inverse[within])
+    left = torch.cholesky_inverse(factors)
+    left[failed != 0] = torch.nan
     columns = weight.double()[:, index].movedim(0, 1)
     before = torch.einsum("gow,gwv,gov->g", columns, system[within], columns)
     after = torch.einsum("gow,gwv,gov->g", columns, left, columns)

@@ -244,6 +244,26 @@ def test_what_others_cannot_explain_is_one_minus_the_squared_multiple_correlatio
     assert float(single[0]) < 0.01
 
 
+def test_shares_of_wide_groups_with_several_threads():
+    """torch's inverse of several large matrices fails with more than one thread (pytorch issue 142815)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(800, 600, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 600, generator=generator)
+    index = torch.arange(600).view(4, 150)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = unexplained_share(x.T @ x, weight, index, 0.0)
+    finally:
+        torch.set_num_threads(threads)
+    gram = x.T.numpy() @ x.numpy()
+    inverse = np.linalg.inv(gram)
+    for share, columns in zip(found, index.tolist(), strict=True):
+        give, block = weight.double().numpy()[:, columns], np.ix_(columns, columns)
+        left = np.trace(give @ np.linalg.inv(inverse[block]) @ give.T)
+        assert float(share) == pytest.approx(left / np.trace(give @ gram[block] @ give.T), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_shares_come_from_the_inputs_of_the_consumers(name):
     model = tiny(name)
