@@ -97,7 +97,7 @@ def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module
         importance="flap",
         pruning_ratio=ratio,
         repair="bias",
-        limits=Limits(min_fraction=0.0),
+        limits=Limits(min_fraction=0.0, multiple_of={}),
         iterations=1,
         compensation=False,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +18,10 @@ import numpy as np
 from lit_prune.errors import BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
+
+# multiplications with other widths are slower, on CPUs and on the matrix units of GPUs (docs/cost.md)
+ALIGNMENT = 8
+FINENESS = 64
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Limits:
             the number of blocks, one of which stays in any case; a block that leaves takes all that is in it along.
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets. A block stays if anything in it is protected.
-        multiple_of: By kind, a number that the kept groups of a set must be a multiple of. A set that starts out
-            uneven may stay as it is.
+        multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
+            set that starts out uneven may stay as it is. ``None`` is :data:`ALIGNMENT` for the sets of so many groups
+            that they have :data:`FINENESS` such steps, the MLPs of all but small models, and 1 for the others.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
@@ -40,7 +45,7 @@ class Limits:
     min_groups: int = 1
     min_fraction: float = 0.2
     protect: Sequence[int | str] = ()
-    multiple_of: Mapping[str, int] = field(default_factory=dict)
+    multiple_of: Mapping[str, int] | None = None
     kinds: Sequence[str] | None = None
     uniform: bool = False
 
@@ -54,7 +59,7 @@ class Limits:
             raise ValueError(f"min_groups must be 0 or more; found {self.min_groups}.")
         if not 0 <= self.min_fraction <= 1:
             raise ValueError(f"min_fraction must lie in [0, 1]; found {self.min_fraction}.")
-        for kind, multiple in self.multiple_of.items():
+        for kind, multiple in (self.multiple_of or {}).items():
             if multiple < 1:
                 raise ValueError(f"multiple_of[{kind!r}] must be 1 or more; found {multiple}.")
 
@@ -74,14 +79,13 @@ class Limits:
             ValueError: If ``protect`` or ``kinds`` name something that the model does not have.
         """
         sizes = table.sizes
-        whole = np.array([(original or {}).get(key, size) for key, size in zip(table.keys, sizes, strict=True)])
-        fraction = np.ceil(self.min_fraction * whole - 1e-9)
+        fraction = np.ceil(self.min_fraction * _whole_sizes(table, original) - 1e-9)
         least = np.maximum(self.min_groups, 0 if table.minimum is None else table.minimum)
         floor = np.minimum(np.maximum(least, fraction), sizes).astype(np.int64)
         whole_block = np.array([kind == BLOCK for _, kind in table.keys])
         floor[whole_block] = 0
         known = sorted({kind for _, kind in table.keys})
-        for kind in (*(self.kinds or ()), *self.multiple_of):
+        for kind in (*(self.kinds or ()), *(self.multiple_of or ())):
             if kind not in known:
                 raise ValueError(f"The model has no groups of kind {kind!r}; its kinds are {', '.join(known)}.")
         for position, (_, kind) in enumerate(table.keys):
@@ -103,6 +107,12 @@ class Limits:
         self._keep_blocks(table, floor, original or {})
         return floor
 
+    def multiples(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
+        """The number that the kept groups of every group set must be a multiple of, int array of shape ``(sets,)``."""
+        if self.multiple_of is None:
+            return np.where(_whole_sizes(table, original) >= ALIGNMENT * FINENESS, ALIGNMENT, 1)
+        return np.array([self.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
+
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
         """Let so many blocks of every list stay as the floors say, those of the highest scores."""
         stacks: dict[str, list[int]] = {}
@@ -115,6 +125,10 @@ class Limits:
             candidates = [p for p in members if not floor[p]]
             candidates.sort(key=lambda p: table.score[table.offsets[p]])
             floor[candidates[max(len(members) - least, 0) :]] = 1
+
+
+def _whole_sizes(table: GroupTable, original: Mapping[tuple[str, str], int] | None) -> np.ndarray:
+    return np.array([(original or {}).get(key, size) for key, size in zip(table.keys, table.sizes, strict=True)])
 
 
 def select(
@@ -150,7 +164,7 @@ def select(
         raise BudgetError(
             f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may leave"
             f" under the floors (min_groups={limits.min_groups}, min_fraction={limits.min_fraction}), protections"
-            f" {list(limits.protect)}, rounding {dict(limits.multiple_of)} and kinds {limits.kinds}. Lower the ratio or"
+            f" {list(limits.protect)}, rounding {limits.multiple_of} and kinds {limits.kinds}. Lower the ratio or"
             " relax one of these."
         )
     if len(step_cost) == 0 or budget < step_cost.min():
@@ -187,7 +201,7 @@ def _steps(
     order = np.lexsort((score, sets))
     rank = np.empty(len(table), dtype=np.int64)
     rank[order] = np.arange(len(table)) - np.repeat(table.offsets[:-1], sizes)
-    multiple = np.array([limits.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
+    multiple = limits.multiples(table, original)
     floor = -(-limits.floor(table, original) // multiple) * multiple
     removable = np.maximum(sizes - floor, 0)
     # the first step takes what is over the last whole multiple, so that every later state is a whole multiple
