@@ -49,10 +49,15 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "taylor_batch + output_wanda": {"importance": {"taylor_batch": 0.75, "output_wanda": 0.25}},
     "fisher + output_wanda": {"importance": {"fisher": 0.75, "output_wanda": 0.25}},
     "auto": {"importance": "auto"},
+    **{
+        f"fisher, widths at multiples of {n}": {"importance": "fisher", "limits": Limits(multiple_of={"mlp": n})}
+        for n in (8, 32, 128)
+    },
 }
 # the whole way, with what differs from the defaults
 WHOLE: dict[str, dict[str, Any]] = {
     "default": {},
+    "default, any width": {"limits": Limits(multiple_of={})},
     "default, one iteration": {"iterations": 1},
     "default, one iteration, no compensation": {"iterations": 1, "compensation": False},
     "default, four iterations": {"iterations": 4},
@@ -168,13 +173,12 @@ class Setting:
             config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
             _, plan = prune(model, self.stacked, lambda b: model(input_ids=b, labels=b).loss, config)
             return model, plan.info["importance"]
+        alone = {"iterations": 1, "compensation": False, "limits": Limits(multiple_of={})}
         config = PruningConfig(
-            **CRITERIA[row],
+            **{**alone, **CRITERIA[row]},
             pruning_ratio=ratio,
             repair=None if kind == "none" else kind,
             seed=self.seed,
-            iterations=1,
-            compensation=False,
         )
         shared = row != "auto"
         own = (
@@ -277,7 +281,7 @@ def report(results: dict[str, Any], output: Path) -> None:
         "",
         *table([(r, AS_GIVEN) for r in ratios], [*WHOLE, *PEERS], [f"{r:.0%}" for r in ratios]),
         "",
-        "## Criteria, in one cut without compensation, so that they alone are compared",
+        "## Criteria, in one cut without compensation and to any width, so that they alone are compared",
         "",
         *table(repairs, list(CRITERIA), [f"{r:.0%}, {'no repair' if k == 'none' else k}" for r, k in repairs]),
         "",
