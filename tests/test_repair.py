@@ -245,7 +245,7 @@ def test_what_others_cannot_explain_is_one_minus_the_squared_multiple_correlatio
 
 
 def test_shares_of_wide_groups_with_several_threads():
-    """torch's inverse of several large matrices fails with more than one thread (pytorch issue 142815)."""
+    """Torch's inverse of several large matrices fails with more than one thread (pytorch issue 142815)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(800, 600, generator=generator, dtype=torch.float64)
     weight = torch.randn(5, 600, generator=generator)

@@ -103,7 +103,7 @@ def test_wide_sets_keep_widths_that_multiply_fast_unless_told_otherwise():
     assert wide % 8 == odd % 8 == 0
     assert 2000 - table.removed_cost < 3
     # what was wide before an earlier cut is still rounded
-    before = {key: 600 for key in table.keys}
+    before = dict.fromkeys(table.keys, 600)
     table.kept = select(table, 2000, Limits(), before)
     assert [len(groups) % 8 for groups in table.kept_groups()] == [0, 0, 0]
     table.kept = select(table, 2000, Limits(multiple_of={}))
