@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan
+from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.importance import get_criterion
@@ -41,14 +41,16 @@ from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits
 from lit_prune.statistics import Statistics, collect_statistics
 
-# hidden size, MLP width, layers, heads, key/value heads; the large ones are Llama 3's
+# hidden size, MLP width, layers, heads, key/value heads, vocabulary; 135M is SmolLM2's shape, the large ones are Llama 3's
 SHAPES = {
-    "100M": (768, 2048, 12, 12, 4),
-    "700M": (1536, 4608, 24, 24, 8),
-    "8B": (4096, 14336, 32, 32, 8),
-    "70B": (8192, 28672, 80, 64, 8),
+    "100M": (768, 2048, 12, 12, 4, 32000),
+    "135M": (576, 1536, 30, 9, 3, 49152),
+    "700M": (1536, 4608, 24, 24, 8, 32000),
+    "8B": (4096, 14336, 32, 32, 8, 128256),
+    "70B": (8192, 28672, 80, 64, 8, 128256),
 }
-REAL = ("100M", "700M")
+REAL = ("100M", "135M", "700M")
+SIZES = ("100M", "700M")
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 MULTIPLES = (1, 16, 64)
 BACKWARD = ("taylor", "taylor_2nd", "taylor_batch", "second_order", "fisher")
@@ -82,14 +84,14 @@ def arguments() -> argparse.Namespace:
 def build(size: str, options: argparse.Namespace) -> nn.Module:
     """A model with random weights; of the large sizes only the shapes, on the meta device."""
     torch.manual_seed(0)
-    hidden, width, layers, heads, kv_heads = SHAPES[size]
+    hidden, width, layers, heads, kv_heads, vocabulary = SHAPES[size]
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        vocab_size=32000 if size in REAL else 128256,
+        vocab_size=vocabulary,
         tie_word_embeddings=size in REAL,
         max_position_embeddings=4096,
     )
@@ -362,6 +364,43 @@ def _torch_pruning(model: nn.Module, data: Sequence[Tensor], seconds: dict[str, 
     cut_by_torch_pruning(model, data[0][:1, :16], "taylor", 0.2)
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "one iteration": {"iterations": 1},
+    "one iteration, no compensation": {"iterations": 1, "compensation": False},
+    "one iteration, no repair": {"iterations": 1, "repair": None},
+    "taylor, one iteration, no repair": {"importance": "taylor", "iterations": 1, "repair": None},
+}
+WHOLE_BATCHES = 8
+
+
+def pruning(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of all of ``prune``, beside a bare forward and backward pass over the same batches."""
+    model = build("100M", options)
+    group_sets = find_group_sets(model)
+    data = make_batches(options, WHOLE_BATCHES, options.tokens)
+    dropped = functools.partial(bare, model, group_sets, data, drop=True)
+    peak = Peak(options)
+    before = peak.start()
+    base = interleaved({BARE: dropped}, options, 2)[BARE]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    base_peak = peak.bytes() - before + weights
+    before = peak.start()
+    start = time.perf_counter()
+    prune(model, data, loss_of(model), PruningConfig(**WHOLE[case], pruning_ratio=0.2))
+    synchronize(options)
+    seconds = time.perf_counter() - start
+    return {
+        "tokens": WHOLE_BATCHES * options.tokens,
+        "seconds": seconds,
+        "bare_seconds": base,
+        "peak": peak.bytes() - before + weights,
+        "bare_peak": base_peak,
+        "weights": weights,
+        "parameters_after": count_parameters(model),
+    }
+
+
 def speed(key: str, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of the 100M model pruned by a ratio, beside the dense one: prefill, decoding, a training step."""
     share = float(key.rstrip("%")) / 100
@@ -378,6 +417,24 @@ def speed(key: str, options: argparse.Namespace) -> dict[str, Any]:
         model = build("100M", options)
         apply_plan(model, plan)
         models[f"multiples of {multiple}"] = model
+    return speeds(models, options)
+
+
+def depth(key: str, options: argparse.Namespace) -> dict[str, Any]:
+    """As ``speed``, of a deep and narrow model that loses widths or whole blocks."""
+    share = float(key.rstrip("%")) / 100
+    models = {"dense": build("135M", options)}
+    data = make_batches(options, 1, 256)
+    for name, kinds in {"widths": ("attention", "mlp"), "whole blocks": ("block",)}.items():
+        model = build("135M", options)
+        config = PruningConfig(pruning_ratio=share, repair=None, iterations=1, limits=Limits(kinds=kinds))
+        prune(model, data, loss_of(model), config)
+        models[name] = model
+    return speeds(models, options)
+
+
+def speeds(models: Mapping[str, nn.Module], options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of each model, and how much more than ``dense`` that is."""
     prompt = make_batches(options, 1, 512, 256)[0]
     flops = {}
     for name, model in models.items():
@@ -456,10 +513,12 @@ def widths(key: str, options: argparse.Namespace) -> dict[str, Any]:
 
 SECTIONS: dict[str, tuple[Callable[[str, argparse.Namespace], dict[str, Any]], list[str]]] = {
     "calibration": (calibration, ["100M"]),
-    "memory": (memory, [f"{size}: {case}" for size in REAL for case in MEMORY_CASES]),
-    "planning": (planning, list(SHAPES)),
+    "memory": (memory, [f"{size}: {case}" for size in SIZES for case in MEMORY_CASES]),
+    "planning": (planning, [size for size in SHAPES if size != "135M"]),
+    "pruning": (pruning, list(WHOLE)),
     "peer": (peer, ["lit_prune", "torch-pruning"]),
     "speed": (speed, [f"{r:.0%}" for r in RATIOS]),
+    "depth": (depth, ["20%", "30%"]),
     "widths": (widths, ["512 tokens", "1 token"]),
 }
 # bytes that have to be free before a row begins
@@ -509,7 +568,7 @@ def measure(section: str, key: str, options: argparse.Namespace) -> dict[str, An
     for name in ("device", "dtype", "threads", "repeats", "batches", "tokens"):
         command += [f"--{name}", str(getattr(options, name))]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(options.threads)}
-    if section in ("memory", "planning", "peer"):
+    if section in ("memory", "planning", "pruning", "peer"):
         # freed tensors go back to the system at once, so that the resident set is what is in use
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -546,8 +605,10 @@ def report(results: Mapping[str, Any]) -> str:
         "calibration": report_calibration,
         "memory": report_memory,
         "planning": report_planning,
+        "pruning": report_pruning,
         "peer": report_peer,
         "speed": report_speed,
+        "depth": report_depth,
         "widths": report_widths,
     }
     for section, write in writers.items():
@@ -597,15 +658,16 @@ def report_memory(rows: Mapping[str, Any]) -> str:
         " tokens (100M) and 128 tokens (700M). `"
         + DROPPED
         + "` is weights and activations, with each gradient freed the"
-        " moment it is there. `taylor` needs the mean gradient of every weight by its definition (the absolute value of a"
-        " mean), so it cannot stream.\n\n"
+        " moment it is there. `taylor` and `taylor_2nd` are the absolute value of a mean over batches, weight by weight, so by"
+        " their definition they keep the mean gradient of every weight of the groups: these cannot stream. `bfloat16` halves"
+        " that, and `offload_gradients` moves it off a GPU.\n\n"
     )
     table = []
     for key, row in rows.items():
         size, _, case = key.partition(": ")
         base = rows.get(f"{size}: {BARE_FORWARD if case in (*FORWARD, BARE_FORWARD) else DROPPED}")
         over = row["peak"] / base["peak"] if base else float("nan")
-        target = 1.05 if case in ("taylor_batch", "second_order", "fisher", *FORWARD) else None
+        target = None if case in (DROPPED, BARE, BARE_FORWARD, SEED) else 1.05
         table.append(
             (key, f"{row['weights'] / 1e6:.0f}", f"{row['peak'] / 1e6:.0f}", f"{over:.3f}", verdict(over, target))
         )
@@ -628,6 +690,29 @@ def report_planning(rows: Mapping[str, Any]) -> str:
         for size, row in rows.items()
     ]
     return text + markdown(("model", "groups", *steps, "plan, µs a group", "peak of the cut, of the weights"), table)
+
+
+def report_pruning(rows: Mapping[str, Any]) -> str:
+    tokens = next(iter(rows.values()))["tokens"]
+    text = (
+        f"## All of a pruning\n\n100M, 20% of all parameters, {tokens:,} calibration tokens: calibration, ranking, repair and"
+        " surgery. Bare: a forward and backward pass over the same batches with gradients of the groups' weights, and its"
+        " peak memory, each gradient freed the moment it is there. Solving for the repair takes the same time however"
+        " many tokens there are.\n\n"
+    )
+    table = []
+    for case, row in rows.items():
+        bare = statistics.median(row["bare_seconds"])
+        table.append(
+            (
+                case,
+                f"{row['seconds']:.1f}",
+                f"{row['seconds'] / bare:.2f}",
+                f"{row['peak'] / 1e6:.0f}",
+                f"{row['peak'] / row['bare_peak']:.2f}",
+            )
+        )
+    return text + markdown(("", "seconds", "of the bare pass", "peak, MB", "of the bare pass's peak"), table)
 
 
 def report_peer(rows: Mapping[str, Any]) -> str:
@@ -656,6 +741,18 @@ def report_speed(rows: Mapping[str, Any]) -> str:
         " over the pruned one's, in prefill. Achieved: speed-up over ideal. Prefill 2 x 256 tokens, decoding one"
         " sequence with a cache, training 2 x 256 tokens.\n\n"
     )
+    return text + speed_table(rows)
+
+
+def report_depth(rows: Mapping[str, Any]) -> str:
+    text = (
+        "## Widths or whole blocks\n\nThe same on SmolLM2's shape, 30 narrow layers: widths or whole blocks leave."
+        " What either costs in quality is in [quality.md](quality.md).\n\n"
+    )
+    return text + speed_table(rows)
+
+
+def speed_table(rows: Mapping[str, Any]) -> str:
     table = []
     for share, row in rows.items():
         for name in (n for n in row["prefill"] if n != "dense"):
@@ -677,7 +774,7 @@ def report_speed(rows: Mapping[str, Any]) -> str:
         f"{task} {dense[task]['dense']['tokens_per_second']:.0f}" for task in ("prefill", "decode", "train")
     )
     head = ("pruned by", "ideal", "prefill, speed-up", "achieved", "target", "decode, speed-up", "train, speed-up")
-    return text + markdown(head, table) + f"\nDense, tokens per second: {speeds}.\n"
+    return markdown(head, table) + f"\nDense, tokens per second: {speeds}.\n"
 
 
 def report_widths(rows: Mapping[str, Any]) -> str:

@@ -58,12 +58,12 @@ CRITERIA: dict[str, dict[str, Any]] = {
 WHOLE: dict[str, dict[str, Any]] = {
     "default": {},
     "default, any width": {"limits": Limits(multiple_of={})},
-    "default, one iteration": {"iterations": 1},
-    "default, one iteration, no compensation": {"iterations": 1, "compensation": False},
     "default, four iterations": {"iterations": 4},
-    "default, uniform": {"limits": Limits(uniform=True)},
-    "whole blocks": {"limits": Limits(kinds=("block",)), "iterations": 1},
-    "default, blocks too": {"limits": Limits(kinds=("attention", "mlp", "block"))},
+    "one iteration": {"iterations": 1},
+    "one iteration, no compensation": {"iterations": 1, "compensation": False},
+    "one iteration, uniform widths": {"iterations": 1, "limits": Limits(uniform=True)},
+    "one iteration, blocks too": {"iterations": 1, "limits": Limits(kinds=("attention", "mlp", "block"))},
+    "one iteration, whole blocks alone": {"iterations": 1, "limits": Limits(kinds=("block",))},
 }
 PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]] = {
     "torch-pruning 1.6.1, Taylor": lambda m, b, ratio, size: torch_pruning(m, b, size, "taylor"),

@@ -19,9 +19,9 @@ from lit_prune.errors import BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
 
-# multiplications with other widths are slower, on CPUs and on the matrix units of GPUs (docs/cost.md)
-ALIGNMENT = 8
-FINENESS = 64
+# other widths are slower to multiply (docs/cost.md), and formats of quantised weights have blocks of 32
+ALIGNMENTS = (32, 16, 8)
+STEPS = 48
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Limits:
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets. A block stays if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
-            set that starts out uneven may stay as it is. ``None`` is :data:`ALIGNMENT` for the sets of so many groups
-            that they have :data:`FINENESS` such steps, the MLPs of all but small models, and 1 for the others.
+            set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
+            :data:`STEPS` such steps (32 for 1536 groups, the MLPs of all but small models), and 1 for smaller sets.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
@@ -110,7 +110,8 @@ class Limits:
     def multiples(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
         """The number that the kept groups of every group set must be a multiple of, int array of shape ``(sets,)``."""
         if self.multiple_of is None:
-            return np.where(_whole_sizes(table, original) >= ALIGNMENT * FINENESS, ALIGNMENT, 1)
+            whole = _whole_sizes(table, original)
+            return np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1)
         return np.array([self.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:

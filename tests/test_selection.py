@@ -97,17 +97,16 @@ def test_rounded_widths_are_multiples_and_the_best_channels_stay(multiple):
 
 def test_wide_sets_keep_widths_that_multiply_fast_unless_told_otherwise():
     generator = np.random.default_rng(0)
-    table = table_of(*[("mlp", 3, generator.random(size)) for size in (1536, 515, 511)])
-    table.kept = select(table, 2000)
-    wide, odd, _ = (len(groups) for groups in table.kept_groups())
-    assert wide % 8 == odd % 8 == 0
-    assert 2000 - table.removed_cost < 3
+    table = table_of(*[("mlp", 3, generator.random(size)) for size in (1536, 1535, 767, 383)])
+    table.kept = select(table, 3000)
+    assert [len(groups) % n for groups, n in zip(table.kept_groups(), (32, 16, 8, 1), strict=True)] == [0] * 4
+    assert 3000 - table.removed_cost < 3
     # what was wide before an earlier cut is still rounded
-    before = dict.fromkeys(table.keys, 600)
-    table.kept = select(table, 2000, Limits(), before)
-    assert [len(groups) % 8 for groups in table.kept_groups()] == [0, 0, 0]
-    table.kept = select(table, 2000, Limits(multiple_of={}))
-    assert 2000 - table.removed_cost < 3
+    table.kept = select(table, 3000, Limits(), dict.fromkeys(table.keys, 1536))
+    assert [len(groups) % 32 for groups in table.kept_groups()] == [0] * 4
+    table.kept = select(table, 3000, Limits(multiple_of={}))
+    assert sum(len(groups) % 8 > 0 for groups in table.kept_groups()) > 1
+    assert 3000 - table.removed_cost < 3
 
 
 def test_small_cases_match_an_exhaustive_search_of_prefixes():
