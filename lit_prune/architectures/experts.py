@@ -44,7 +44,7 @@ class ExpertChannels(Block):
     """The channels inside experts. One group is the channel of the same index in every expert of a layer.
 
     Experts whose width is not a multiple of 8 afterwards run one after the other, as the grouped kernels of transformers
-    refuse them: prefer ``Limits(multiple_of={"mlp": 8})``.
+    refuse them: see ``Limits.multiple_of``.
 
     Args:
         path: Path of the module that holds the experts' parameters, see :class:`Block`.
