@@ -177,6 +177,10 @@ class StructuredPruning(Callback):
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be 1 or more; found {calibration_batches}.")
         check_calibration_loader(calibration_dataloader)
+        multiple_of = None
+        if mlp_multiple_of is not None:
+            # 1 is any width, of models without MLPs, too
+            multiple_of = {} if mlp_multiple_of == 1 else {"mlp": mlp_multiple_of}
         self.config = PruningConfig(
             importance=importance,
             pruning_ratio=self.stages[-1].ratio,
@@ -189,7 +193,7 @@ class StructuredPruning(Callback):
                 min_groups=min_groups,
                 min_fraction=min_fraction,
                 protect=tuple(protect),
-                multiple_of={None: None, 1: {}}.get(mlp_multiple_of, {"mlp": mlp_multiple_of}),
+                multiple_of=multiple_of,
                 kinds=kinds,
                 uniform=uniform,
             ),

@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, repair
 from lit_prune.groups import count_parameters
+from lit_prune.selection import Limits
 from lit_prune.training.loading import load_model, load_tokenizer
 
 pytestmark = [
@@ -46,7 +47,8 @@ def test_criteria_modes_and_repair_on_a_pretrained_llama(model, ids):
     starts = torch.randperm(len(ids) // 256, generator=torch.Generator().manual_seed(0))[:32] * 128
     batches = [ids[None, s : s + 128] for s in starts.tolist()]
     group_sets = find_group_sets(model)
-    config = PruningConfig(importance="taylor_2nd", pruning_ratio=0.2, repair=None)
+    any_width = Limits(multiple_of={})
+    config = PruningConfig(importance="taylor_2nd", pruning_ratio=0.2, repair=None, limits=any_width)
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         return model(input_ids=batch, labels=batch).loss
