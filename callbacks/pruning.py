@@ -101,8 +101,8 @@ class StructuredPruning(Callback):
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions searched in
             module names.
         uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
-        mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for multiples of 32, which multiply faster
-            than other widths and can be quantised, of 16 below 1536 channels, of 8 below 768, and for any width below 384.
+        mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for the largest of 64, 32, 16 and 8 of
+            which a width has 48 or more (32 for 1536 channels), and any width below: rounded ones multiply faster.
         kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``, and ``"block"`` for whole blocks (decoder
             layers); ``None`` is all but blocks.
         model_path: Where the model is inside the LightningModule, if that holds several.

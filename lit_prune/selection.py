@@ -19,8 +19,9 @@ from lit_prune.errors import BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
 
-# other widths are slower to multiply (docs/cost.md), and formats of quantised weights have blocks of 32
-ALIGNMENTS = (32, 16, 8)
+# other widths are slower to multiply (docs/cost.md), and formats of quantised weights have blocks of 32;
+# 64 numbers of 16 bits are the 128 bytes that NVIDIA's guide to matrix multiplication names for an A100
+ALIGNMENTS = (64, 32, 16, 8)
 STEPS = 48
 
 
@@ -37,7 +38,7 @@ class Limits:
             are searched in the names of the group sets. A block stays if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
             set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
-            :data:`STEPS` such steps (32 for 1536 groups, the MLPs of all but small models), and 1 for smaller sets.
+            :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """

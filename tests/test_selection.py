@@ -97,13 +97,13 @@ def test_rounded_widths_are_multiples_and_the_best_channels_stay(multiple):
 
 def test_wide_sets_keep_widths_that_multiply_fast_unless_told_otherwise():
     generator = np.random.default_rng(0)
-    table = table_of(*[("mlp", 3, generator.random(size)) for size in (1536, 1535, 767, 383)])
+    table = table_of(*[("mlp", 3, generator.random(size)) for size in (3072, 1536, 1535, 767, 383)])
     table.kept = select(table, 3000)
-    assert [len(groups) % n for groups, n in zip(table.kept_groups(), (32, 16, 8, 1), strict=True)] == [0] * 4
+    assert [len(groups) % n for groups, n in zip(table.kept_groups(), (64, 32, 16, 8, 1), strict=True)] == [0] * 5
     assert 3000 - table.removed_cost < 3
     # what was wide before an earlier cut is still rounded
     table.kept = select(table, 3000, Limits(), dict.fromkeys(table.keys, 1536))
-    assert [len(groups) % 32 for groups in table.kept_groups()] == [0] * 4
+    assert [len(groups) % 32 for groups in table.kept_groups()] == [0] * 5
     table.kept = select(table, 3000, Limits(multiple_of={}))
     assert sum(len(groups) % 8 > 0 for groups in table.kept_groups()) > 1
     assert 3000 - table.removed_cost < 3
