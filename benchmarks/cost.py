@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune
 from lit_prune.files import write_text
-from lit_prune.groups import GroupSet, count_parameters
+from lit_prune.groups import GroupSet, count_bytes, count_parameters
 from lit_prune.importance import get_criterion
 from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits
@@ -49,8 +49,8 @@ SHAPES = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
 }
-REAL = ("100M", "135M", "700M")
 SIZES = ("100M", "700M")
+LARGE = ("8B", "70B")
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 MULTIPLES = (1, 16, 64)
 BACKWARD = ("taylor", "taylor_2nd", "taylor_batch", "second_order", "fisher")
@@ -92,10 +92,10 @@ def build(size: str, options: argparse.Namespace) -> nn.Module:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        tie_word_embeddings=size in REAL,
+        tie_word_embeddings=size not in LARGE,
         max_position_embeddings=4096,
     )
-    with torch.device(options.device if size in REAL else "meta"):
+    with torch.device("meta" if size in LARGE else options.device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
 
 
@@ -281,14 +281,14 @@ def memory(key: str, options: argparse.Namespace) -> dict[str, Any]:
     peak = Peak(options)
     before = peak.start()
     MEMORY_CASES[case](model, group_sets, data)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = count_bytes(model)
     return {"weights": weights, "peak": peak.bytes() - before + weights}
 
 
 def planning(size: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds from the statistics to a plan, of writing and reading it, and of cutting the model."""
     model = build(size, options)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = count_bytes(model)
     seconds: dict[str, float] = {}
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
@@ -309,7 +309,7 @@ def planning(size: str, options: argparse.Namespace) -> dict[str, Any]:
         read = timed("read", lambda: PruningPlan.load(path))
     assert read == plan
     result: dict[str, Any] = {"groups": len(table), "parameters": count_parameters(model), "seconds": seconds}
-    if size in REAL:
+    if size not in LARGE:
         peak = Peak(options)
         before = peak.start()
         timed("cut", lambda: apply_plan(model, plan))
@@ -383,7 +383,7 @@ def pruning(case: str, options: argparse.Namespace) -> dict[str, Any]:
     peak = Peak(options)
     before = peak.start()
     base = interleaved({BARE: dropped}, options, 2)[BARE]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = count_bytes(model)
     base_peak = peak.bytes() - before + weights
     before = peak.start()
     start = time.perf_counter()
@@ -514,7 +514,7 @@ def widths(key: str, options: argparse.Namespace) -> dict[str, Any]:
 SECTIONS: dict[str, tuple[Callable[[str, argparse.Namespace], dict[str, Any]], list[str]]] = {
     "calibration": (calibration, ["100M"]),
     "memory": (memory, [f"{size}: {case}" for size in SIZES for case in MEMORY_CASES]),
-    "planning": (planning, [size for size in SHAPES if size != "135M"]),
+    "planning": (planning, [*SIZES, *LARGE]),
     "pruning": (pruning, list(WHOLE)),
     "peer": (peer, ["lit_prune", "torch-pruning"]),
     "speed": (speed, [f"{r:.0%}" for r in RATIOS]),
@@ -770,11 +770,11 @@ def speed_table(rows: Mapping[str, Any]) -> str:
                 )
             )
     dense = next(iter(rows.values()))
-    speeds = ", ".join(
+    rates = ", ".join(
         f"{task} {dense[task]['dense']['tokens_per_second']:.0f}" for task in ("prefill", "decode", "train")
     )
     head = ("pruned by", "ideal", "prefill, speed-up", "achieved", "target", "decode, speed-up", "train, speed-up")
-    return markdown(head, table) + f"\nDense, tokens per second: {speeds}.\n"
+    return markdown(head, table) + f"\nDense, tokens per second: {rates}.\n"
 
 
 def report_widths(rows: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from lit_prune.selection import Limits
 from lit_prune.statistics import Statistics, collect_statistics
 from lit_prune.training.loading import load_model, load_tokenizer
 
+ANY_WIDTH = Limits(multiple_of={})
 # one cut by one criterion, so that criteria alone are compared
 CRITERIA: dict[str, dict[str, Any]] = {
     "random": {"importance": "random"},
@@ -57,7 +58,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
 # the whole way, with what differs from the defaults
 WHOLE: dict[str, dict[str, Any]] = {
     "default": {},
-    "default, any width": {"limits": Limits(multiple_of={})},
+    "default, any width": {"limits": ANY_WIDTH},
     "default, four iterations": {"iterations": 4},
     "one iteration": {"iterations": 1},
     "one iteration, no compensation": {"iterations": 1, "compensation": False},
@@ -173,7 +174,7 @@ class Setting:
             config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
             _, plan = prune(model, self.stacked, lambda b: model(input_ids=b, labels=b).loss, config)
             return model, plan.info["importance"]
-        alone = {"iterations": 1, "compensation": False, "limits": Limits(multiple_of={})}
+        alone = {"iterations": 1, "compensation": False, "limits": ANY_WIDTH}
         config = PruningConfig(
             **{**alone, **CRITERIA[row]},
             pruning_ratio=ratio,

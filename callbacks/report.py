@@ -23,7 +23,7 @@ from torch import nn
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.errors import PruningError
 from lit_prune.export import save_pruned
-from lit_prune.groups import count_parameters
+from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.table import GroupTable
@@ -343,5 +343,4 @@ def _log_tables(logger: WandbLogger, table: GroupTable, step: int) -> None:
 
 
 def _size(model: nn.Module) -> dict[str, float]:
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"parameters": float(count_parameters(model)), "megabytes": size / 1e6}
+    return {"parameters": float(count_parameters(model)), "megabytes": count_bytes(model) / 1e6}

@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PruningError
 from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
-from lit_prune.groups import count_parameters
+from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
 from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
@@ -314,8 +314,7 @@ class _Session:
     @torch.inference_mode()
     def figures(self) -> dict[str, float]:
         """Parameters, megabytes, and perplexity on the held-out text."""
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        figures = {"parameters": float(count_parameters(self.model)), "megabytes": size / 1e6}
+        figures = {"parameters": float(count_parameters(self.model)), "megabytes": count_bytes(self.model) / 1e6}
         if self.held_out:
             losses = [float(self.loss(batch)) for batch in _progress(self.held_out, "Perplexity")]
             figures["perplexity"] = math.exp(sum(losses) / len(losses))

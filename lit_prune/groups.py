@@ -205,6 +205,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters of the model, tied ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def check_names(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
     """Refuse group sets that are not of this model, but of one inside it for instance.
 
