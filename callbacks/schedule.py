@@ -34,7 +34,9 @@ class Stage:
         """Check the values."""
         check_fields(self, {"ratio": RATIO, "epoch": optional(NATURAL), "step": optional(NATURAL)})
         if (self.epoch is None) == (self.step is None):
-            raise ArgumentValueError(f"Give epoch or step, one and not both; found epoch={self.epoch} and step={self.step}.")
+            raise ArgumentValueError(
+                f"Give epoch or step, one and not both; found epoch={self.epoch} and step={self.step}."
+            )
 
     def __str__(self) -> str:
         """When the stage is due, in words."""
@@ -94,7 +96,7 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     points = [s.step if s.epoch is None else s.epoch for s in stages]
     ratios = [s.ratio for s in stages]
     mixed = len({s.epoch is None for s in stages}) > 1
-    if mixed or any(a >= b for values in (points, ratios) for a, b in pairwise(values)):  # type: ignore[operator]
+    if mixed or any(a >= b for values in (points, ratios) for a, b in pairwise(values)):
         raise ArgumentValueError(
             f"The stages of a schedule must rise in point and ratio, all by epoch or all by step; found {list(stages)}."
         )

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    InstanceOf,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import core_schema
 
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError
 
@@ -120,13 +130,18 @@ def choice(*values: str) -> Rule[Any]:
 
 def instance(words: str, *classes: type) -> Rule[Any]:
     """The rule of an argument that is an object of one of some classes."""
-    return Rule(words, _union(*(InstanceOf[c] for c in classes)))  # type: ignore[misc]
+    return Rule(words, Annotated[Any, GetPydanticSchema(lambda *_: core_schema.is_instance_schema(classes))])
 
 
 def sequence_of(words: str, rule: Rule[T], *, empty: bool = True) -> Rule[tuple[T, ...]]:
     """The rule of an argument that is a list or another sequence, but no text; a tuple is kept of it."""
     length = Field(min_length=0 if empty else 1)
     return Rule(words, Annotated[Sequence[rule.hint], length, AfterValidator(tuple)])  # type: ignore[name-defined]
+
+
+def pair(words: str, hint: Any) -> Rule[tuple[Any, Any]]:
+    """The rule of an argument that is a list or tuple of two values of a type; a tuple is kept of it."""
+    return Rule(words, Annotated[Sequence[hint], Field(min_length=2, max_length=2), AfterValidator(tuple)])
 
 
 def mapping_of(words: str, key: Rule[Any], value: Rule[T], *, empty: bool = True) -> Rule[dict[str, T]]:

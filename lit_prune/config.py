@@ -24,6 +24,7 @@ from lit_prune.arguments import (
     instance,
     mapping_of,
     optional,
+    pair,
     shown,
 )
 from lit_prune.errors import ArgumentValueError
@@ -66,7 +67,7 @@ _RULES: dict[str, Rule] = {
     "seed": INTEGER,
     "compensation": FLAG,
     "iterations": CUTS,
-    "reference": optional(Rule("two numbers of parameters", tuple[NATURAL.hint, NATURAL.hint])),
+    "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
 

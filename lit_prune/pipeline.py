@@ -15,15 +15,20 @@ from torch.optim import Optimizer
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.blocks import passed_over
-from lit_prune.config import (
-    AUTO,
-    DEFAULT,
-    PruningConfig,
-    group_table,
-    original_sizes,
-)
+from lit_prune.config import AUTO, DEFAULT, PruningConfig, group_table, original_sizes
+
+# where they were before
+from lit_prune.config import CANDIDATES as CANDIDATES
+from lit_prune.config import HELD_BACK as HELD_BACK
+from lit_prune.config import model_size as model_size
 from lit_prune.distributed import Ranks
-from lit_prune.errors import CalibrationError, SmallBudgetError, UnsupportedModelError, UnsupportedStrategyError
+from lit_prune.errors import (
+    ArgumentValueError,
+    CalibrationError,
+    SmallBudgetError,
+    UnsupportedModelError,
+    UnsupportedStrategyError,
+)
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
@@ -113,7 +118,7 @@ def make_plan(
     results: list[tuple[GroupTable, PruningPlan]] = []
     measured: dict[str, float] = {}
     if len(config.candidates) > 1 and measure is None:
-        raise ValueError(
+        raise ArgumentValueError(
             f"importance={config.importance!r} chooses between plans and needs a measure of them; found None."
         )
     for label, weights in config.candidates.items():

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
+from lit_prune.arguments import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, RATIO, TEXT, count, optional
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.training.data import load_texts
+from lit_prune.training.data import FILES, SEED, load_texts
 from lit_prune.training.loading import load_tokenizer
 
 
@@ -29,6 +30,10 @@ class TextClassifierModule(pl.LightningModule):
         random_weights: Start from random weights in place of the pretrained ones.
         learning_rate: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -40,6 +45,11 @@ class TextClassifierModule(pl.LightningModule):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
+        model = TEXT.check("model", model)
+        num_labels = count(2, 2**31 - 1).check("num_labels", num_labels)
+        random_weights = FLAG.check("random_weights", random_weights)
+        learning_rate = POSITIVE.check("learning_rate", learning_rate)
+        weight_decay = NOT_NEGATIVE.check("weight_decay", weight_decay)
         self.save_hyperparameters()
         classifier: Any = (
             AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model, num_labels=num_labels))
@@ -84,6 +94,10 @@ class LabelledTextDataModule(pl.LightningDataModule):
         batch_size: Texts of a batch.
         num_workers: Worker processes of the dataloaders.
         seed: Seed of the choice of what is held out.
+
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -100,6 +114,16 @@ class LabelledTextDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        tokenizer = TEXT.check("tokenizer", tokenizer)
+        dataset = FILES.check("dataset", dataset)
+        subset = optional(TEXT).check("subset", subset)
+        text_column = TEXT.check("text_column", text_column)
+        label_column = TEXT.check("label_column", label_column)
+        val_fraction = RATIO.check("val_fraction", val_fraction)
+        max_length = COUNT.check("max_length", max_length)
+        batch_size = COUNT.check("batch_size", batch_size)
+        num_workers = NATURAL.check("num_workers", num_workers)
+        seed = SEED.check("seed", seed)
         self.save_hyperparameters()
         self._splits: dict[str, Any] = {}
         self._collate: Any = None

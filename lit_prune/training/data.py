@@ -11,10 +11,20 @@ import datasets
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from lit_prune.arguments import COUNT, FLAG, NATURAL, RATIO, TEXT, Rule, count, either, optional, sequence_of
 from lit_prune.training.loading import load_tokenizer
 
 EMBEDDED = "python-docs"
 _FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+# of a text to pack: with one token there is nothing to predict
+BLOCK_SIZE = count(2, 2**31 - 1)
+FILES: Rule[Any] = either(
+    "a path or name, or a list of at least one path", TEXT, sequence_of("paths", TEXT, empty=False)
+)
+# numpy's generators take no negative seed, and none above this
+SEED = count(0, 2**32 - 1)
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -40,7 +50,8 @@ class TextDataModule(pl.LightningDataModule):
         trust_remote_code: Whether code that lies beside the tokenizer may run.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -62,13 +73,21 @@ class TextDataModule(pl.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        limits = [limit for limit in (max_train_blocks, max_val_blocks) if limit is not None]
-        if not 0 < val_fraction < 1 or block_size < 2 or min(batch_size, val_batch_size or 1, *limits) < 1:
-            raise ValueError(
-                "Expected val_fraction in (0, 1), block_size >= 2, and batch_size, val_batch_size, max_train_blocks and"
-                f" max_val_blocks >= 1; found {val_fraction}, {block_size}, {batch_size}, {val_batch_size},"
-                f" {max_train_blocks} and {max_val_blocks}."
-            )
+        tokenizer = TEXT.check("tokenizer", tokenizer)
+        dataset = FILES.check("dataset", dataset)
+        subset = optional(TEXT).check("subset", subset)
+        text_column = TEXT.check("text_column", text_column)
+        train_split = TEXT.check("train_split", train_split)
+        val_split = optional(TEXT).check("val_split", val_split)
+        val_fraction = RATIO.check("val_fraction", val_fraction)
+        block_size = BLOCK_SIZE.check("block_size", block_size)
+        batch_size = COUNT.check("batch_size", batch_size)
+        val_batch_size = optional(COUNT).check("val_batch_size", val_batch_size)
+        max_train_blocks = optional(COUNT).check("max_train_blocks", max_train_blocks)
+        max_val_blocks = optional(COUNT).check("max_val_blocks", max_val_blocks)
+        num_workers = NATURAL.check("num_workers", num_workers)
+        seed = SEED.check("seed", seed)
+        trust_remote_code = FLAG.check("trust_remote_code", trust_remote_code)
         self.save_hyperparameters()
         self._blocks: dict[str, datasets.Dataset] = {}
 
