@@ -46,6 +46,7 @@ from lit_prune.errors import ArgumentValueError
 from lit_prune.plan import FORMAT
 from lit_prune.selection import Limits
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import one_line
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +333,7 @@ class StructuredPruning(Callback):
         before, after = plan.info["parameters_before"], plan.info["parameters_after"]
         rank_zero_info(
             f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
-            f" ({(before - after) / before:.2%}) by {plan.info['importance']}."
+            f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
         )
         self._write()
         self.notify(trainer, pl_module, "on_pruning_end")

@@ -28,6 +28,7 @@ from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import for_console, one_line
 from lit_prune.training.loading import load_tokenizer
 
 
@@ -251,7 +252,7 @@ class PruningReport(Callback):
                     self_contained=self.self_contained,
                 )
             except PruningError as error:
-                rank_zero_warn(f"The pruned model was not saved: {error}")
+                rank_zero_warn(one_line(f"The pruned model was not saved: {error}"))
         return drawn
 
     def _load_tokenizer(self, trainer: pl.Trainer) -> Any:
@@ -283,7 +284,7 @@ class PruningReport(Callback):
     def _print(self) -> None:
         console = Console()
         console.print(report_table(self.figures))
-        console.print(f"Written to {self.output_dir}", soft_wrap=True)
+        console.print(for_console(f"Written to {self.output_dir}"), soft_wrap=True)
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:

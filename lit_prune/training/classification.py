@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from lit_prune.arguments import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, RATIO, TEXT, count, optional
-from lit_prune.callbacks import StructuredPruning
+from lit_prune.errors import ArgumentValueError
+from lit_prune.training.command_line import PruningCLI, run
 from lit_prune.training.data import FILES, SEED, load_texts
 from lit_prune.training.loading import load_tokenizer
 
@@ -132,7 +132,7 @@ class LabelledTextDataModule(pl.LightningDataModule):
         """Load, split and tokenise.
 
         Raises:
-            ValueError: If the dataset lacks a column.
+            ArgumentValueError: If the dataset lacks a column.
         """
         del stage
         if self._splits:
@@ -142,7 +142,7 @@ class LabelledTextDataModule(pl.LightningDataModule):
         text, label = options["text_column"], options["label_column"]
         missing = {text, label} - set(loaded["train"].column_names)
         if missing:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{options['dataset']!r} has the columns {loaded['train'].column_names}; expected {sorted(missing)}, too."
             )
         if "validation" in loaded:
@@ -185,19 +185,9 @@ class LabelledTextDataModule(pl.LightningDataModule):
         )
 
 
-class ClassificationCLI(LightningCLI):
-    """LightningCLI with the pruning callback's options under ``pruning``."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback."""
-        parser.add_lightning_class_args(StructuredPruning, "pruning")
-
-
-def main(arguments: list[str] | None = None) -> ClassificationCLI:
+def main(arguments: list[str] | None = None) -> PruningCLI:
     """Run the command line with ``arguments``, or those of the process."""
-    return ClassificationCLI(
-        TextClassifierModule, LabelledTextDataModule, save_config_kwargs={"overwrite": True}, args=arguments
-    )
+    return run("classification", TextClassifierModule, LabelledTextDataModule, arguments)
 
 
 if __name__ == "__main__":
