@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from lit_prune import (
     pipeline,
     sharding,
 )
+from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import (
     calibration_batches,
     check_calibration_loader,
@@ -41,9 +42,11 @@ from lit_prune.callbacks.others import check_references, cut_averages, start_ove
 from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
 from lit_prune.callbacks.strategies import check_strategy, rebuild_on_load, renew_wrapper, stop_rebuilding
 from lit_prune.checkpoint import plan_digest
+from lit_prune.errors import ArgumentValueError
 from lit_prune.plan import FORMAT
-from lit_prune.selection import Limits, check_ratio
+from lit_prune.selection import Limits
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import one_line
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +128,8 @@ class StructuredPruning(Callback):
         costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
 
     Raises:
-        ValueError: If an argument is unknown or out of its range.
+        ArgumentTypeError: If an argument is of another type. Scalars of numpy and torch count as numbers.
+        ArgumentValueError: If an argument is unknown or out of its range.
 
     Example::
 
@@ -137,47 +141,50 @@ class StructuredPruning(Callback):
 
     def __init__(
         self,
-        importance: str | dict[str, float] = "fisher",
-        pruning_ratio: float = 0.2,
+        importance: str | Mapping[str, float] = PruningConfig.importance,
+        pruning_ratio: float = PruningConfig.pruning_ratio,
         epoch: int | None = None,
         step: int | None = None,
         schedule: list[Stage] | CubicSchedule | None = None,
         calibration_batches: int = 64,
         calibration_dataloader: Iterable[Any] | None = None,
-        ratio_of: Literal["all", "prunable"] = "all",
-        normalize: str | None = "default",
-        statistics: Literal["streaming", "elementwise"] = "streaming",
-        gradient_dtype: Literal["float32", "bfloat16"] = "float32",
-        offload_gradients: bool = False,
-        repair: Literal["least_squares", "bias"] | None = "least_squares",
-        min_groups: int = 1,
-        min_fraction: float = 0.2,
-        protect: Sequence[int | str] = (),
+        ratio_of: Literal["all", "prunable"] = PruningConfig.ratio_of,
+        normalize: str | None = PruningConfig.normalize,
+        statistics: Literal["streaming", "elementwise"] = PruningConfig.statistics,
+        gradient_dtype: Literal["float32", "bfloat16"] = PruningConfig.gradient_dtype,
+        offload_gradients: bool = PruningConfig.offload_gradients,
+        repair: Literal["least_squares", "bias"] | None = PruningConfig.repair,
+        min_groups: int = Limits.min_groups,
+        min_fraction: float = Limits.min_fraction,
+        protect: Sequence[int | str] = Limits.protect,
         mlp_multiple_of: int | None = None,
-        uniform: bool = False,
-        kinds: Sequence[str] | None = None,
+        uniform: bool = Limits.uniform,
+        kinds: Sequence[str] | None = Limits.kinds,
         model_path: str | None = None,
         dry_run: bool = False,
         validate: bool = True,
         output_dir: str | Path | None = None,
-        seed: int = 0,
-        compensation: bool = True,
-        iterations: int = 2,
+        seed: int = PruningConfig.seed,
+        compensation: bool = PruningConfig.compensation,
+        iterations: int = PruningConfig.iterations,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
-            raise ValueError(f"Give a schedule, or epoch or step; found {schedule}, epoch={epoch} and step={step}.")
-        check_ratio(pruning_ratio, ratio_of)
+            raise ArgumentValueError(
+                f"Give a schedule, or epoch or step; found {schedule}, epoch={epoch} and step={step}."
+            )
+        pruning_ratio = RATIO.check("pruning_ratio", pruning_ratio)
         if isinstance(schedule, CubicSchedule):
             self.stages = schedule.resolve(pruning_ratio)
         elif schedule is not None:
             self.stages = check_stages(schedule)
         else:
             self.stages = (Stage(pruning_ratio, 1 if epoch is None and step is None else epoch, step),)
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be 1 or more; found {calibration_batches}.")
+        self.calibration_batches = COUNT.check("calibration_batches", calibration_batches)
+        self.calibration_dataloader = optional(BATCHES).check("calibration_dataloader", calibration_dataloader)
         check_calibration_loader(calibration_dataloader)
         multiple_of = None
+        mlp_multiple_of = optional(count(1, MOST_GROUPS)).check("mlp_multiple_of", mlp_multiple_of)
         if mlp_multiple_of is not None:
             # 1 is any width, of models without MLPs, too
             multiple_of = {} if mlp_multiple_of == 1 else {"mlp": mlp_multiple_of}
@@ -192,7 +199,7 @@ class StructuredPruning(Callback):
             limits=Limits(
                 min_groups=min_groups,
                 min_fraction=min_fraction,
-                protect=tuple(protect),
+                protect=protect,
                 multiple_of=multiple_of,
                 kinds=kinds,
                 uniform=uniform,
@@ -202,12 +209,10 @@ class StructuredPruning(Callback):
             compensation=compensation,
             iterations=iterations,
         )
-        self.calibration_batches = calibration_batches
-        self.calibration_dataloader = calibration_dataloader
-        self.model_path = model_path
-        self.dry_run = dry_run
-        self.validate = validate
-        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.model_path = optional(TEXT).check("model_path", model_path)
+        self.dry_run = FLAG.check("dry_run", dry_run)
+        self.validate = FLAG.check("validate", validate)
+        self.output_dir = optional(PATH).check("output_dir", output_dir)
         self.plan: PruningPlan | None = None
         self.table: GroupTable | None = None
         self.stages_done = 0
@@ -328,7 +333,7 @@ class StructuredPruning(Callback):
         before, after = plan.info["parameters_before"], plan.info["parameters_after"]
         rank_zero_info(
             f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
-            f" ({(before - after) / before:.2%}) by {plan.info['importance']}."
+            f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
         )
         self._write()
         self.notify(trainer, pl_module, "on_pruning_end")

@@ -6,13 +6,14 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from pydantic import Field
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
@@ -20,13 +21,32 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lit_prune import find_group_sets, get_plan
+from lit_prune.arguments import (
+    COUNT,
+    FLAG,
+    FRACTION,
+    INTEGER,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    TEXT,
+    Rule,
+    choice,
+    optional,
+    sequence_of,
+)
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
-from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
+from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.files import replacing
 from lit_prune.statistics import attention_mask_of
 from lit_prune.training.loading import load_model
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_WEIGHT: Rule[float] = Rule("a number above 0, at most 1", Annotated[float, Field(gt=0, le=1)])
+_DROPOUT: Rule[float] = Rule("a number from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
+_NAMES = sequence_of("a list of at least one name of a linear layer", TEXT, empty=False)
 
 
 class LearningRateRewarmup(Callback):
@@ -41,7 +61,8 @@ class LearningRateRewarmup(Callback):
         start_factor: The factor f, from 0 to 1.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
 
     Example::
 
@@ -50,10 +71,8 @@ class LearningRateRewarmup(Callback):
 
     def __init__(self, steps: int = 100, start_factor: float = 0.0) -> None:
         super().__init__()
-        if steps < 1 or not 0 <= start_factor <= 1:
-            raise ValueError(f"Expected steps >= 1 and start_factor in [0, 1]; found {steps} and {start_factor}.")
-        self.steps = steps
-        self.start_factor = start_factor
+        self.steps = COUNT.check("steps", steps)
+        self.start_factor = FRACTION.check("start_factor", start_factor)
         self._since_cut: list[int] | None = None
         self._hooked: list[Optimizer] = []
         self._handles: list[Any] = []
@@ -209,7 +228,8 @@ class Distillation(Callback):
         dtype: Data type of the teacher, ``"bfloat16"`` for instance to halve its memory; the model's own if ``None``.
 
     Raises:
-        ValueError: If a number is out of its range, or both ``teacher`` and ``directory`` are given.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range, or both ``teacher`` and ``directory`` are given.
 
     Example::
 
@@ -226,21 +246,17 @@ class Distillation(Callback):
         dtype: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < weight <= 1 or temperature <= 0 or hidden_weight < 0:
-            raise ValueError(
-                "Expected weight in (0, 1], temperature > 0 and hidden_weight >= 0; found"
-                f" {weight}, {temperature} and {hidden_weight}."
-            )
+        self.weight = _WEIGHT.check("weight", weight)
+        self.temperature = POSITIVE.check("temperature", temperature)
+        self.hidden_weight = NOT_NEGATIVE.check("hidden_weight", hidden_weight)
+        self.teacher = optional(TEXT).check("teacher", teacher)
+        self.directory = optional(PATH).check("directory", directory)
         if teacher is not None and directory is not None:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"A teacher from disk ({teacher!r}) is not copied: leave directory={str(directory)!r} out."
             )
-        self.weight = weight
-        self.temperature = temperature
-        self.hidden_weight = hidden_weight
-        self.teacher = teacher
-        self.directory = None if directory is None else Path(directory)
-        self.dtype = None if dtype is None else getattr(torch, dtype)
+        name = optional(choice(*_DTYPES)).check("dtype", dtype)
+        self.dtype = None if name is None else getattr(torch, name)
         self._model: nn.Module | None = None
         self._active = False
         self._terms: list[tuple[Tensor, Tensor | None]] = []
@@ -431,7 +447,8 @@ class LoRARecovery(Callback):
         seed: Seed of the adapters' initial values, so that they do not depend on what the run drew before.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
         ImportError: If peft is not installed.
 
     Example::
@@ -452,18 +469,17 @@ class LoRARecovery(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
-            raise ValueError(f"Expected r >= 1, alpha > 0 and dropout in [0, 1); found {r}, {alpha} and {dropout}.")
+        self.r = COUNT.check("r", r)
+        self.alpha = POSITIVE.check("alpha", alpha)
+        self.dropout = _DROPOUT.check("dropout", dropout)
+        names = optional(_NAMES).check("target_modules", target_modules)
+        self.target_modules = None if names is None else list(names)
+        self.merge = FLAG.check("merge", merge)
+        self.seed = INTEGER.check("seed", seed)
         try:
             import peft  # noqa: F401
         except ImportError as error:
             raise ImportError("LoRARecovery needs peft: pip install 'lit_prune[lora]'.") from error
-        self.r = r
-        self.alpha = alpha
-        self.dropout = dropout
-        self.target_modules = None if target_modules is None else list(target_modules)
-        self.merge = merge
-        self.seed = seed
         self._phase = "waiting"
         self._transposed: list[str] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []

@@ -20,13 +20,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
 from lit_prune.callbacks.pruning import StructuredPruning
-from lit_prune.errors import PruningError
+from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import for_console, one_line
 from lit_prune.training.loading import load_tokenizer
 
 
@@ -60,6 +62,10 @@ class PruningReport(Callback):
         dense_artifact: Name of the Weights & Biases artifact that the dense model came from, noted as an input of the run
             (which takes a connection) and in the metadata of its artifacts.
 
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range, or ``log_model`` is asked for without ``save_model``.
+
     Example::
 
         trainer = L.Trainer(callbacks=[StructuredPruning(pruning_ratio=0.2), PruningReport(output_dir="outputs")])
@@ -77,16 +83,16 @@ class PruningReport(Callback):
         dense_artifact: str | None = None,
     ) -> None:
         super().__init__()
+        self.output_dir = optional(PATH).check("output_dir", output_dir)
+        self.save_model = FLAG.check("save_model", save_model)
+        self.self_contained = FLAG.check("self_contained", self_contained)
+        self.tokenizer = optional(TEXT).check("tokenizer", tokenizer)
+        self.measure_speed = FLAG.check("measure_speed", measure_speed)
+        self.speed_tokens = COUNT.check("speed_tokens", speed_tokens)
+        self.log_model = FLAG.check("log_model", log_model)
+        self.dense_artifact = optional(TEXT).check("dense_artifact", dense_artifact)
         if log_model and not save_model:
-            raise ValueError("log_model=True logs the model that was saved; found save_model=False.")
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.save_model = save_model
-        self.self_contained = self_contained
-        self.tokenizer = tokenizer
-        self.measure_speed = measure_speed
-        self.speed_tokens = speed_tokens
-        self.log_model = log_model
-        self.dense_artifact = dense_artifact
+            raise ArgumentValueError("log_model=True logs the model that was saved; found save_model=False.")
         self.figures: dict[str, dict[str, float]] = {}
         self.timeline: list[dict[str, Any]] = []
         self.run_id: str | None = None
@@ -246,7 +252,7 @@ class PruningReport(Callback):
                     self_contained=self.self_contained,
                 )
             except PruningError as error:
-                rank_zero_warn(f"The pruned model was not saved: {error}")
+                rank_zero_warn(one_line(f"The pruned model was not saved: {error}"))
         return drawn
 
     def _load_tokenizer(self, trainer: pl.Trainer) -> Any:
@@ -278,7 +284,7 @@ class PruningReport(Callback):
     def _print(self) -> None:
         console = Console()
         console.print(report_table(self.figures))
-        console.print(f"Written to {self.output_dir}", soft_wrap=True)
+        console.print(for_console(f"Written to {self.output_dir}"), soft_wrap=True)
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from lit_prune.selection import check_ratio
+from lit_prune.arguments import MOST_CUTS, NATURAL, RATIO, check_fields, choice, count, instance, optional, sequence_of
+from lit_prune.errors import ArgumentValueError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Stage:
         step: Prune before the first batch after this many optimizer steps, in place of ``epoch``.
 
     Raises:
-        ValueError: If not exactly one of ``epoch`` and ``step`` is given, it is negative, or the ratio is out of range.
+        ArgumentTypeError: If a value is of another type.
+        ArgumentValueError: If not exactly one of ``epoch`` and ``step`` is given, it is negative, or the ratio is out of
+            range.
     """
 
     ratio: float
@@ -29,11 +32,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_ratio(self.ratio, "all")
+        check_fields(self, {"ratio": RATIO, "epoch": optional(NATURAL), "step": optional(NATURAL)})
         if (self.epoch is None) == (self.step is None):
-            raise ValueError(f"Give epoch or step, one and not both; found epoch={self.epoch} and step={self.step}.")
-        if min(self.epoch or 0, self.step or 0) < 0:
-            raise ValueError(f"epoch and step must be 0 or more; found epoch={self.epoch}, step={self.step}.")
+            raise ArgumentValueError(
+                f"Give epoch or step, one and not both; found epoch={self.epoch} and step={self.step}."
+            )
 
     def __str__(self) -> str:
         """When the stage is due, in words."""
@@ -51,7 +54,8 @@ class CubicSchedule:
         unit: Whether ``start`` and ``end`` count epochs or steps.
 
     Raises:
-        ValueError: If the numbers do not fit each other.
+        ArgumentTypeError: If a value is of another type.
+        ArgumentValueError: If a number is out of its range, or the numbers do not fit each other.
 
     Reference: Zhu and Gupta, To prune, or not to prune, 2017.
     """
@@ -63,8 +67,12 @@ class CubicSchedule:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.stages < 2 or self.start < 0 or self.end - self.start < self.stages - 1:
-            raise ValueError(
+        check_fields(
+            self,
+            {"start": NATURAL, "end": NATURAL, "stages": count(2, MOST_CUTS), "unit": choice("epoch", "step")},
+        )
+        if self.end - self.start < self.stages - 1:
+            raise ArgumentValueError(
                 f"A cubic schedule needs at least 2 stages and a different {self.unit} for each of them; found start="
                 f"{self.start}, end={self.end}, stages={self.stages}."
             )
@@ -80,15 +88,16 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Refuse stages that do not follow each other.
 
     Raises:
-        ValueError: If there is none, ratios do not rise, units are mixed, or points do not rise.
+        ArgumentTypeError: If they are not a list of stages.
+        ArgumentValueError: If there is none, ratios do not rise, units are mixed, or points do not rise.
     """
-    if not stages:
-        raise ValueError("A schedule needs at least one stage; found none.")
+    rule = sequence_of("a CubicSchedule, or a list of at least one Stage", instance("a Stage", Stage), empty=False)
+    stages = rule.check("schedule", stages)
     points = [s.step if s.epoch is None else s.epoch for s in stages]
     ratios = [s.ratio for s in stages]
     mixed = len({s.epoch is None for s in stages}) > 1
-    if mixed or any(a >= b for values in (points, ratios) for a, b in pairwise(values)):  # type: ignore[operator]
-        raise ValueError(
+    if mixed or any(a >= b for values in (points, ratios) for a, b in pairwise(values)):
+        raise ArgumentValueError(
             f"The stages of a schedule must rise in point and ratio, all by epoch or all by step; found {list(stages)}."
         )
-    return tuple(stages)
+    return stages

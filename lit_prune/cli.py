@@ -7,21 +7,37 @@ import json
 import math
 import re
 import statistics as numbers
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from lit_prune.architectures import find_group_sets
-from lit_prune.errors import PruningError
+from lit_prune.arguments import (
+    BIGGEST,
+    COUNT,
+    INTEGER,
+    NATURAL,
+    TEXT,
+    Rule,
+    check_fields,
+    count,
+    either,
+    mapping_of,
+    sequence_of,
+)
+from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
+from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
@@ -32,9 +48,16 @@ from lit_prune.speed import tokens_per_second
 from lit_prune.statistics import Statistics
 from lit_prune.surgery import apply_plan
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import for_console
 from lit_prune.version import __version__
 
+PROGRAM = "lit-prune"
 REPORT = "pruning"
+_FIGURES = mapping_of(
+    "figures by stage and name, as report.json holds them",
+    TEXT,
+    mapping_of("figures by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,17 @@ class Calibration:
     block_size: int = 128
     held_out: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ArgumentTypeError: If one is of another type.
+            ArgumentValueError: If one is out of its range.
+        """
+        files = either("a path or name, or a list of at least one path", TEXT, sequence_of("paths", TEXT, empty=False))
+        counts = {"batches": COUNT, "batch_size": COUNT, "block_size": count(2, BIGGEST), "held_out": NATURAL}
+        check_fields(self, {"text": files, **counts, "seed": INTEGER})
 
 
 DEFAULT_CALIBRATION = Calibration()
@@ -168,7 +202,7 @@ def convert(
             raise
         found = None
     save_pruned(converted, output, found, self_contained=self_contained)
-    Console().print(f"{count_parameters(converted):,} parameters written to {output}", soft_wrap=True)
+    _say(f"{count_parameters(converted):,} parameters written to {output}")
 
 
 def export(
@@ -193,7 +227,7 @@ def export(
 
     tokenizer: Any = load_tokenizer(str(model)) if vocabulary is None else gguf_file(vocabulary)
     written = save_gguf(load_pruned(model), output, tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
-    Console().print(f"{written.stat().st_size / 1e6:,.1f} MB written to {written}", soft_wrap=True)
+    _say(f"{written.stat().st_size / 1e6:,.1f} MB written to {written}")
 
 
 def report(folder: Path) -> None:
@@ -203,8 +237,13 @@ def report(folder: Path) -> None:
         folder: A folder with plan.json, and group_table.csv and report.json if there are any.
     """
     made = PruningPlan.load(folder / "plan.json")
-    table = GroupTable.read(folder / "group_table.csv") if (folder / "group_table.csv").exists() else None
-    figures = json.loads((folder / "report.json").read_text()) if (folder / "report.json").exists() else {}
+    table, figures = None, {}
+    if (file := folder / "group_table.csv").exists():
+        with reading(f"The group table {str(file)!r}"):
+            table = GroupTable.read(file)
+    if (file := folder / "report.json").exists():
+        with reading(f"The report {str(file)!r}"):
+            figures = _FIGURES.check(str(file), json.loads(file.read_text(encoding="utf-8")))
     write_report(folder, figures, made, table)
     _print(figures, folder)
 
@@ -230,6 +269,7 @@ def compare(
     """
     from lit_prune.files import write_text
 
+    speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
     sessions = {name: _Session(name, calibration, device, dtype) for name in models}
     figures = {name: session.figures() for name, session in sessions.items()}
     if speed_tokens:
@@ -265,7 +305,8 @@ class _Session:
         from lit_prune.training.data import load_texts, pack
 
         options = self.calibration
-        documents = load_texts(options.text)["train"]
+        loaded = load_texts(options.text)
+        documents = loaded.get("train") or next(iter(loaded.values()))
         blocks: Tensor = pack(documents, self.tokenizer, "text", options.block_size)[:]["input_ids"]
         needed = options.batches * options.batch_size
         if len(blocks) < needed + options.held_out:
@@ -325,15 +366,20 @@ def _device(name: str) -> torch.device:
     """The device of that name, the first GPU or the CPU for auto.
 
     Raises:
-        PruningError: If there is no such device.
+        ArgumentValueError: If there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise PruningError(f"There is no device {name!r}: {str(error).splitlines()[0]}") from error
+        if device.type == "meta":
+            raise RuntimeError("tensors there hold no values")
+        # a device may be named that cannot compute, or not give anything back
+        torch.ones(1, device=device).cpu()
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
+        raise ArgumentValueError(
+            f"There is no device {name!r} to compute on: {str(error).partition(chr(10))[0].partition('. ')[0]}"
+        ) from error
     return device
 
 
@@ -344,10 +390,13 @@ def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def _print(figures: dict[str, dict[str, float]], folder: Path) -> None:
-    console = Console()
     if figures:
-        console.print(report_table(figures))
-    console.print(f"Written to {folder}", soft_wrap=True)
+        Console().print(report_table(figures))
+    _say(f"Written to {folder}")
+
+
+def _say(text: str) -> None:
+    Console().print(for_console(text), soft_wrap=True)
 
 
 _MARKUP = re.compile(r"(?::\w+:`|``)([^`]+)``?")
@@ -364,14 +413,15 @@ _EXAMPLES = {
 
 def _parser() -> ArgumentParser:
     """The parser; what it says comes from the commands' docstrings and types."""
-    parser = ArgumentParser(prog="lit-prune", description=__doc__, version=__version__)
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, version=__version__, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     for function in _COMMANDS:
         name = function.__name__
         summary = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
         known = f" Criteria: {', '.join(criteria())}." if name in ("plan", "apply") else ""
-        sub = ArgumentParser(description=summary, epilog=f"Example: {_EXAMPLES[name]}.{known}")
+        sub = ArgumentParser(description=summary, epilog=f"Example: {_EXAMPLES[name]}.{known}", exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with any of these options.")
+        sub.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
         if name == "compare":
             sub.add_argument(
                 "models", nargs="+", type=str, help="Two or more models; the last is compared with the first."
@@ -394,14 +444,14 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The arguments; those of the process if ``None``.
     """
     commands = {function.__name__: function for function in _COMMANDS}
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
-    try:
+    with errors_as_sentences(PROGRAM, debug=DEBUG in (sys.argv if arguments is None else arguments)):
+        parser = _parser()
+        parsed = parser.parse_args(arguments)
+        check_groups(parsed[parsed.subcommand], "calibration", "pruning", "pruning.limits")
         options = parser.instantiate(parsed)[parsed.subcommand]
-        options.pop("config", None)
+        for name in ("config", "debug"):
+            options.pop(name, None)
         commands[parsed.subcommand](**vars(options))
-    except (PruningError, OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"lit-prune: {error}") from error
 
 
 if __name__ == "__main__":

@@ -5,6 +5,18 @@ class PruningError(Exception):
     """Base class of every error that lit_prune raises on purpose."""
 
 
+class ArgumentError(PruningError):
+    """An argument is not what it has to be; raised as one of the two below."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of the wrong type."""
+
+
+class ArgumentValueError(ArgumentError, ValueError):
+    """An argument is of the right type, and unknown or out of its range."""
+
+
 class UnsupportedModelError(PruningError):
     """The model, or a part of it, has no description in :mod:`lit_prune.architectures`."""
 

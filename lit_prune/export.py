@@ -29,6 +29,7 @@ from lit_prune.groups import GroupSet, check_weights, count_parameters
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
 from lit_prune.surgery import apply_plan, depth_fields
+from lit_prune.text_escape import for_markdown
 
 
 def _build(model: PreTrainedModel, pruning: Any) -> None:
@@ -312,7 +313,7 @@ def model_card(
     lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
     if model.can_generate():
         lines.append("pipeline_tag: text-generation")
-    lines += ["---", "", f"# A pruned {config.base_model_type} model", ""]
+    lines += ["---", "", f"# A pruned {for_markdown(config.base_model_type)} model", ""]
     removed = f", {1 - after / before:.1%} fewer than before" if before else ""
     what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
     lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
@@ -322,18 +323,18 @@ def model_card(
         entries = [e for e in plan.entries if e.kind == kind]
         kept = [len(e.kept) for e in entries]
         lines.append(
-            f"| {kind}, {len(entries)} layers cut | {max(e.size for e in entries)} | {min(kept)} to {max(kept)}, mean"
-            f" {sum(kept) / len(kept):.1f} |"
+            f"| {for_markdown(kind)}, {len(entries)} layers cut | {max(e.size for e in entries)} | {min(kept)} to"
+            f" {max(kept)}, mean {sum(kept) / len(kept):.1f} |"
         )
     for key in ("importance", "pruning_ratio", "ratio_of", "repair", "calibration_batches"):
         if key in plan.info:
-            lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {plan.info[key]}"]
+            lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {for_markdown(plan.info[key])}"]
     names = list(dict.fromkeys(name for values in figures.values() for name in values))
     if names:
-        lines += ["", "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
+        lines += ["", "| | " + " | ".join(map(for_markdown, figures)) + " |", "|---" * (1 + len(figures)) + "|"]
         for name in names:
             cells = [format_figure(name, values.get(name)) for values in figures.values()]
-            lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {for_markdown(label(name))} | " + " | ".join(cells) + " |")
     lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
     trusted = ", trust_remote_code=True" if self_contained and not stock else ""
     lines += [

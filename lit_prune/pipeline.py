@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,153 +15,30 @@ from torch.optim import Optimizer
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.blocks import passed_over
+from lit_prune.config import AUTO, DEFAULT, PruningConfig, group_table, original_sizes
+
+# where they were before
+from lit_prune.config import CANDIDATES as CANDIDATES
+from lit_prune.config import HELD_BACK as HELD_BACK
+from lit_prune.config import model_size as model_size
 from lit_prune.distributed import Ranks
-from lit_prune.errors import CalibrationError, SmallBudgetError, UnsupportedModelError, UnsupportedStrategyError
+from lit_prune.errors import (
+    ArgumentValueError,
+    CalibrationError,
+    SmallBudgetError,
+    UnsupportedModelError,
+    UnsupportedStrategyError,
+)
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
-from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
+from lit_prune.importance import get_criterion, group_importance, mixed_importance
 from lit_prune.plan import PruningPlan
-from lit_prune.repair import REPAIRS, bias_fold, least_squares, unexplained_shares
-from lit_prune.selection import Limits, check_ratio, parameter_budget, select
-from lit_prune.statistics import Statistics, check_gathering, collect_statistics, evaluation_mode
-from lit_prune.surgery import cut, get_plan
+from lit_prune.repair import bias_fold, least_squares, unexplained_shares
+from lit_prune.selection import select
+from lit_prune.statistics import Statistics, collect_statistics, evaluation_mode
+from lit_prune.surgery import cut
 from lit_prune.table import GroupTable
 
-DEFAULT = "default"
-AUTO = "auto"
-
-# what importance="auto" chooses from; plain taylor is among them, so that it cannot lose to it but by noise
-CANDIDATES: dict[str, dict[str, float]] = {
-    "taylor": {"taylor": 1.0},
-    "second_order": {"second_order": 1.0},
-    "fisher": {"fisher": 1.0},
-    "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
-}
-HELD_BACK = 8
 _ROUNDS = 20
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """How to prune.
-
-    Args:
-        importance: Name of a criterion; a mix of several, ``{name: weight}``, each scaled to sum to 1 over the model; or
-            ``"auto"``, which ranks by each of :data:`CANDIDATES` from one calibration, holds every eighth calibration
-            batch back, and takes the plan whose masked model has the lowest loss on those.
-        pruning_ratio: Fraction of parameters to remove, strictly between 0 and 1.
-        ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
-        normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
-        statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
-        gradient_dtype: What gradients are accumulated in where a criterion needs them element by element (``taylor``):
-            ``"float32"`` or ``"bfloat16"``.
-        offload_gradients: Accumulate those in CPU memory in place of the model's device.
-        limits: Floors, protections and rounding.
-        repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
-            :mod:`lit_prune.repair`.
-        seed: Seed of the criterion ``random``.
-        compensation: Whether importance takes into account what ``"least_squares"`` will make up for: it is multiplied by the
-            square root of the share of a group's contribution that the other groups at the same place cannot explain. Two
-            more forward passes over the calibration batches in each iteration.
-        iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
-            left; see :func:`prune`.
-        reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
-            (the later stages of a schedule): what is gone already counts towards the ratio.
-    """
-
-    importance: str | Mapping[str, float] = "fisher"
-    pruning_ratio: float = 0.2
-    ratio_of: str = "all"
-    normalize: str | None = DEFAULT
-    statistics: str = "streaming"
-    gradient_dtype: str = "float32"
-    offload_gradients: bool = False
-    limits: Limits = field(default_factory=Limits)
-    repair: str | None = "least_squares"
-    seed: int = 0
-    compensation: bool = True
-    iterations: int = 2
-    reference: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        """Check everything that can be checked without a model.
-
-        Raises:
-            ValueError: If a value is unknown or out of its range.
-        """
-        for weights in self.candidates.values():
-            if not weights or not all(weight > 0 for weight in weights.values()):
-                raise ValueError(f"A mix of criteria needs positive weights by name; found {dict(weights)}.")
-            for name in weights:
-                get_criterion(name)
-        check_ratio(self.pruning_ratio, self.ratio_of)
-        if self.normalize != DEFAULT:
-            check_normalization(self.normalize)
-        if self.repair is not None and self.repair not in REPAIRS:
-            raise ValueError(f"Unknown repair {self.repair!r}; expected None or one of {', '.join(REPAIRS)}.")
-        check_gathering(self.statistics, self.gradient_dtype)
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be 1 or more; found {self.iterations}.")
-
-    @property
-    def candidates(self) -> dict[str, Mapping[str, float]]:
-        """The mixes of criteria to choose from, by what they are called; one, unless ``importance`` is ``"auto"``."""
-        if self.importance == AUTO:
-            return dict(CANDIDATES)
-        if isinstance(self.importance, str):
-            return {self.importance: {self.importance: 1.0}}
-        return {" + ".join(self.importance): self.importance}
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The terms that calibration has to collect for."""
-        return tuple(
-            term for weights in self.candidates.values() for name in weights for term in get_criterion(name).terms
-        )
-
-    @property
-    def compensates(self) -> bool:
-        """Whether importance is to be discounted; that of the baselines, which look at no data, never is."""
-        looks = any(term.statistic is not None for term in self.terms)
-        return self.compensation and self.repair == "least_squares" and looks
-
-    def holds_back(self, batch: int) -> bool:
-        """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
-        return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
-
-    def check(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
-        """Check against a model that the ratio can be reached, before any calibration.
-
-        Raises:
-            BudgetError: If it cannot.
-            ValueError: If the limits name something the model does not have.
-        """
-        table = _table(model, group_sets, [torch.zeros(s.size) for s in group_sets])
-        select(table, self.budget(model, group_sets), self.limits, _original_sizes(model))
-
-    def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
-        """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
-        size = model_size(model, group_sets)
-        reference = self.reference or size
-        gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
-        shares = [(k + 1) / self.iterations for k in range(self.iterations - 1)]
-        ratios = [gone + (self.pruning_ratio - gone) * share for share in shares]
-        return [
-            replace(self, pruning_ratio=r, reference=reference, iterations=1) for r in (*ratios, self.pruning_ratio)
-        ]
-
-    def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
-        """Parameters to remove from the model.
-
-        The ratio is of the model as it is, or, with ``reference``, of what it was, less what is gone already.
-        """
-        total, prunable = model_size(model, group_sets)
-        reference = self.reference or (total, prunable)
-        return parameter_budget(self.pruning_ratio, self.ratio_of, *reference) - (reference[0] - total)
-
-
-def model_size(model: nn.Module, group_sets: Sequence[GroupSet]) -> tuple[int, int]:
-    """Parameters of the model, and how many of them belong to groups."""
-    return count_parameters(model), count_removed(model, group_sets, [torch.arange(s.size) for s in group_sets])
 
 
 def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, config: PruningConfig) -> int:
@@ -173,7 +50,7 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
     budget = config.budget(model, group_sets)
     asked, best, chosen = budget, -1, table.kept
     for _ in range(_ROUNDS):
-        table.kept = select(table, asked, config.limits, _original_sizes(model))
+        table.kept = select(table, asked, config.limits, original_sizes(model))
         removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
             best, chosen = removed, table.kept
@@ -182,17 +59,6 @@ def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable,
         asked = nominal + budget - removed
     table.kept = chosen
     return best
-
-
-def _table(model: nn.Module, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
-    """The group table, by the names and layers that everything had before blocks left in earlier cuts."""
-    plan = get_plan(model)
-    return GroupTable.build(group_sets if plan is None else [plan.original(s) for s in group_sets], importance)
-
-
-def _original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
-    plan = get_plan(model)
-    return {} if plan is None else {e.key: e.size for e in plan.entries}
 
 
 def calibrate(
@@ -252,7 +118,7 @@ def make_plan(
     results: list[tuple[GroupTable, PruningPlan]] = []
     measured: dict[str, float] = {}
     if len(config.candidates) > 1 and measure is None:
-        raise ValueError(
+        raise ArgumentValueError(
             f"importance={config.importance!r} chooses between plans and needs a measure of them; found None."
         )
     for label, weights in config.candidates.items():
@@ -267,7 +133,7 @@ def make_plan(
         total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
         if statistics is not None and statistics.unexplained:
             total = _discounted(total, group_sets, statistics.unexplained)
-        table = _table(model, group_sets, total)
+        table = group_table(model, group_sets, total)
         removed = _select(model, group_sets, table, config)
         info = {
             "importance": label,

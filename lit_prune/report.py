@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from lit_prune.files import replacing, write_text
 from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
+from lit_prune.text_escape import for_console, for_html, for_plot
 
 KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
 _UNITS = {"attention": "head groups", "mlp": "channels", BLOCK: "blocks"}
@@ -32,9 +32,9 @@ def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
     rows = figure_rows(figures)
     table = Table(title="Structured pruning")
     for position, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if position else "left")
+        table.add_column(for_console(heading), justify="right" if position else "left")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(for_console, row))
     return table
 
 
@@ -67,7 +67,7 @@ def kept_figure(plan: PruningPlan, table: GroupTable) -> Figure:
         axis.bar(layers, [kept[key] for key in keys], color=KEPT, label="kept")
         share = sum(kept[key] for key in keys) / sum(dense)
         unit = _UNITS.get(kind, "groups")
-        axis.set_title(f"{kind}: {share:.1%} of the {unit} kept", loc="left", fontsize=10)
+        axis.set_title(f"{for_plot(kind)}: {share:.1%} of the {unit} kept", loc="left", fontsize=10)
         axis.set_ylabel(unit)
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_xticks(layers[:: 1 + len(layers) // 40])
@@ -111,7 +111,7 @@ def importance_figure(table: GroupTable, columns: int = 64) -> Figure:
         axis.set_xticks(width * shares - 0.5, [f"{share:.0%}" for share in shares], fontsize=8)
         axis.set_ylabel("layer")
         unit = _UNITS.get(kind, "groups")
-        axis.set_title(f"{kind}: {unit} right of the red line were removed", loc="left", fontsize=10)
+        axis.set_title(f"{for_plot(kind)}: {unit} right of the red line were removed", loc="left", fontsize=10)
         figure.colorbar(image, ax=axis, label="importance / parameter", pad=0.01)
     axis.set_xlabel("share of the layer's groups, from the highest score to the lowest")
     return figure
@@ -140,7 +140,7 @@ def score_figure(table: GroupTable) -> Figure:
         axis.hist(parts, edges, stacked=True, color=colours, label=["removed", "kept"])
         if cut is not None:
             axis.axvline(cut, color="black", linewidth=1, linestyle="--", label="highest score removed")
-        axis.set_title(f"{kind}: {(mine & ~kept).sum():,} of {mine.sum():,} removed", loc="left", fontsize=10)
+        axis.set_title(f"{for_plot(kind)}: {(mine & ~kept).sum():,} of {mine.sum():,} removed", loc="left", fontsize=10)
         axis.set_ylabel(_UNITS.get(kind, "groups"))
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -173,7 +173,7 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
             )
     axis.margins(x=0.06, y=0.12)
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel(name)
+    axis.set_ylabel(for_plot(name))
     values = [p[1] for p in points if math.isfinite(p[1]) and p[1] > 0]
     if values and max(values) > 20 * min(values):
         axis.set_yscale("log")
@@ -229,15 +229,15 @@ def html_report(
         title: Heading of the page.
     """
     rows = figure_rows(figures)
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
+    head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{for_html(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     info = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
+        f"<tr><td>{for_html(k)}</td><td>{for_html(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
         for k, v in plan.info.items()
     )
     sections = "".join(
-        f"<section><h2>{html.escape(_TITLES.get(name, name))}</h2>"
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>'
+        f"<section><h2>{for_html(_TITLES.get(name, name))}</h2>"
+        f'<img alt="{for_html(name)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>'
         for name, image in images.items()
     )
     return f"""<!DOCTYPE html>
@@ -246,7 +246,7 @@ def html_report(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{for_html(title)}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
@@ -256,7 +256,7 @@ img {{ width: 100%; height: auto; }}
 </style>
 </head>
 <body>
-<h1>{html.escape(title)}</h1>
+<h1>{for_html(title)}</h1>
 <table id="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {sections}
 <h2>How the plan came about</h2>

@@ -15,7 +15,24 @@ from itertools import pairwise
 
 import numpy as np
 
-from lit_prune.errors import BudgetError, SmallBudgetError
+from lit_prune.arguments import (
+    EXPRESSION,
+    FLAG,
+    FRACTION,
+    INTEGER,
+    MOST_GROUPS,
+    RATIO,
+    TEXT,
+    Rule,
+    check_fields,
+    choice,
+    count,
+    either,
+    mapping_of,
+    optional,
+    sequence_of,
+)
+from lit_prune.errors import ArgumentValueError, BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.table import GroupTable
 
@@ -23,6 +40,21 @@ from lit_prune.table import GroupTable
 # 64 numbers of 16 bits are the 128 bytes that NVIDIA's guide to matrix multiplication names for an A100
 ALIGNMENTS = (64, 32, 16, 8)
 STEPS = 48
+
+
+RATIO_OF = ("all", "prunable")
+
+_RULES: dict[str, Rule] = {
+    "min_groups": count(0, MOST_GROUPS),
+    "min_fraction": FRACTION,
+    "protect": sequence_of(
+        "a list of layer indices and regular expressions",
+        either("an index or a regular expression", INTEGER, EXPRESSION),
+    ),
+    "multiple_of": optional(mapping_of("a mapping of kinds to integers of 1 or more", TEXT, count(1, MOST_GROUPS))),
+    "kinds": optional(sequence_of("a list of at least one kind of group", TEXT, empty=False)),
+    "uniform": FLAG,
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +86,10 @@ class Limits:
         """Check the values.
 
         Raises:
-            ValueError: If one is out of its range.
+            ArgumentTypeError: If one is of another type.
+            ArgumentValueError: If one is out of its range.
         """
-        if self.min_groups < 0:
-            raise ValueError(f"min_groups must be 0 or more; found {self.min_groups}.")
-        if not 0 <= self.min_fraction <= 1:
-            raise ValueError(f"min_fraction must lie in [0, 1]; found {self.min_fraction}.")
-        for kind, multiple in (self.multiple_of or {}).items():
-            if multiple < 1:
-                raise ValueError(f"multiple_of[{kind!r}] must be 1 or more; found {multiple}.")
+        check_fields(self, _RULES)
 
     @property
     def blocks(self) -> bool:
@@ -88,7 +115,7 @@ class Limits:
         known = sorted({kind for _, kind in table.keys})
         for kind in (*(self.kinds or ()), *(self.multiple_of or ())):
             if kind not in known:
-                raise ValueError(f"The model has no groups of kind {kind!r}; its kinds are {', '.join(known)}.")
+                raise ArgumentValueError(f"The model has no groups of kind {kind!r}; its kinds are {', '.join(known)}.")
         for position, (_, kind) in enumerate(table.keys):
             if self.kinds is not None and kind not in self.kinds:
                 floor[position] = sizes[position]
@@ -99,7 +126,7 @@ class Limits:
             else:
                 chosen = np.array([re.search(entry, name) is not None for name, _ in table.keys])
             if not chosen.any():
-                raise ValueError(
+                raise ArgumentValueError(
                     f"protect names {entry!r}, but no prunable layer matches: there are layers 0 to {layers - 1}, with"
                     f" names like {table.keys[0][0]!r}."
                 )
@@ -325,9 +352,8 @@ def check_ratio(ratio: float, ratio_of: str) -> None:
     """Refuse a ratio that is not strictly between 0 and 1, or is of something unknown.
 
     Raises:
-        ValueError: In these cases.
+        ArgumentTypeError: If one is of another type.
+        ArgumentValueError: If one is out of its range.
     """
-    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
-        raise ValueError(f"pruning_ratio must lie strictly between 0 and 1; found {ratio!r}.")
-    if ratio_of not in ("all", "prunable"):
-        raise ValueError(f"ratio_of must be 'all' or 'prunable'; found {ratio_of!r}.")
+    RATIO.check("pruning_ratio", ratio)
+    choice(*RATIO_OF).check("ratio_of", ratio_of)

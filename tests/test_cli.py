@@ -180,4 +180,4 @@ def test_an_unknown_criterion_is_an_error_that_lists_the_known(tmp_path):
         "fit", "--config", ROOT / "configs" / "quickstart.yaml", "--pruning.importance", "tailor", cwd=tmp_path
     )
     assert done.returncode != 0
-    assert "known are taylor, taylor_2nd" in done.stderr
+    assert "importance must name criteria out of taylor, taylor_2nd" in done.stderr

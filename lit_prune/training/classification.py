@@ -9,14 +9,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from lit_prune.callbacks import StructuredPruning
-from lit_prune.training.data import load_texts
+from lit_prune.arguments import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, RATIO, TEXT, count, optional
+from lit_prune.errors import ArgumentValueError
+from lit_prune.training.command_line import PruningCLI, run
+from lit_prune.training.data import FILES, SEED, load_texts
 from lit_prune.training.loading import load_tokenizer
 
 
@@ -29,6 +30,10 @@ class TextClassifierModule(pl.LightningModule):
         random_weights: Start from random weights in place of the pretrained ones.
         learning_rate: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -40,6 +45,11 @@ class TextClassifierModule(pl.LightningModule):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
+        model = TEXT.check("model", model)
+        num_labels = count(2, 2**31 - 1).check("num_labels", num_labels)
+        random_weights = FLAG.check("random_weights", random_weights)
+        learning_rate = POSITIVE.check("learning_rate", learning_rate)
+        weight_decay = NOT_NEGATIVE.check("weight_decay", weight_decay)
         self.save_hyperparameters()
         classifier: Any = (
             AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model, num_labels=num_labels))
@@ -84,6 +94,10 @@ class LabelledTextDataModule(pl.LightningDataModule):
         batch_size: Texts of a batch.
         num_workers: Worker processes of the dataloaders.
         seed: Seed of the choice of what is held out.
+
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -100,6 +114,16 @@ class LabelledTextDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        tokenizer = TEXT.check("tokenizer", tokenizer)
+        dataset = FILES.check("dataset", dataset)
+        subset = optional(TEXT).check("subset", subset)
+        text_column = TEXT.check("text_column", text_column)
+        label_column = TEXT.check("label_column", label_column)
+        val_fraction = RATIO.check("val_fraction", val_fraction)
+        max_length = COUNT.check("max_length", max_length)
+        batch_size = COUNT.check("batch_size", batch_size)
+        num_workers = NATURAL.check("num_workers", num_workers)
+        seed = SEED.check("seed", seed)
         self.save_hyperparameters()
         self._splits: dict[str, Any] = {}
         self._collate: Any = None
@@ -108,7 +132,7 @@ class LabelledTextDataModule(pl.LightningDataModule):
         """Load, split and tokenise.
 
         Raises:
-            ValueError: If the dataset lacks a column.
+            ArgumentValueError: If the dataset lacks a column.
         """
         del stage
         if self._splits:
@@ -118,7 +142,7 @@ class LabelledTextDataModule(pl.LightningDataModule):
         text, label = options["text_column"], options["label_column"]
         missing = {text, label} - set(loaded["train"].column_names)
         if missing:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{options['dataset']!r} has the columns {loaded['train'].column_names}; expected {sorted(missing)}, too."
             )
         if "validation" in loaded:
@@ -161,19 +185,9 @@ class LabelledTextDataModule(pl.LightningDataModule):
         )
 
 
-class ClassificationCLI(LightningCLI):
-    """LightningCLI with the pruning callback's options under ``pruning``."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback."""
-        parser.add_lightning_class_args(StructuredPruning, "pruning")
-
-
-def main(arguments: list[str] | None = None) -> ClassificationCLI:
+def main(arguments: list[str] | None = None) -> PruningCLI:
     """Run the command line with ``arguments``, or those of the process."""
-    return ClassificationCLI(
-        TextClassifierModule, LabelledTextDataModule, save_config_kwargs={"overwrite": True}, args=arguments
-    )
+    return run("classification", TextClassifierModule, LabelledTextDataModule, arguments)
 
 
 if __name__ == "__main__":

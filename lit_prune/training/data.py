@@ -11,10 +11,22 @@ import datasets
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from lit_prune.arguments import COUNT, FLAG, NATURAL, RATIO, TEXT, Rule, count, either, optional, sequence_of
+from lit_prune.command_line import reading
+from lit_prune.errors import ArgumentValueError
 from lit_prune.training.loading import load_tokenizer
 
 EMBEDDED = "python-docs"
 _FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+# of a text to pack: with one token there is nothing to predict
+BLOCK_SIZE = count(2, 2**31 - 1)
+FILES: Rule[Any] = either(
+    "a path or name, or a list of at least one path", TEXT, sequence_of("paths", TEXT, empty=False)
+)
+# numpy's generators take no negative seed, and none above this
+SEED = count(0, 2**32 - 1)
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -40,7 +52,8 @@ class TextDataModule(pl.LightningDataModule):
         trust_remote_code: Whether code that lies beside the tokenizer may run.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range.
     """
 
     def __init__(
@@ -62,13 +75,21 @@ class TextDataModule(pl.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        limits = [limit for limit in (max_train_blocks, max_val_blocks) if limit is not None]
-        if not 0 < val_fraction < 1 or block_size < 2 or min(batch_size, val_batch_size or 1, *limits) < 1:
-            raise ValueError(
-                "Expected val_fraction in (0, 1), block_size >= 2, and batch_size, val_batch_size, max_train_blocks and"
-                f" max_val_blocks >= 1; found {val_fraction}, {block_size}, {batch_size}, {val_batch_size},"
-                f" {max_train_blocks} and {max_val_blocks}."
-            )
+        tokenizer = TEXT.check("tokenizer", tokenizer)
+        dataset = FILES.check("dataset", dataset)
+        subset = optional(TEXT).check("subset", subset)
+        text_column = TEXT.check("text_column", text_column)
+        train_split = TEXT.check("train_split", train_split)
+        val_split = optional(TEXT).check("val_split", val_split)
+        val_fraction = RATIO.check("val_fraction", val_fraction)
+        block_size = BLOCK_SIZE.check("block_size", block_size)
+        batch_size = COUNT.check("batch_size", batch_size)
+        val_batch_size = optional(COUNT).check("val_batch_size", val_batch_size)
+        max_train_blocks = optional(COUNT).check("max_train_blocks", max_train_blocks)
+        max_val_blocks = optional(COUNT).check("max_val_blocks", max_val_blocks)
+        num_workers = NATURAL.check("num_workers", num_workers)
+        seed = SEED.check("seed", seed)
+        trust_remote_code = FLAG.check("trust_remote_code", trust_remote_code)
         self.save_hyperparameters()
         self._blocks: dict[str, datasets.Dataset] = {}
 
@@ -83,7 +104,7 @@ class TextDataModule(pl.LightningDataModule):
         for name, limit in (("train", options["max_train_blocks"]), ("val", options["max_val_blocks"])):
             blocks = pack(texts[name], tokenizer, options["text_column"], options["block_size"])
             if len(blocks) == 0:
-                raise ValueError(
+                raise ArgumentValueError(
                     f"The {name} split of {options['dataset']!r} has {len(texts[name])} documents and fewer than"
                     f" {options['block_size']} tokens; expected at least one block. Lower block_size or bring more text."
                 )
@@ -115,18 +136,18 @@ class TextDataModule(pl.LightningDataModule):
         options = self.hparams
         loaded = load_texts(options["dataset"], options["subset"])
         if options["train_split"] not in loaded:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{options['dataset']!r} has the splits {list(loaded)}; expected {options['train_split']!r}."
             )
         train = loaded[options["train_split"]]
         if options["text_column"] not in train.column_names:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{options['dataset']!r} has the columns {train.column_names}; expected {options['text_column']!r}."
             )
         if options["val_split"] in loaded:
             return {"train": train, "val": loaded[options["val_split"]]}
         if len(train) < 2:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{options['dataset']!r} has {len(train)} documents; expected at least 2 to hold some out, or a val_split."
             )
         split = train.train_test_split(options["val_fraction"], seed=options["seed"])
@@ -138,24 +159,26 @@ def load_texts(dataset: str | Sequence[str], subset: str | None = None) -> dict[
 
     Raises:
         FileNotFoundError: If a local file does not exist.
-        ValueError: If files have no known format, or different ones.
+        ArgumentValueError: If they cannot be read, have no known format, or different ones.
     """
     if dataset == EMBEDDED:
         topics = pydoc_data.topics.topics
         return {"train": datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})}
     files = [dataset] if isinstance(dataset, str) else list(dataset)
-    if isinstance(dataset, str) and Path(dataset).suffix not in _FORMATS:
-        return dict(datasets.load_dataset(dataset, subset))
+    if isinstance(dataset, str) and Path(dataset).suffix not in _FORMATS and not Path(dataset).is_file():
+        with reading(f"The dataset {dataset!r}"):
+            return dict(datasets.load_dataset(dataset, subset))
     empty = [file for file in files if Path(file).is_file() and Path(file).stat().st_size == 0]
     if empty:
-        raise ValueError(f"{empty[0]!r} is empty: it has 0 documents.")
+        raise ArgumentValueError(f"{empty[0]!r} is empty: it has 0 documents.")
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
         raise FileNotFoundError(f"No file at {missing[0]!r}; expected a text, JSON, CSV or Parquet file.")
     formats = {_FORMATS.get(Path(file).suffix) for file in files}
     if len(formats) != 1 or None in formats:
-        raise ValueError(f"Expected files of one format out of {sorted(_FORMATS)}; found {files}.")
-    return dict(datasets.load_dataset(formats.pop(), data_files={"train": files}))
+        raise ArgumentValueError(f"Expected files of one format out of {sorted(_FORMATS)}; found {files}.")
+    with reading(f"The text {dataset!r}"):
+        return dict(datasets.load_dataset(formats.pop(), data_files={"train": files}))
 
 
 def pack(documents: datasets.Dataset, tokenizer: Any, text_column: str, block_size: int) -> datasets.Dataset:
@@ -163,7 +186,16 @@ def pack(documents: datasets.Dataset, tokenizer: Any, text_column: str, block_si
 
     Returns:
         A dataset in torch format with the column ``input_ids``, rows of shape ``(block_size,)``.
+
+    Raises:
+        ArgumentValueError: If there is no such column, or it holds no text.
     """
+    kind = documents.features.get(text_column) if documents.features else None
+    if len(documents) and not (isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string", "null")):
+        raise ArgumentValueError(
+            f"The data have the columns {documents.column_names}; expected text in one named {text_column!r}; found"
+            f" {'none of that name' if kind is None else kind}."
+        )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

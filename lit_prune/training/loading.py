@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_prune.command_line import reading
+
 PACKAGE = "package:"
 
 
@@ -26,7 +28,8 @@ def gguf_file(source: str) -> Path | None:
     """
     if source.startswith(PACKAGE):
         name = source.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(name)
+        # the search for a module in a package would import the package
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
         folders = list(spec.submodule_search_locations or ()) if spec is not None else []
         found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
         if not found:
@@ -46,9 +49,10 @@ def gguf_file(source: str) -> Path | None:
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a source (see :func:`load_model`)."""
     file = gguf_file(source)
-    if file is not None:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with reading(f"The tokenizer of {source!r}"):
+        if file is not None:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -71,16 +75,26 @@ def load_model(
 
     Raises:
         FileNotFoundError: If a local file is missing, or there is no such model.
+        ArgumentValueError: If what is there cannot be read as a model.
     """
-    if random_weights:
-        loaded = (
-            AutoConfig.for_model(**json.loads(Path(source).read_text()))
-            if source.endswith(".json")
-            else AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        )
-        for key, value in config.items():
-            setattr(loaded, key, value)
-        return AutoModelForCausalLM.from_config(loaded, dtype=dtype, trust_remote_code=trust_remote_code)
+    with reading(f"The model {source!r}"):
+        if random_weights:
+            return _from_config(source, dtype, trust_remote_code, config)
+        return _from_weights(source, dtype, trust_remote_code, config)
+
+
+def _from_config(source: str, dtype: torch.dtype, trust_remote_code: bool, config: dict[str, Any]) -> nn.Module:
+    loaded = (
+        AutoConfig.for_model(**json.loads(Path(source).read_text()))
+        if source.endswith(".json")
+        else AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    )
+    for key, value in config.items():
+        setattr(loaded, key, value)
+    return AutoModelForCausalLM.from_config(loaded, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _from_weights(source: str, dtype: torch.dtype, trust_remote_code: bool, config: dict[str, Any]) -> nn.Module:
     file = gguf_file(source)
     if file is None:
         try:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lit_prune.arguments import (
+    FLAG,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TEXT,
+    choice,
+    optional,
+    pair,
+)
 from lit_prune.checkpoint import rebuild_from_checkpoint
+from lit_prune.errors import ArgumentValueError
 from lit_prune.training.loading import load_model
 from lit_prune.training.sharded import empty_model, read_shards, shard_model
 
 IGNORED = -100
+
+_BETAS = pair("two numbers from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
 
 
 class CausalLMModule(pl.LightningModule):
@@ -43,7 +58,8 @@ class CausalLMModule(pl.LightningModule):
             tensor only the part that belongs to the process. Needs a directory with safetensors files.
 
     Raises:
-        ValueError: If a number is out of its range, or ``shard`` is combined with ``random_weights``.
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range, or ``shard`` is combined with ``random_weights``.
     """
 
     def __init__(
@@ -63,14 +79,22 @@ class CausalLMModule(pl.LightningModule):
         shard: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or weight_decay < 0 or warmup_steps < 0 or not 0 <= min_lr_factor <= 1:
-            raise ValueError(
-                "Expected learning_rate > 0, weight_decay >= 0, warmup_steps >= 0 and min_lr_factor in [0, 1]; found"
-                f" {learning_rate}, {weight_decay}, {warmup_steps} and {min_lr_factor}."
-            )
-        self.save_hyperparameters()
+        model = TEXT.check("model", model)
+        random_weights = FLAG.check("random_weights", random_weights)
+        dtype = choice("float32", "bfloat16", "float16").check("dtype", dtype)
+        learning_rate = POSITIVE.check("learning_rate", learning_rate)
+        weight_decay = NOT_NEGATIVE.check("weight_decay", weight_decay)
+        warmup_steps = NATURAL.check("warmup_steps", warmup_steps)
+        schedule = choice("constant", "cosine").check("schedule", schedule)
+        min_lr_factor = FRACTION.check("min_lr_factor", min_lr_factor)
+        betas = _BETAS.check("betas", betas)
+        gradient_checkpointing = FLAG.check("gradient_checkpointing", gradient_checkpointing)
+        attn_implementation = optional(TEXT).check("attn_implementation", attn_implementation)
+        trust_remote_code = FLAG.check("trust_remote_code", trust_remote_code)
+        shard = FLAG.check("shard", shard)
         if shard and random_weights:
-            raise ValueError("shard=True reads pretrained weights; found random_weights=True.")
+            raise ArgumentValueError("shard=True reads pretrained weights; found random_weights=True.")
+        self.save_hyperparameters()
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
@@ -86,7 +110,7 @@ class CausalLMModule(pl.LightningModule):
         """Shard the model, if that is asked for, and read the shards.
 
         Raises:
-            ValueError: If ``shard`` and the Trainer's strategy do not fit each other.
+            ArgumentValueError: If ``shard`` and the Trainer's strategy do not fit each other.
         """
         # Lightning calls this for load_from_checkpoint, too, without a trainer
         strategy = None if self._trainer is None else self.trainer.strategy
@@ -94,7 +118,7 @@ class CausalLMModule(pl.LightningModule):
         if sharded != self.hparams["shard"]:
             # or Lightning's tear-down fails on parameters without memory, and its error is all that is seen
             del self.model
-            raise ValueError(
+            raise ArgumentValueError(
                 f"Expected shard=True with ModelParallelStrategy and shard=False without; found"
                 f" shard={self.hparams['shard']} with {'no Trainer' if strategy is None else type(strategy).__name__}."
             )

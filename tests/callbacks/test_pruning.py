@@ -227,7 +227,9 @@ def test_bad_arguments_are_refused_at_once():
     for ratio in (0, 1, -0.1, 1.5):
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
             StructuredPruning(pruning_ratio=ratio)
-    with pytest.raises(ValueError, match=r"Unknown importance criterion 'tailor'; known are taylor, taylor_2nd"):
+    with pytest.raises(
+        ValueError, match=r"importance must name criteria out of taylor, taylor_2nd, .*; found 'tailor'"
+    ):
         StructuredPruning("tailor")
     with pytest.raises(ValueError, match="one and not both"):
         StructuredPruning(epoch=1, step=3)
@@ -235,9 +237,9 @@ def test_bad_arguments_are_refused_at_once():
         StructuredPruning(epoch=-1)
     with pytest.raises(ValueError, match="calibration_batches"):
         StructuredPruning(calibration_batches=0)
-    with pytest.raises(ValueError, match="statistics mode"):
+    with pytest.raises(ValueError, match="statistics must be one of 'streaming', 'elementwise'; found 'lazy'"):
         StructuredPruning(statistics="lazy")
-    with pytest.raises(ValueError, match="normalisation"):
+    with pytest.raises(ValueError, match="normalize must be one of"):
         StructuredPruning(normalize="max")
     with pytest.raises(ValueError, match="ratio_of"):
         StructuredPruning(ratio_of="most")

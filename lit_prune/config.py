@@ -1,0 +1,203 @@
+"""How to prune: the options of the engine, checked when they are given, and against a model before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lit_prune.arguments import (
+    CUTS,
+    FLAG,
+    INTEGER,
+    NATURAL,
+    RATIO,
+    TEXT,
+    Rule,
+    check_fields,
+    choice,
+    either,
+    instance,
+    mapping_of,
+    optional,
+    pair,
+    shown,
+)
+from lit_prune.errors import ArgumentValueError
+from lit_prune.groups import GroupSet, count_parameters, count_removed
+from lit_prune.importance import NORMALIZATIONS, Term, criteria, get_criterion
+from lit_prune.plan import get_plan
+from lit_prune.repair import REPAIRS
+from lit_prune.selection import RATIO_OF, Limits, parameter_budget, select
+from lit_prune.statistics import GRADIENT_DTYPES, MODES
+from lit_prune.table import GroupTable
+
+DEFAULT = "default"
+AUTO = "auto"
+
+# what importance="auto" chooses from; plain taylor is among them, so that it cannot lose to it but by noise
+CANDIDATES: dict[str, dict[str, float]] = {
+    "taylor": {"taylor": 1.0},
+    "second_order": {"second_order": 1.0},
+    "fisher": {"fisher": 1.0},
+    "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
+}
+HELD_BACK = 8
+
+# smaller or larger ones would vanish in float32, or be infinite
+_WEIGHT: Rule[float] = Rule("a number from 1e-6 to 1e6", Annotated[float, Field(ge=1e-6, le=1e6)])
+_RULES: dict[str, Rule] = {
+    "importance": either(
+        "the name of a criterion, or a mapping of names to positive weights (from 1e-6 to 1e6)",
+        TEXT,
+        mapping_of("weights by name", TEXT, _WEIGHT, empty=False),
+    ),
+    "pruning_ratio": RATIO,
+    "ratio_of": choice(*RATIO_OF),
+    "normalize": optional(choice(DEFAULT, *NORMALIZATIONS)),
+    "statistics": choice(*MODES),
+    "gradient_dtype": choice(*GRADIENT_DTYPES),
+    "offload_gradients": FLAG,
+    "limits": instance("a lit_prune.Limits", Limits),
+    "repair": optional(choice(*REPAIRS)),
+    "seed": INTEGER,
+    "compensation": FLAG,
+    "iterations": CUTS,
+    "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
+}
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How to prune.
+
+    Args:
+        importance: Name of a criterion; a mix of several, ``{name: weight}``, each scaled to sum to 1 over the model; or
+            ``"auto"``, which ranks by each of :data:`CANDIDATES` from one calibration, holds every eighth calibration
+            batch back, and takes the plan whose masked model has the lowest loss on those.
+        pruning_ratio: Fraction of parameters to remove, strictly between 0 and 1.
+        ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
+        normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
+        statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
+        gradient_dtype: What gradients are accumulated in where a criterion needs them element by element (``taylor``):
+            ``"float32"`` or ``"bfloat16"``.
+        offload_gradients: Accumulate those in CPU memory in place of the model's device.
+        limits: Floors, protections and rounding.
+        repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
+            :mod:`lit_prune.repair`.
+        seed: Seed of the criterion ``random``.
+        compensation: Whether importance takes into account what ``"least_squares"`` will make up for: it is multiplied by the
+            square root of the share of a group's contribution that the other groups at the same place cannot explain. Two
+            more forward passes over the calibration batches in each iteration.
+        iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
+            left; see :func:`prune`.
+        reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
+            (the later stages of a schedule): what is gone already counts towards the ratio.
+    """
+
+    importance: str | Mapping[str, float] = "fisher"
+    pruning_ratio: float = 0.2
+    ratio_of: Literal["all", "prunable"] = "all"
+    normalize: str | None = DEFAULT
+    statistics: Literal["streaming", "elementwise"] = "streaming"
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload_gradients: bool = False
+    limits: Limits = field(default_factory=Limits)
+    repair: Literal["least_squares", "bias"] | None = "least_squares"
+    seed: int = 0
+    compensation: bool = True
+    iterations: int = 2
+    reference: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without a model.
+
+        Raises:
+            ArgumentTypeError: If a value is of another type.
+            ArgumentValueError: If a value is unknown or out of its range.
+        """
+        check_fields(self, _RULES)
+        for weights in self.candidates.values():
+            for name in weights:
+                if name not in criteria():
+                    raise ArgumentValueError(
+                        f"importance must name criteria out of {', '.join(criteria())}, or be {AUTO!r}; found"
+                        f" {shown(name)}."
+                    )
+
+    @property
+    def candidates(self) -> dict[str, Mapping[str, float]]:
+        """The mixes of criteria to choose from, by what they are called; one, unless ``importance`` is ``"auto"``."""
+        if self.importance == AUTO:
+            return dict(CANDIDATES)
+        if isinstance(self.importance, str):
+            return {self.importance: {self.importance: 1.0}}
+        return {" + ".join(self.importance): self.importance}
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms that calibration has to collect for."""
+        return tuple(
+            term for weights in self.candidates.values() for name in weights for term in get_criterion(name).terms
+        )
+
+    @property
+    def compensates(self) -> bool:
+        """Whether importance is to be discounted; that of the baselines, which look at no data, never is."""
+        looks = any(term.statistic is not None for term in self.terms)
+        return self.compensation and self.repair == "least_squares" and looks
+
+    def holds_back(self, batch: int) -> bool:
+        """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
+        return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
+
+    def check(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+        """Check against a model that the ratio can be reached, before any calibration.
+
+        Raises:
+            BudgetError: If it cannot.
+            ValueError: If the limits name something the model does not have.
+        """
+        table = group_table(model, group_sets, [torch.zeros(s.size) for s in group_sets])
+        select(table, self.budget(model, group_sets), self.limits, original_sizes(model))
+
+    def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
+        """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
+        size = model_size(model, group_sets)
+        reference = self.reference or size
+        gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
+        shares = [(k + 1) / self.iterations for k in range(self.iterations - 1)]
+        ratios = [gone + (self.pruning_ratio - gone) * share for share in shares]
+        return [
+            replace(self, pruning_ratio=r, reference=reference, iterations=1) for r in (*ratios, self.pruning_ratio)
+        ]
+
+    def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
+        """Parameters to remove from the model.
+
+        The ratio is of the model as it is, or, with ``reference``, of what it was, less what is gone already.
+        """
+        total, prunable = model_size(model, group_sets)
+        reference = self.reference or (total, prunable)
+        return parameter_budget(self.pruning_ratio, self.ratio_of, *reference) - (reference[0] - total)
+
+
+def model_size(model: nn.Module, group_sets: Sequence[GroupSet]) -> tuple[int, int]:
+    """Parameters of the model, and how many of them belong to groups."""
+    return count_parameters(model), count_removed(model, group_sets, [torch.arange(s.size) for s in group_sets])
+
+
+def group_table(model: nn.Module, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
+    """The group table, by the names and layers that everything had before blocks left in earlier cuts."""
+    plan = get_plan(model)
+    return GroupTable.build(group_sets if plan is None else [plan.original(s) for s in group_sets], importance)
+
+
+def original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Sizes of the group sets that earlier cuts made smaller, as they were before, by key."""
+    plan = get_plan(model)
+    return {} if plan is None else {e.key: e.size for e in plan.entries}
