@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,10 +21,11 @@ from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
 from lit_prune.checkpoint import merge_adapters, pruning_states
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
-from lit_prune.figures import format_figure, label
 from lit_prune.files import write_text
-from lit_prune.groups import GroupSet, check_weights, count_parameters
+from lit_prune.groups import GroupSet, check_weights
+from lit_prune.model_card import model_card
 from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
+from lit_prune.output_folder import check_replaceable, leftover, replacing_folder
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
 from lit_prune.surgery import apply_plan, depth_fields
 
@@ -58,17 +57,19 @@ def save_pruned(
     max_shard_size: int | str = "5GB",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a pruned transformers model so that it loads again.
+    """Write a pruned transformers model to a folder, so that it loads again.
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
     one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
     config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
     which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
-    ``directory`` at the end.
+    ``directory`` at the end. A list of the files, with checksums of the weights, is written, too; see
+    :func:`load_pruned`.
 
     Args:
         model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
-        directory: Where to write; an existing folder is replaced if it holds a saved model, and refused otherwise.
+        directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
+            otherwise.
         tokenizer: A tokenizer to save beside the model.
         figures: Figures for the model card by stage (``"dense"``, ``"pruned"``, ``"healed"``) and name.
         self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
@@ -80,16 +81,48 @@ def save_pruned(
         The directory.
 
     Raises:
-        PruningError: If the model was not pruned, or ``directory`` holds something else.
+        PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
+            directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
         UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
     """
+    check_replaceable(directory)
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
-    with _replacing_directory(Path(directory)) as temporary:
-        whole.save_pretrained(temporary, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_text(temporary / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
+    with replacing_folder(directory) as temporary:
+        write_pruned(
+            whole, temporary, tokenizer, figures=figures, self_contained=self_contained, max_shard_size=max_shard_size
+        )
     return Path(directory)
+
+
+def write_pruned(
+    whole: PreTrainedModel,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    figures: Mapping[str, Mapping[str, float]] | None = None,
+    self_contained: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the files of a pruned model into an empty folder.
+
+    Args:
+        whole: The model, as :func:`to_pretrained` gives it.
+        folder: The folder.
+        tokenizer: As for :func:`save_pruned`, like the rest.
+        figures: Figures for the model card.
+        self_contained: Whether the modelling code lies beside the weights.
+        max_shard_size: Size at which a new weights file begins.
+
+    Raises:
+        PruningError: If the weights cannot be written, on a full disk for instance.
+    """
+    try:
+        whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise PruningError(f"The weights could not be written to {folder}: {error}.") from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
 
 
 def to_pretrained(
@@ -224,6 +257,11 @@ def _check_config_file(directory: Path) -> None:
         PruningError: If it is not valid JSON.
     """
     file = directory / "config.json"
+    if (old := leftover(directory)) is not None:
+        raise FileNotFoundError(
+            f"There is no folder {directory}: a process was killed while it replaced it. What was there is whole, in {old};"
+            " rename it, or save again, which puts it back first."
+        )
     if not directory.is_dir():
         return
     if not file.is_file():
@@ -291,59 +329,6 @@ def convert_checkpoint(
             )
     model.load_state_dict({key: weights[fitting[0] + key] for key in wanted})
     return model.eval()
-
-
-def model_card(
-    model: PreTrainedModel, figures: Mapping[str, Mapping[str, float]], *, self_contained: bool = False
-) -> str:
-    """The README of a saved model: what was cut, how, the figures, and how to load it.
-
-    Args:
-        model: The model, as :func:`to_pretrained` gives it.
-        figures: Figures by stage and name.
-        self_contained: Whether the modelling code lies beside the weights.
-    """
-    plan = get_plan(model)
-    assert plan is not None
-    config: Any = model.config
-    auto_class = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
-    stock = config.model_type != modeling_pruned.MODEL_TYPE
-    before, after = plan.info.get("parameters_before"), count_parameters(model)
-    lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
-    if model.can_generate():
-        lines.append("pipeline_tag: text-generation")
-    lines += ["---", "", f"# A pruned {config.base_model_type} model", ""]
-    removed = f", {1 - after / before:.1%} fewer than before" if before else ""
-    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
-    lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
-    lines += ["", "| group set | of | kept |", "|---|---|---|"]
-    lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
-    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
-        entries = [e for e in plan.entries if e.kind == kind]
-        kept = [len(e.kept) for e in entries]
-        lines.append(
-            f"| {kind}, {len(entries)} layers cut | {max(e.size for e in entries)} | {min(kept)} to {max(kept)}, mean"
-            f" {sum(kept) / len(kept):.1f} |"
-        )
-    for key in ("importance", "pruning_ratio", "ratio_of", "repair", "calibration_batches"):
-        if key in plan.info:
-            lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {plan.info[key]}"]
-    names = list(dict.fromkeys(name for values in figures.values() for name in values))
-    if names:
-        lines += ["", "| | " + " | ".join(figures) + " |", "|---" * (1 + len(figures)) + "|"]
-        for name in names:
-            cells = [format_figure(name, values.get(name)) for values in figures.values()]
-            lines.append(f"| {label(name)} | " + " | ".join(cells) + " |")
-    lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
-    trusted = ", trust_remote_code=True" if self_contained and not stock else ""
-    lines += [
-        f"from transformers import {auto_class}",
-        "",
-        f'model = {auto_class}.from_pretrained("this folder"{trusted})',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _check_self_contained(
@@ -468,31 +453,3 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
             if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
                 return False
     return True
-
-
-def check_replaceable(directory: Path) -> None:
-    """Refuse to replace a folder, or a file, that is not a saved model.
-
-    Raises:
-        PruningError: If ``directory`` is there, is not empty and holds no model.
-    """
-    if directory.exists() and (
-        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists())
-    ):
-        raise PruningError(f"{directory} exists and holds no saved model; refusing to replace it.")
-
-
-@contextmanager
-def _replacing_directory(directory: Path) -> Iterator[Path]:
-    check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
