@@ -21,10 +21,12 @@ from rich.progress import track
 from torch import Tensor
 
 from lit_prune.architectures import find_group_sets
+from lit_prune.conversion import convert_checkpoint
 from lit_prune.errors import PruningError
-from lit_prune.export import convert_checkpoint, load_pruned, save_pruned, to_pretrained, write_pruned
+from lit_prune.export import save_pruned, to_pretrained, write_pruned
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
+from lit_prune.loading import load_pruned
 from lit_prune.output_folder import check_replaceable, replacing_folder
 from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan

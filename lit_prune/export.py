@@ -1,50 +1,32 @@
-"""Saving a pruned model so that it loads again wherever transformers is, loading it, and converting a checkpoint to it."""
+"""Saving a pruned model so that it loads again wherever transformers is."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
-from lit_prune.checkpoint import merge_adapters, pruning_states
-from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
+from lit_prune.conversion import convert_checkpoint as convert_checkpoint
+from lit_prune.errors import PruningError, UnsupportedModelError
 from lit_prune.files import write_text
 from lit_prune.groups import GroupSet, check_weights
+from lit_prune.loading import load_pruned as load_pruned
 from lit_prune.model_card import model_card
-from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
-from lit_prune.output_folder import check_replaceable, leftover, replacing_folder
-from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
-from lit_prune.surgery import apply_plan, depth_fields
-
-
-def _build(model: PreTrainedModel, pruning: Any) -> None:
-    """Cut a freshly built dense model by its config's plan, with the engine that cut the one that was saved."""
-    del pruning
-    try:
-        plan = plan_from_config(model.config)
-        assert plan is not None
-        set_plan(model, None)
-        with torch.device("cpu"):
-            apply_plan(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
-    except PruningError as error:
-        raise PrunedPlanError(str(error)) from error
-
-
-modeling_pruned.build = _build
-AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
+from lit_prune.modeling_pruned import PrunedConfig, to_ranges
+from lit_prune.output_folder import check_replaceable, replacing_folder
+from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
+from lit_prune.surgery import depth_fields
 
 
 def save_pruned(
@@ -186,149 +168,6 @@ def to_pretrained(
         whole.generation_config = model.generation_config
     set_plan(whole, plan)
     return whole.eval()
-
-
-def load_pruned(
-    directory: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any
-) -> PreTrainedModel:
-    """Load a model that :func:`save_pruned` wrote, as the class that it was saved as.
-
-    ``AutoModelForCausalLM.from_pretrained`` and its likes load it, too, after ``import lit_prune``.
-
-    Args:
-        directory: The folder, or the name of a repository on the hub.
-        dtype: Data type of the weights; that of the files if ``"auto"``.
-        options: What ``from_pretrained`` of transformers takes: ``device_map``, ``attn_implementation``, ``token``...
-
-    Returns:
-        The pruned model, in eval mode. :func:`lit_prune.get_plan` gives its plan.
-
-    Raises:
-        FileNotFoundError: If the folder or a file is missing.
-        PlanError: If the plan was changed, or does not fit the weights.
-        PruningError: If files are damaged, weights are missing or unknown, or the model was not pruned.
-        UnsupportedModelError: If the model's class is unknown, or quantisation is asked for.
-    """
-    _check_config_file(Path(directory))
-    hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options}
-    try:
-        config = AutoConfig.from_pretrained(directory, **hub)
-        if not isinstance(getattr(config, "pruning", None), Mapping):
-            raise PruningError(
-                f"{directory}/config.json has no pruning entry: it is the config of a {config.model_type!r} model that was"
-                " not pruned by lit_prune. Load it with transformers."
-            )
-        name = next(iter(config.architectures or ()), "")
-        base = getattr(transformers, name.removeprefix(PREFIX), None)
-        if base is None:
-            raise UnsupportedModelError(
-                f"{directory}/config.json names the class {name!r}; expected one of transformers {transformers.__version__}."
-            )
-        cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if name.startswith(PREFIX) else base
-        load: Any = cls.from_pretrained
-        if cls is base:
-            load = partial(modeling_pruned.load_whole, load)
-        model = load(directory, config=config, dtype=dtype, **options)
-    except PrunedPlanError as error:
-        raise PlanError(str(error)) from error
-    except PrunedModelError as error:
-        raise PruningError(str(error)) from error
-    except NotImplementedError as error:
-        raise UnsupportedModelError(str(error)) from error
-    except OSError as error:
-        raise FileNotFoundError(str(error)) from error
-    plan = get_plan(model)
-    assert plan is not None
-    kept = {key: len(e.kept) for key, e in plan.afterwards().items()}
-    for group_set in find_group_sets(model):
-        if group_set.size != kept.get(group_set.key, group_set.size):
-            raise PlanError(
-                f"The weights in {directory} do not fit the plan in its config.json: {group_set.name!r} ({group_set.kind})"
-                f" has {group_set.size} groups; the plan keeps {kept[group_set.key]}."
-            )
-    return model
-
-
-def _check_config_file(directory: Path) -> None:
-    """Refuse a local folder whose ``config.json`` is missing or damaged.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        PruningError: If it is not valid JSON.
-    """
-    file = directory / "config.json"
-    if (old := leftover(directory)) is not None:
-        raise FileNotFoundError(
-            f"There is no folder {directory}: a process was killed while it replaced it. What was there is whole, in {old};"
-            " rename it, or save again, which puts it back first."
-        )
-    if not directory.is_dir():
-        return
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PruningError(f"{file} is damaged: {error}.") from error
-
-
-def convert_checkpoint(
-    checkpoint: str | os.PathLike[str], model: PreTrainedModel, *, name: str | None = None
-) -> PreTrainedModel:
-    """Fill a dense model from a Lightning checkpoint of a run that pruned it, cutting it as the checkpoint's plan says.
-
-    Args:
-        checkpoint: A checkpoint file that ``Trainer.save_checkpoint`` or ``ModelCheckpoint`` wrote.
-        model: The model that the run began with, with any weights; cut and filled in place.
-        name: Name of the model within the LightningModule; found by the names of the weights if ``None``.
-
-    Returns:
-        ``model``, in eval mode.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        PruningError: If it is no Lightning checkpoint, holds more than plain data, or was written before the cut.
-        PlanError: If plan or weights do not fit the model.
-    """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(
-            f"No file at {checkpoint}; expected a Lightning checkpoint in one file. Consolidate a sharded one first."
-        )
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise PruningError(
-            f"{checkpoint} is damaged, or holds more than plain data; expected a checkpoint as Trainer.save_checkpoint writes it."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise PruningError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict.")
-    plans = [s["plan"] for s in pruning_states(content) if s["plan"] is not None]
-    if not plans:
-        raise PruningError(
-            f"{checkpoint} holds no pruning plan: it was written before the cut, or by a run without one."
-        )
-    apply_plan(model, PruningPlan.from_dict(plans[0]))
-    merge_adapters(model, content)
-    weights = content["state_dict"]
-    wanted = dict(model.state_dict())
-    first = next(iter(wanted))
-    prefixes = (
-        [k.removesuffix(first) for k in weights if k.endswith(first)] if name is None else [f"{name}." if name else ""]
-    )
-    fitting = [p for p in prefixes if all(p + key in weights for key in wanted)]
-    if len(fitting) != 1:
-        raise PruningError(
-            f"{checkpoint} has {len(fitting)} places with the weights of a {type(model).__name__} (looked at"
-            f" {prefixes[:5]}); expected one. Say where it is within the LightningModule by its name."
-        )
-    for key, tensor in wanted.items():
-        if weights[fitting[0] + key].shape != tensor.shape:
-            raise PlanError(
-                f"{checkpoint}: {fitting[0] + key!r} has shape {tuple(weights[fitting[0] + key].shape)}; the plan in it leaves"
-                f" {tuple(tensor.shape)} of the model given. Give the model that the run began with."
-            )
-    model.load_state_dict({key: weights[fitting[0] + key] for key in wanted})
-    return model.eval()
 
 
 def _check_self_contained(
