@@ -15,8 +15,9 @@ from lit_prune.architectures import (
 from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.config import PruningConfig
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
-from lit_prune.export import load_pruned, save_pruned
+from lit_prune.export import save_pruned
 from lit_prune.importance import criteria, register_criterion
+from lit_prune.loading import load_pruned
 from lit_prune.pipeline import calibrate, make_plan, prune, repair
 from lit_prune.plan import PruningPlan
 from lit_prune.selection import Limits

@@ -67,7 +67,29 @@ def cut_as_saved(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: I
                 f" {_short(digests['now'])}, from a run that began with {_short(digests['start'])}; the model given has"
                 f" {_short(found)}. Give the model that the run began with."
             )
-        apply_plan(model, PruningPlan.from_dict(state["plan"]), optimizers)
+        apply_plan(model, plan_of_state(state, get_plan(model)), optimizers)
+
+
+def plan_of_state(state: Mapping[str, Any], previous: PruningPlan | None) -> PruningPlan:
+    """The plan in the state that a pruning callback left, as it was when it was saved.
+
+    Args:
+        state: The state.
+        previous: What was cut from the model before the run, if anything.
+
+    Raises:
+        PlanError: If the plan is malformed, or another one than its digest says.
+    """
+    plan = PruningPlan.from_dict(state["plan"])
+    digests = state.get("digests")
+    expected = digests.get("now") if isinstance(digests, Mapping) else None
+    found = (plan if previous is None else previous.then(plan)).digest()
+    if found != expected:
+        raise PlanError(
+            f"The checkpoint is damaged: its plan has the digest {_short(found)}, and it says {_short(expected)}. Was the plan"
+            " changed after it was saved, or the model given cut before the run began?"
+        )
+    return plan
 
 
 def merge_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:

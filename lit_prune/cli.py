@@ -37,10 +37,13 @@ from lit_prune.arguments import (
     sequence_of,
 )
 from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
+from lit_prune.conversion import convert_checkpoint
 from lit_prune.errors import ArgumentValueError, PruningError
-from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
+from lit_prune.export import save_pruned, to_pretrained, write_pruned
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
+from lit_prune.loading import load_pruned
+from lit_prune.output_folder import check_replaceable, replacing_folder
 from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.report import report_table, write_report
@@ -150,7 +153,7 @@ def apply(
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
     """
-    check_replaceable(output)
+    check_replaceable(output, [model])
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
     session = _Session(model, calibration, device, dtype, blocks=blocks)
@@ -163,10 +166,12 @@ def apply(
     else:
         session.cut(given, pruning)
     figures["pruned"] = session.figures()
-    save_pruned(session.model, output, session.tokenizer, figures=figures, self_contained=self_contained)
     cut = get_plan(session.model)
     assert cut is not None
-    write_report(output / REPORT, figures, cut, table)
+    whole = to_pretrained(session.model, self_contained=self_contained)
+    with replacing_folder(output, [model]) as temporary:
+        write_pruned(whole, temporary, session.tokenizer, figures=figures, self_contained=self_contained)
+        write_report(temporary / REPORT, figures, cut, table)
     _print(figures, output)
 
 
@@ -192,7 +197,7 @@ def convert(
     """
     from lit_prune.training.loading import load_model, load_tokenizer
 
-    check_replaceable(output)
+    check_replaceable(output, [checkpoint, model, *([] if tokenizer is None else [tokenizer])])
     dense: Any = load_model(model)
     converted = convert_checkpoint(checkpoint, dense, name=name)
     try:

@@ -1,52 +1,32 @@
-"""Saving a pruned model so that it loads again wherever transformers is, loading it, and converting a checkpoint to it."""
+"""Saving a pruned model so that it loads again wherever transformers is."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
-from lit_prune.checkpoint import merge_adapters, pruning_states
-from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
-from lit_prune.figures import format_figure, label
+from lit_prune.conversion import convert_checkpoint as convert_checkpoint
+from lit_prune.errors import PruningError, UnsupportedModelError
 from lit_prune.files import write_text
-from lit_prune.groups import GroupSet, check_weights, count_parameters
-from lit_prune.modeling_pruned import PREFIX, PrunedConfig, PrunedModelError, PrunedPlanError, to_ranges
-from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, plan_from_config, set_plan
-from lit_prune.surgery import apply_plan, depth_fields
-from lit_prune.text_escape import for_markdown
-
-
-def _build(model: PreTrainedModel, pruning: Any) -> None:
-    """Cut a freshly built dense model by its config's plan, with the engine that cut the one that was saved."""
-    del pruning
-    try:
-        plan = plan_from_config(model.config)
-        assert plan is not None
-        set_plan(model, None)
-        with torch.device("cpu"):
-            apply_plan(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
-    except PruningError as error:
-        raise PrunedPlanError(str(error)) from error
-
-
-modeling_pruned.build = _build
-AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
+from lit_prune.groups import GroupSet, check_weights
+from lit_prune.loading import load_pruned as load_pruned
+from lit_prune.model_card import model_card
+from lit_prune.modeling_pruned import PrunedConfig, to_ranges
+from lit_prune.output_folder import check_replaceable, replacing_folder
+from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
+from lit_prune.surgery import depth_fields
 
 
 def save_pruned(
@@ -59,17 +39,19 @@ def save_pruned(
     max_shard_size: int | str = "5GB",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a pruned transformers model so that it loads again.
+    """Write a pruned transformers model to a folder, so that it loads again.
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
     one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
     config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
     which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
-    ``directory`` at the end.
+    ``directory`` at the end. A list of the files, with checksums of the weights, is written, too; see
+    :func:`load_pruned`.
 
     Args:
         model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
-        directory: Where to write; an existing folder is replaced if it holds a saved model, and refused otherwise.
+        directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
+            otherwise.
         tokenizer: A tokenizer to save beside the model.
         figures: Figures for the model card by stage (``"dense"``, ``"pruned"``, ``"healed"``) and name.
         self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
@@ -81,16 +63,48 @@ def save_pruned(
         The directory.
 
     Raises:
-        PruningError: If the model was not pruned, or ``directory`` holds something else.
+        PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
+            directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
         UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
     """
+    check_replaceable(directory)
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
-    with _replacing_directory(Path(directory)) as temporary:
-        whole.save_pretrained(temporary, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_text(temporary / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
+    with replacing_folder(directory) as temporary:
+        write_pruned(
+            whole, temporary, tokenizer, figures=figures, self_contained=self_contained, max_shard_size=max_shard_size
+        )
     return Path(directory)
+
+
+def write_pruned(
+    whole: PreTrainedModel,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    figures: Mapping[str, Mapping[str, float]] | None = None,
+    self_contained: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the files of a pruned model into an empty folder.
+
+    Args:
+        whole: The model, as :func:`to_pretrained` gives it.
+        folder: The folder.
+        tokenizer: As for :func:`save_pruned`, like the rest.
+        figures: Figures for the model card.
+        self_contained: Whether the modelling code lies beside the weights.
+        max_shard_size: Size at which a new weights file begins.
+
+    Raises:
+        PruningError: If the weights cannot be written, on a full disk for instance.
+    """
+    try:
+        whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise PruningError(f"The weights could not be written to {folder}: {error}.") from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
 
 
 def to_pretrained(
@@ -154,197 +168,6 @@ def to_pretrained(
         whole.generation_config = model.generation_config
     set_plan(whole, plan)
     return whole.eval()
-
-
-def load_pruned(
-    directory: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **options: Any
-) -> PreTrainedModel:
-    """Load a model that :func:`save_pruned` wrote, as the class that it was saved as.
-
-    ``AutoModelForCausalLM.from_pretrained`` and its likes load it, too, after ``import lit_prune``.
-
-    Args:
-        directory: The folder, or the name of a repository on the hub.
-        dtype: Data type of the weights; that of the files if ``"auto"``.
-        options: What ``from_pretrained`` of transformers takes: ``device_map``, ``attn_implementation``, ``token``...
-
-    Returns:
-        The pruned model, in eval mode. :func:`lit_prune.get_plan` gives its plan.
-
-    Raises:
-        FileNotFoundError: If the folder or a file is missing.
-        PlanError: If the plan was changed, or does not fit the weights.
-        PruningError: If files are damaged, weights are missing or unknown, or the model was not pruned.
-        UnsupportedModelError: If the model's class is unknown, or quantisation is asked for.
-    """
-    _check_config_file(Path(directory))
-    hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options}
-    try:
-        config = AutoConfig.from_pretrained(directory, **hub)
-        if not isinstance(getattr(config, "pruning", None), Mapping):
-            raise PruningError(
-                f"{directory}/config.json has no pruning entry: it is the config of a {config.model_type!r} model that was"
-                " not pruned by lit_prune. Load it with transformers."
-            )
-        name = next(iter(config.architectures or ()), "")
-        base = getattr(transformers, name.removeprefix(PREFIX), None)
-        if base is None:
-            raise UnsupportedModelError(
-                f"{directory}/config.json names the class {name!r}; expected one of transformers {transformers.__version__}."
-            )
-        cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if name.startswith(PREFIX) else base
-        load: Any = cls.from_pretrained
-        if cls is base:
-            load = partial(modeling_pruned.load_whole, load)
-        model = load(directory, config=config, dtype=dtype, **options)
-    except PrunedPlanError as error:
-        raise PlanError(str(error)) from error
-    except PrunedModelError as error:
-        raise PruningError(str(error)) from error
-    except NotImplementedError as error:
-        raise UnsupportedModelError(str(error)) from error
-    except OSError as error:
-        raise FileNotFoundError(str(error)) from error
-    plan = get_plan(model)
-    assert plan is not None
-    kept = {key: len(e.kept) for key, e in plan.afterwards().items()}
-    for group_set in find_group_sets(model):
-        if group_set.size != kept.get(group_set.key, group_set.size):
-            raise PlanError(
-                f"The weights in {directory} do not fit the plan in its config.json: {group_set.name!r} ({group_set.kind})"
-                f" has {group_set.size} groups; the plan keeps {kept[group_set.key]}."
-            )
-    return model
-
-
-def _check_config_file(directory: Path) -> None:
-    """Refuse a local folder whose ``config.json`` is missing or damaged.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        PruningError: If it is not valid JSON.
-    """
-    file = directory / "config.json"
-    if not directory.is_dir():
-        return
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; expected a folder written by lit_prune.save_pruned.")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PruningError(f"{file} is damaged: {error}.") from error
-
-
-def convert_checkpoint(
-    checkpoint: str | os.PathLike[str], model: PreTrainedModel, *, name: str | None = None
-) -> PreTrainedModel:
-    """Fill a dense model from a Lightning checkpoint of a run that pruned it, cutting it as the checkpoint's plan says.
-
-    Args:
-        checkpoint: A checkpoint file that ``Trainer.save_checkpoint`` or ``ModelCheckpoint`` wrote.
-        model: The model that the run began with, with any weights; cut and filled in place.
-        name: Name of the model within the LightningModule; found by the names of the weights if ``None``.
-
-    Returns:
-        ``model``, in eval mode.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        PruningError: If it is no Lightning checkpoint, holds more than plain data, or was written before the cut.
-        PlanError: If plan or weights do not fit the model.
-    """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(
-            f"No file at {checkpoint}; expected a Lightning checkpoint in one file. Consolidate a sharded one first."
-        )
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise PruningError(
-            f"{checkpoint} is damaged, or holds more than plain data; expected a checkpoint as Trainer.save_checkpoint writes it."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise PruningError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict.")
-    plans = [s["plan"] for s in pruning_states(content) if s["plan"] is not None]
-    if not plans:
-        raise PruningError(
-            f"{checkpoint} holds no pruning plan: it was written before the cut, or by a run without one."
-        )
-    apply_plan(model, PruningPlan.from_dict(plans[0]))
-    merge_adapters(model, content)
-    weights = content["state_dict"]
-    wanted = dict(model.state_dict())
-    first = next(iter(wanted))
-    prefixes = (
-        [k.removesuffix(first) for k in weights if k.endswith(first)] if name is None else [f"{name}." if name else ""]
-    )
-    fitting = [p for p in prefixes if all(p + key in weights for key in wanted)]
-    if len(fitting) != 1:
-        raise PruningError(
-            f"{checkpoint} has {len(fitting)} places with the weights of a {type(model).__name__} (looked at"
-            f" {prefixes[:5]}); expected one. Say where it is within the LightningModule by its name."
-        )
-    for key, tensor in wanted.items():
-        if weights[fitting[0] + key].shape != tensor.shape:
-            raise PlanError(
-                f"{checkpoint}: {fitting[0] + key!r} has shape {tuple(weights[fitting[0] + key].shape)}; the plan in it leaves"
-                f" {tuple(tensor.shape)} of the model given. Give the model that the run began with."
-            )
-    model.load_state_dict({key: weights[fitting[0] + key] for key in wanted})
-    return model.eval()
-
-
-def model_card(
-    model: PreTrainedModel, figures: Mapping[str, Mapping[str, float]], *, self_contained: bool = False
-) -> str:
-    """The README of a saved model: what was cut, how, the figures, and how to load it.
-
-    Args:
-        model: The model, as :func:`to_pretrained` gives it.
-        figures: Figures by stage and name.
-        self_contained: Whether the modelling code lies beside the weights.
-    """
-    plan = get_plan(model)
-    assert plan is not None
-    config: Any = model.config
-    auto_class = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
-    stock = config.model_type != modeling_pruned.MODEL_TYPE
-    before, after = plan.info.get("parameters_before"), count_parameters(model)
-    lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
-    if model.can_generate():
-        lines.append("pipeline_tag: text-generation")
-    lines += ["---", "", f"# A pruned {for_markdown(config.base_model_type)} model", ""]
-    removed = f", {1 - after / before:.1%} fewer than before" if before else ""
-    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
-    lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
-    lines += ["", "| group set | of | kept |", "|---|---|---|"]
-    lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
-    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
-        entries = [e for e in plan.entries if e.kind == kind]
-        kept = [len(e.kept) for e in entries]
-        lines.append(
-            f"| {for_markdown(kind)}, {len(entries)} layers cut | {max(e.size for e in entries)} | {min(kept)} to"
-            f" {max(kept)}, mean {sum(kept) / len(kept):.1f} |"
-        )
-    for key in ("importance", "pruning_ratio", "ratio_of", "repair", "calibration_batches"):
-        if key in plan.info:
-            lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {for_markdown(plan.info[key])}"]
-    names = list(dict.fromkeys(name for values in figures.values() for name in values))
-    if names:
-        lines += ["", "| | " + " | ".join(map(for_markdown, figures)) + " |", "|---" * (1 + len(figures)) + "|"]
-        for name in names:
-            cells = [format_figure(name, values.get(name)) for values in figures.values()]
-            lines.append(f"| {for_markdown(label(name))} | " + " | ".join(cells) + " |")
-    lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
-    trusted = ", trust_remote_code=True" if self_contained and not stock else ""
-    lines += [
-        f"from transformers import {auto_class}",
-        "",
-        f'model = {auto_class}.from_pretrained("this folder"{trusted})',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _check_self_contained(
@@ -469,31 +292,3 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
             if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
                 return False
     return True
-
-
-def check_replaceable(directory: Path) -> None:
-    """Refuse to replace a folder, or a file, that is not a saved model.
-
-    Raises:
-        PruningError: If ``directory`` is there, is not empty and holds no model.
-    """
-    if directory.exists() and (
-        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.json").exists())
-    ):
-        raise PruningError(f"{directory} exists and holds no saved model; refusing to replace it.")
-
-
-@contextmanager
-def _replacing_directory(directory: Path) -> Iterator[Path]:
-    check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -14,23 +14,30 @@ every other step of loading is that of transformers. Where blocks left, the conf
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 MODEL_TYPE = "lit_prune"
 VERSION = 1
 BLOCK = "block"
 LAYER_INDICES = ("layer_idx", "layer_id")
 PREFIX = "Pruned"
+# more groups than any place of a model has; indices are expanded in memory
+MOST_GROUPS = 1_000_000
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -99,22 +106,35 @@ def to_ranges(indices: Sequence[int]) -> str:
     return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
 
 
-def from_ranges(text: str) -> list[int]:
-    """The inverse of :func:`to_ranges`.
+def from_ranges(text: str, size: int) -> list[int]:
+    """The indices that a text stands for; the inverse of :func:`to_ranges`.
+
+    Args:
+        text: The text.
+        size: Number of groups that there are; every index is smaller.
 
     Raises:
-        PrunedPlanError: If the text is not such a list.
+        PrunedPlanError: If the text is not such a list, or not ascending and within ``0..size - 1``. Nothing is expanded
+            before this is known.
     """
-    indices: list[int] = []
     try:
-        for part in text.split():
-            first, _, last = part.partition("-")
-            indices.extend(range(int(first), int(last or first) + 1))
+        parts = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split())]
     except (AttributeError, ValueError) as error:
         raise PrunedPlanError(
-            f"Expected indices like '0-2 5' in the pruning entry of config.json; found {text!r}."
+            f"Expected indices like '0-2 5' of the groups that stay; found {_short(text)}."
         ) from error
-    return indices
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_GROUPS:
+        raise PrunedPlanError(f"Expected a number of groups from 0 to {MOST_GROUPS}; found {_short(size)}.")
+    ends = [end for part in parts for end in part]
+    rising = all(a <= b for a, b in parts) and all(a[1] < b[0] for a, b in pairwise(parts))
+    if not rising or (ends and not 0 <= ends[0] <= ends[-1] < size):
+        raise PrunedPlanError(f"Expected ascending indices of groups within 0..{size - 1}; found {_short(text)}.")
+    return [index for first, last in parts for index in range(first, last + 1)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."
 
 
 def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
@@ -133,21 +153,26 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
     lost: dict[str, dict[int, int]] = {}
     try:
         for entry in pruning["groups"]:
-            kept = len(from_ranges(entry["kept"]))
+            kept = len(from_ranges(entry["kept"], entry["size"]))
             for name, (dim, width) in entry["parameters"].items():
                 dims = lost.setdefault(local_name(model, name), {})
                 dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
         for name, dims in lost.items():
             _shrink(model, name, dims)
+        if not isinstance(pruning["biases"], list):
+            raise PrunedPlanError(f"Expected a list of biases in config.json; found {_short(pruning['biases'])}.")
         for name in pruning["biases"]:
             module: Any = model.get_submodule(local_name(model, name))
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
         for entry in pruning["groups"]:
             for name, per_group in entry["attributes"].items():
-                _set_attribute(model, local_name(model, name), per_group * len(from_ranges(entry["kept"])))
+                _set_attribute(
+                    model, local_name(model, name), per_group * len(from_ranges(entry["kept"], entry["size"]))
+                )
         for entry in pruning["groups"]:
             if entry["kind"] == BLOCK:
-                blocks, stay = model.get_submodule(local_name(model, entry["name"])), from_ranges(entry["kept"])
+                blocks = model.get_submodule(local_name(model, entry["name"]))
+                stay = from_ranges(entry["kept"], entry["size"])
                 keep_blocks(blocks, stay)
                 change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -290,6 +315,7 @@ class PrunedConfig(PreTrainedConfig):
         Raises:
             PrunedPlanError: If the dense model's type is missing or unknown to this transformers, or no ``pruning``
                 entry is there.
+            PrunedModelError: If the data type is unknown, or the class of the model is unknown or of another type.
         """
         if cls is not PrunedConfig:
             return super().from_dict(config_dict, **kwargs)
@@ -300,6 +326,8 @@ class PrunedConfig(PreTrainedConfig):
                 f" {type(config_dict.get('pruning')).__name__}; expected a model type that transformers"
                 f" {transformers.__version__} knows, and a mapping."
             )
+        check_dtype(config_dict)
+        model_class(config_dict.get("architectures"), CONFIG_MAPPING[base])
         return pruned_config_class(base).from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -347,6 +375,116 @@ def pruned_model_class(base: type[PreTrainedModel], base_model_type: str) -> typ
     return _MODELS[base]
 
 
+def check_dtype(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose data type is none that weights can have.
+
+    Raises:
+        PrunedModelError: If it is not the name of a floating type of torch.
+    """
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        found = getattr(torch, str(value).removeprefix("torch."), None)
+        if value is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise PrunedModelError(
+                f"config.json has {key} {_short(value)}; expected a floating type of torch, like 'float32' or 'bfloat16'."
+            )
+
+
+def model_class(names: Any, config_class: type) -> type[PreTrainedModel] | None:
+    """The class of transformers that a config's ``architectures`` name, without the prefix of pruned ones.
+
+    Args:
+        names: What the config says.
+        config_class: The class of its dense model's config.
+
+    Returns:
+        The class, or ``None`` if none is named.
+
+    Raises:
+        PrunedModelError: If the name is no model class, or the class belongs to another type of model.
+    """
+    if not names:
+        return None
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else ""
+    found = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found is PreTrainedModel:
+        raise PrunedModelError(
+            f"config.json names the model class {_short(names)}; expected a list with one of transformers"
+            f" {transformers.__version__}, like {PREFIX}LlamaForCausalLM."
+        )
+    if found.config_class is not None and not issubclass(config_class, found.config_class):
+        raise PrunedModelError(
+            f"config.json names the model class {name!r} and a model type with the config {config_class.__name__}, which do not"
+            f" belong together; expected the type of {found.config_class.__name__}."
+        )
+    return found
+
+
+def weight_files(path: Any, **hub: Any) -> list[str]:
+    """The files with the weights of a folder or a repository on the hub, all of them there.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        PrunedModelError: If the list of them is damaged, or names a file outside the folder.
+    """
+    optional = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if (single := cached_file(path, WEIGHTS, **optional)) is not None:
+        return [single]
+    index = cached_file(path, WEIGHTS_INDEX, **optional)
+    if index is None:
+        raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS} or {WEIGHTS_INDEX}.")
+    try:
+        names: Any = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PrunedModelError(
+            f"{WEIGHTS_INDEX} in {path} is damaged: expected JSON with a mapping 'weight_map' ({type(error).__name__})."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+            raise PrunedModelError(
+                f"{WEIGHTS_INDEX} in {path} is damaged: it names the file {_short(name)}; expected one in the same folder."
+            )
+    files = []
+    for name in sorted(set(names)):
+        file = cached_file(path, name, **optional)
+        if file is None:
+            raise FileNotFoundError(f"{path} has no file {name}, which {WEIGHTS_INDEX} names.")
+        files.append(file)
+    return files
+
+
+def weight_headers(path: Any, files: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Data type, as safetensors writes it, and shape of every tensor in some files, by name.
+
+    Raises:
+        PrunedModelError: If a file is not a whole safetensors file.
+    """
+    headers = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118, it cannot be iterated
+                    part = content.get_slice(name)
+                    headers[name] = (str(part.get_dtype()), tuple(part.get_shape()))
+        except SafetensorError as error:
+            raise PrunedModelError(f"The weights in {path} are damaged: {Path(file).name}: {error}.") from error
+    return headers
+
+
+def _check_values(path: Any, model: Any, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse weights that are whole numbers in the files, or not finite."""
+    whole = {n: kind for n, (kind, _) in headers.items() if kind.startswith(("I", "U", "BOOL"))}
+    whole |= {local_name(model, name): kind for name, kind in whole.items()}
+    for name, parameter in model.named_parameters():
+        if name in whole:
+            raise PrunedModelError(
+                f"The weights in {path} are damaged: {name!r} has the type {whole[name]}; expected a floating one."
+            )
+        known = parameter.device.type != "meta" and parameter.dtype.itemsize > 1
+        if known and not bool(torch.isfinite(parameter).all()):
+            raise PrunedModelError(f"The weights in {path} are damaged: {name!r} has values that are not finite.")
+
+
 def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
     """Load as transformers does, and refuse files that are damaged or do not fit the config.
 
@@ -359,7 +497,8 @@ def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **k
 
     Raises:
         PrunedPlanError: If weights have other shapes than the plan leaves.
-        PrunedModelError: For a file that is no whole safetensors file, and for missing or unknown weights.
+        PrunedModelError: For files that are no whole safetensors files, and for weights that are missing, unknown, not
+            floating or not finite.
         NotImplementedError: If quantisation is asked for.
     """
     if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
@@ -369,6 +508,10 @@ def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **k
         )
     wanted = kwargs.pop("output_loading_info", False)
     tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+    headers = {}
+    if kwargs.get("variant") is None and kwargs.get("state_dict") is None:
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        headers = weight_headers(path, weight_files(path, **hub))
     try:
         model, info = load(path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except SafetensorError as error:
@@ -387,6 +530,7 @@ def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **k
     for what, names in (("lacks the weights", missing), ("has unknown weights", unknown)):
         if names:
             raise PrunedModelError(f"{path} {what} {sorted(names)[:3]} ({len(names)} tensors).")
+    _check_values(path, model, headers)
     return (model, info) if wanted else model
 
 

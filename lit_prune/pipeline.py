@@ -311,8 +311,7 @@ def _unexplained(
 
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
     plan = first.then(later)
-    before = {"parameters_before": first.info["parameters_before"], "iterations": iterations}
-    return replace(plan, info={**plan.info, **before})
+    return replace(plan, info={**plan.info, "iterations": iterations})
 
 
 @contextlib.contextmanager

@@ -7,23 +7,24 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from lit_prune.errors import PlanError
-from lit_prune.files import write_text
+from lit_prune.errors import PlanError, PruningError
+from lit_prune.files import read_json, write_text
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
-from lit_prune.modeling_pruned import PrunedModelError, from_ranges, local_name
+from lit_prune.modeling_pruned import from_ranges, local_name, to_ranges
 
 PLAN_ATTRIBUTE = "_lit_prune_plan"
 # what the config of the dense model said of its depth, where blocks left
 DEPTH_ATTRIBUTE = "_lit_prune_depth"
 FORMAT = "lit_prune.plan"
-VERSION = 1
+# version 1 listed every index, and did not say what model the plan is for
+VERSION = 2
+BEFORE, AFTER = "parameters_before", "parameters_after"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,14 @@ class PruningPlan:
         biases: Modules that have no bias in the dense model and get one when the plan is applied (see
             :mod:`lit_prune.repair`).
         info: How the plan came about (criterion, ratio, figures); plain JSON data that nothing depends on.
+        sets: Name, kind and size of every group set of the model that the plan is for, by which another model is refused;
+            empty if that is not known.
     """
 
     entries: tuple[PlanEntry, ...]
     biases: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    sets: tuple[tuple[str, str, int], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Leave out what leaves with its block."""
@@ -126,13 +130,15 @@ class PruningPlan:
             if not all(stays.values()):
                 entries.append(PlanEntry(stack, BLOCK, 0, len(stays), tuple(i for i in sorted(stays) if stays[i])))
         entries.sort(key=lambda e: (e.layer, e.name))
-        return cls(tuple(entries), info=dict(info or {}))
+        sets = tuple((s.name, s.kind, s.size) for s in group_sets if s.kind != BLOCK)
+        return cls(tuple(entries), info=dict(info or {}), sets=sets)
 
     def validate(self, group_sets: Sequence[GroupSet]) -> None:
         """Check that the plan fits a model's group sets.
 
         Raises:
-            PlanError: If it names a set that the model lacks, a size differs, or too few groups stay for a module to run.
+            PlanError: If it names a set that the model lacks, a size differs, too few groups stay for a module to run, or
+                the plan was made for a model with other sets.
         """
         sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
         minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
@@ -156,9 +162,20 @@ class PruningPlan:
                     f"The plan keeps {len(entry.kept)} of the {entry.size} groups of {entry.name!r} ({entry.kind}), which"
                     f" runs with {minimum[entry.key]} or more."
                 )
+        wanted = {(name, kind): size for name, kind, size in self.sets}
+        found = {key: size for key, size in sizes.items() if key[1] != BLOCK}
+        for name, kind in sorted(wanted.keys() | found.keys()) if wanted else ():
+            if wanted.get((name, kind)) != found.get((name, kind)):
+                raise PlanError(
+                    f"The plan was made for another model: one with {wanted.get((name, kind), 0)} groups at {name!r} ({kind})"
+                    f" and {len(wanted)} group sets in all; this one has {found.get((name, kind), 0)} there and {len(found)} in"
+                    " all."
+                )
 
     def then(self, later: PruningPlan) -> PruningPlan:
         """Compose with a plan made for the model that this one results in, into one plan for the original model.
+
+        What it says of how it came about is that of the later one, but for the parameters before.
 
         Raises:
             PlanError: If the later plan does not fit what this one leaves.
@@ -181,7 +198,17 @@ class PruningPlan:
             entries.append(replace(before, kept=tuple(kept.tolist())))
         entries.sort(key=lambda e: (e.layer, e.name))
         biases = tuple(sorted({*self.biases, *(_moved(b, 0, back)[0] for b in later.biases)}))
-        return PruningPlan(tuple(entries), biases, {**self.info, **later.info})
+        info = {**self.info, **later.info}
+        for name, owner in ((BEFORE, self.info), (AFTER, later.info)):
+            info.pop(name, None)
+            if name in owner:
+                info[name] = owner[name]
+        return PruningPlan(tuple(entries), biases, info, self.sets)
+
+    def counted(self, before: int | None, after: int) -> PruningPlan:
+        """The same plan, which says how many parameters the model has before (if that is known) and after it is applied."""
+        counts = {AFTER: after} if before is None else {BEFORE: before, AFTER: after}
+        return replace(self, info={**self.info, **counts})
 
     def original(self, group_set: GroupSet) -> GroupSet:
         """A group set of the model that this plan results in, by the name and layer that it had before."""
@@ -197,12 +224,16 @@ class PruningPlan:
     def renamed(self, rename: Callable[[str], str]) -> PruningPlan:
         """The same plan for a model whose modules have other names."""
         entries = tuple(replace(e, name=rename(e.name)) for e in self.entries)
-        return replace(self, entries=entries, biases=tuple(rename(b) for b in self.biases))
+        sets = tuple((rename(name), kind, size) for name, kind, size in self.sets)
+        return replace(self, entries=entries, biases=tuple(rename(b) for b in self.biases), sets=sets)
 
     def digest(self) -> str:
-        """SHA-256 of what the plan cuts, the same on every rank and machine."""
-        content = self.to_dict()
-        del content["info"]
+        """SHA-256 of what the plan cuts, the same on every rank and machine, and for every version of the file."""
+        groups = [
+            {"name": e.name, "kind": e.kind, "layer": e.layer, "size": e.size, "kept": list(e.kept)}
+            for e in self.entries
+        ]
+        content = {"format": FORMAT, "version": 1, "group_sets": groups, "biases": list(self.biases)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,10 +242,11 @@ class PruningPlan:
             "format": FORMAT,
             "version": VERSION,
             "group_sets": [
-                {"name": e.name, "kind": e.kind, "layer": e.layer, "size": e.size, "kept": list(e.kept)}
+                {"name": e.name, "kind": e.kind, "layer": e.layer, "size": e.size, "kept": to_ranges(e.kept)}
                 for e in self.entries
             ],
             "biases": list(self.biases),
+            "model": [list(group_set) for group_set in self.sets],
             "info": json.loads(json.dumps(dict(self.info))),
         }
 
@@ -228,8 +260,10 @@ class PruningPlan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise PlanError(f"Not a pruning plan: expected a mapping with format {FORMAT!r}; found {found!r}.")
-        if data.get("version") != VERSION:
-            raise PlanError(f"The plan has version {data.get('version')!r}; this lit_prune reads version {VERSION}.")
+        if data.get("version") not in (1, VERSION):
+            raise PlanError(
+                f"The plan has version {data.get('version')!r}; this lit_prune reads versions 1 and {VERSION}."
+            )
         try:
             entries = tuple(
                 PlanEntry(
@@ -237,37 +271,46 @@ class PruningPlan:
                     _text(e["kind"]),
                     _integer(e["layer"]),
                     _integer(e["size"]),
-                    _integers(e["kept"]),
+                    _kept(e["kept"], e["size"]),
                 )
-                for e in data["group_sets"]
+                for e in _list(data["group_sets"])
             )
-            biases = tuple(_text(b) for b in data.get("biases", ()))
-            info = dict(data.get("info", {}))
+            biases = tuple(_text(b) for b in _list(data.get("biases", ())))
+            sets = tuple((_text(n), _text(kind), _integer(size)) for n, kind, size in _list(data.get("model", ())))
+            if not isinstance(info := data.get("info", {}), Mapping):
+                raise TypeError(f"expected a mapping of info, found {info!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
         if len({e.key for e in entries}) != len(entries):
             raise PlanError("The plan names a group set twice.")
-        return cls(entries, biases, info)
+        return cls(entries, biases, dict(info), sets)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, one line a group set."""
         content = self.to_dict()
-        lines = ",\n  ".join(json.dumps(entry) for entry in content.pop("group_sets"))
+        lists = []
+        for name in ("group_sets", "model"):
+            lines = ",\n  ".join(json.dumps(entry) for entry in content.pop(name))
+            lists.append(f' "{name}": [\n  {lines}\n ]')
         rest = json.dumps(content, indent=1).removesuffix("\n}")
-        write_text(path, f'{rest},\n "group_sets": [\n  {lines}\n ]\n}}\n')
+        write_text(path, ",\n".join((rest, *lists)) + "\n}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan from a JSON file.
 
         Raises:
-            PlanError: If the file is not a valid plan.
+            FileNotFoundError: If there is no such file.
+            PlanError: If it is a folder, or not a valid plan.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PlanError(f"{path} is not a pruning plan: {error}.") from error
-        return cls.from_dict(data)
+            data = read_json(path)
+        except PruningError as error:
+            raise PlanError(f"{path} is not a pruning plan: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def _moved(name: str, layer: int, moved: Mapping[str, Mapping[int, int]]) -> tuple[str, int]:
@@ -326,11 +369,10 @@ def plan_from_config(config: Any) -> PruningPlan | None:
         )
     try:
         groups = [
-            {**{key: g[key] for key in ("name", "kind", "layer", "size")}, "kept": from_ranges(g["kept"])}
-            for g in pruning["groups"]
+            {**{key: g[key] for key in ("name", "kind", "layer", "size")}, "kept": g["kept"]} for g in pruning["groups"]
         ]
         content = {"biases": pruning["biases"], "info": pruning.get("info", {}), "group_sets": groups}
-    except (KeyError, TypeError, PrunedModelError) as error:
+    except (KeyError, TypeError) as error:
         raise PlanError(f"The plan in config.json is malformed: {type(error).__name__}: {error}.") from error
     plan = PruningPlan.from_dict({"format": FORMAT, "version": VERSION, **content})
     if plan.digest() != pruning["digest"]:
@@ -347,13 +389,20 @@ def _integer(value: Any) -> int:
     return value
 
 
-def _integers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"expected a list of integers, found {values!r}")
+def _kept(values: Any, size: Any) -> tuple[int, ...]:
+    """Indices, as ranges or one by one."""
+    if isinstance(values, str):
+        return tuple(from_ranges(values, size))
     # by type, in C: a large model has millions of them
-    if not set(map(type, values)) <= {int}:
+    if not set(map(type, _list(values))) <= {int}:
         raise TypeError(f"expected integers, found {next(v for v in values if type(v) is not int)!r}")
     return tuple(values)
+
+
+def _list(values: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"expected a list, found {values!r:.80}")
+    return values
 
 
 def _text(value: Any) -> str:

@@ -30,7 +30,7 @@ from lit_prune.blocks import hidden_output
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
-from lit_prune.plan import PruningPlan
+from lit_prune.plan import AFTER, PruningPlan
 from lit_prune.statistics import Statistics, attention_mask_of, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
 
@@ -109,10 +109,15 @@ def bias_fold(
             biases[f"{part.module}.bias"] = (lost if present is None else lost + sharding.full(present)).to(
                 weight.dtype
             )
-    added = [
-        name.rpartition(".")[0] for name in biases if getattr(model.get_submodule(name[:-5]), "bias", None) is None
-    ]
-    return replace(plan, biases=tuple(sorted({*plan.biases, *added}))), biases
+    added = {
+        name.removesuffix(".bias"): value.numel()
+        for name, value in biases.items()
+        if getattr(model.get_submodule(name[:-5]), "bias", None) is None
+    }
+    info = dict(plan.info)
+    if AFTER in info:
+        info[AFTER] += sum(added.values())
+    return replace(plan, biases=tuple(sorted({*plan.biases, *added})), info=info), biases
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -16,10 +16,11 @@ from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.architectures.base import depth_of
 from lit_prune.config_view import override_config
 from lit_prune.errors import PlanError, PruningError
-from lit_prune.groups import GroupSet, check_names
+from lit_prune.groups import GroupSet, check_names, count_parameters
 from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks
 from lit_prune.modeling_pruned import sync_features as _sync_features
-from lit_prune.plan import DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPlan, get_plan
+from lit_prune.plan import BEFORE, DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPlan, get_plan
+from lit_prune.saving import save_with_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ def cut(
     optimizers = list(optimizers)
     previous = get_plan(model)
     composed = plan if previous is None else previous.then(plan)
+    before = count_parameters(model) if previous is None else composed.info.get(BEFORE)
     unknown = (
         set(weights)
         - set(cuts)
@@ -146,7 +148,9 @@ def cut(
         _set_attributes(model, group_sets, plan, journal)
         for entry in plan.blocks:
             _remove_blocks(model, entry, optimizers, journal)
-        _set_attribute(model, PLAN_ATTRIBUTE, composed, journal)
+        counted = composed.counted(before, count_parameters(model))
+        _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
+        journal.append(save_with_plan(model))
     except BaseException:
         undo()
         raise
