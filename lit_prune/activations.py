@@ -35,7 +35,6 @@ _OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-
 @dataclass
 class ActivationStatistics:
     """Sums over the tokens that a projection saw, one number an input feature.

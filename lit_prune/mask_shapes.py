@@ -80,33 +80,29 @@ def in_frames(module: nn.Module, mask: Tensor, positions: int) -> Tensor | None:
     return None
 
 
-def fitted(mask: Tensor, lead: Sequence[int], sequence_first: bool) -> Tensor | None:
+def fitted(mask: Tensor, lead: Sequence[int], batch_dim: int = 0) -> Tensor | None:
     """A mask in the shape of hidden states without their features.
 
     Args:
         mask: Shape ``(batch, positions)``, ``(1, positions)`` or ``(positions,)``.
         lead: That shape: ``(batch, positions)``, ``(positions, batch)``, flattened, or with positions in two dimensions.
-        sequence_first: Whether the hidden states lie with positions first.
+        batch_dim: 1 if the hidden states lie with positions first.
 
     Returns:
         The mask, or ``None`` if it is of other positions.
     """
-    lead = tuple(lead)
-    if sequence_first and mask.dim() == 2:
-        mask = mask.T
-    if mask.shape == lead:
-        return mask
+    lead = torch.Size(lead)
+    if mask.dim() == 2 and len(mask) == 1 and len(lead) == 2:
+        mask = mask.expand(lead[batch_dim], -1)
+    ways = [mask] if mask.dim() < 2 else [mask.T, mask] if batch_dim else [mask]
+    for way in ways:
+        if way.shape == lead:
+            return way
+    if mask.numel() != lead.numel():
+        return None
     if len(lead) == 1:
-        return mask.flatten() if mask.numel() == lead[0] else None
-    if mask.dim() == 2 and 1 in mask.shape and mask.shape != lead and len(lead) == 2:
-        wide = [m in (1, n) for m, n in zip(mask.shape, lead, strict=True)]
-        positions = 0 if sequence_first else 1
-        return mask.expand(lead) if all(wide) and mask.shape[positions] == lead[positions] else None
-    total = 1
-    for size in lead:
-        total *= size
-    same_batch = mask.dim() == 2 and not sequence_first and len(mask) == lead[0]
-    return mask.reshape(lead) if same_batch and mask.numel() == total else None
+        return ways[0].flatten()
+    return mask.reshape(lead) if mask.dim() == 2 and len(mask) == lead[0] else None
 
 
 def masks_in(batch: Any, depth: int = 4) -> list[Tensor]:

@@ -37,6 +37,8 @@ GROUPWISE = ("mask_gradient",)
 STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
 MODES = ("streaming", "elementwise")
 GRADIENT_DTYPES = ("float32", "bfloat16")
+
+
 def _identity(values: Tensor) -> Tensor:
     return values
 
@@ -157,11 +159,11 @@ def collect_statistics(
     masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
     of_weights = [t for t in terms if t not in masked]
     collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
-    masks = MaskCollector(model, group_sets, masked, ranks) if masked else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
         consumers = [part.module for s in group_sets for part in s.consumers]
         token_masks = stack.enter_context(TokenMasks(model, [*observed_modules(group_sets), *consumers]))
+        masks = MaskCollector(model, group_sets, masked, ranks, token_masks) if masked else None
         observer = None
         sums = {s for name in (ACTIVATION if activations else needed & set(ACTIVATION)) for s in SUMS[name]}
         if sums:

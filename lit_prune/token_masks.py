@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
-from lit_prune.architectures.arguments import POSITIONS, UNNAMED, Positions
+from lit_prune.architectures.arguments import POSITIONS, UNNAMED, Positions, positions_first
 from lit_prune.mask_shapes import fitted, in_frames, masks_in, seen_positions, visible
 
 _MASK_NAMES = frozenset(name for p in POSITIONS for name in (*p.masks, *p.padding))
@@ -47,7 +47,7 @@ class _Call:
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         self.given = given
-        self.sequence_first = _is_sequence_first(module)
+        self.positions_first = positions_first(module)
         self.sequences = [s for p in POSITIONS if (s := _sequence(p, given)) is not None]
         self.main = next((s for s in self.sequences if not s.positions.context), None) or self._unnamed(given)
         self.past = _past_length(self.main, given)
@@ -65,18 +65,20 @@ class _Call:
         self.sequences.append(_Sequence([first], mask, UNNAMED, not first.is_floating_point()))
         return self.sequences[-1]
 
-    def mask_of(self, sequence: _Sequence, lead: Sequence[int]) -> tuple[Tensor | None, bool]:
+    def mask_of(self, sequence: _Sequence, lead: Sequence[int], batch_dim: int = 0) -> tuple[Tensor | None, bool]:
         """The mask of a sequence in the shape of hidden states, and whether it was given position by position."""
         mask = sequence.mask
         if isinstance(mask, Mapping):
             # one for each type of layer
-            found = [self._reduced(m, sequence, lead)[0] for m in mask.values() if isinstance(m, Tensor)]
+            found = [self._reduced(m, sequence, lead, batch_dim)[0] for m in mask.values() if isinstance(m, Tensor)]
             fit = [m for m in found if m is not None]
             return (torch.stack(fit).any(dim=0) if fit else None), False
-        return self._reduced(mask, sequence, lead) if isinstance(mask, Tensor) else (None, False)
+        return self._reduced(mask, sequence, lead, batch_dim) if isinstance(mask, Tensor) else (None, False)
 
-    def _reduced(self, mask: Tensor, sequence: _Sequence, lead: Sequence[int]) -> tuple[Tensor | None, bool]:
-        batch = len(mask) if len(lead) < 2 else lead[1] if self.sequence_first else lead[0]
+    def _reduced(
+        self, mask: Tensor, sequence: _Sequence, lead: Sequence[int], batch_dim: int
+    ) -> tuple[Tensor | None, bool]:
+        batch = len(mask) if len(lead) < 2 else lead[batch_dim]
         positions = math.prod(lead) // max(batch, 1)
         shown = visible(mask, sequence.inverted)
         # patches in rows and columns
@@ -86,14 +88,14 @@ class _Call:
             seen = seen_positions(shown, batch)
             if seen is None or seen.shape[1] < positions:
                 return None, False
-            return fitted(seen[:, seen.shape[1] - positions :], lead, self.sequence_first), False
+            return fitted(seen[:, seen.shape[1] - positions :], lead, batch_dim), False
         if shown.dim() == 2 and shown.shape[1] != positions:
             if self.past and shown.shape[1] == positions + self.past:
                 shown = shown[:, self.past :]
             else:
                 frames = in_frames(self.module, shown, positions)
                 shown = shown if frames is None else frames
-        return fitted(shown, lead, self.sequence_first), True
+        return fitted(shown, lead, batch_dim), True
 
 
 def _sequence(positions: Positions, given: Mapping[str, Any]) -> _Sequence | None:
@@ -121,13 +123,6 @@ def _past_length(sequence: _Sequence | None, given: Mapping[str, Any]) -> int:
     return next((int(value.get_seq_length()) for value in given.values() if hasattr(value, "get_seq_length")), 0)
 
 
-def _is_sequence_first(module: nn.Module) -> bool:
-    """Whether it is one of ``torch.nn``'s transformers with positions before the batch."""
-    if not type(module).__module__.startswith("torch.nn"):
-        return False
-    return any(not m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention))
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, seen in different shapes perhaps."""
     if a is b:
@@ -145,7 +140,17 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in named)
 
 
-def output_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], lead: Sequence[int]) -> Tensor | None:
+_DECODER = next(p for p in POSITIONS if "decoder_input_ids" in p.states)
+
+
+def has_decoder(module: nn.Module) -> bool:
+    """Whether a model's forward takes a second sequence that its outputs are for."""
+    return not {*_DECODER.states, *_DECODER.masks}.isdisjoint(_parameters(module))
+
+
+def output_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], lead: Sequence[int]
+) -> Tensor | None:
     """The mask of the positions that a model gives outputs for: those of the decoder, if it has one.
 
     Args:
@@ -157,12 +162,9 @@ def output_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     Returns:
         Bool tensor of the shape ``lead``, True at real positions; ``None`` if there is no mask of such positions.
     """
-    parameters = _parameters(module)
-    call = _Call(module, parameters, args, kwargs)
-    decoder = next(p for p in POSITIONS if "decoder_input_ids" in p.states)
-    if {*decoder.states, *decoder.masks} & {*parameters, *kwargs}:
-        mask = call.given.get(decoder.masks[0])
-        return call.mask_of(_Sequence([], mask, decoder, True), lead)[0]
+    call = _Call(module, _parameters(module), args, kwargs)
+    if has_decoder(module):
+        return call.mask_of(_Sequence([], call.given.get(_DECODER.masks[0]), _DECODER, True), lead)[0]
     return None if call.main is None else call.mask_of(call.main, lead)[0]
 
 
@@ -226,7 +228,8 @@ class TokenMasks:
     @property
     def batch_dim(self) -> int:
         """The dimension of hidden states, where the forward is now, that samples lie along."""
-        return int(bool(self._calls) and self._calls[-1].sequence_first)
+        known = (c.positions_first for c in reversed(self._calls) if c.positions_first is not None)
+        return int(next(known, False))
 
     def of(self, hidden: Tensor) -> Tensor | None:
         """The mask of hidden states that a module is called with right now.
@@ -241,7 +244,7 @@ class TokenMasks:
             return None
         mask = self._search(hidden, hidden.shape[:-1])
         if mask is None and not self._receives:
-            shown = (fitted(visible(m), hidden.shape[:-1], False) for m in self._batch if m.dim() == 2)
+            shown = (fitted(visible(m), hidden.shape[:-1], self.batch_dim) for m in self._batch if m.dim() == 2)
             mask = next((m for m in shown if m is not None), None)
         self._asked = True
         self._used |= mask is not None
@@ -250,7 +253,7 @@ class TokenMasks:
     def _search(self, tensor: Tensor, lead: Sequence[int]) -> Tensor | None:
         coarse = None
         for call, sequence in self._sequences(tensor):
-            mask, exact = call.mask_of(sequence, lead)
+            mask, exact = call.mask_of(sequence, lead, self.batch_dim)
             if mask is not None and exact:
                 return mask
             coarse = mask if coarse is None else coarse
@@ -281,7 +284,7 @@ class TokenMasks:
         for reference, mask in self._outputs:
             output = reference()
             if output is not None and any(_same(output, s) for s in states):
-                return fitted(mask.T if self.batch_dim and mask.dim() == 2 else mask, lead, bool(self.batch_dim))
+                return fitted(mask.T if self.batch_dim and mask.dim() == 2 else mask, lead, self.batch_dim)
         return None
 
     def _before(self, parameters: Sequence[str]) -> Any:

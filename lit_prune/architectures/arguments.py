@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -48,3 +50,10 @@ POSITIONS = (
 
 # of a module with arguments of other names: its first tensor
 UNNAMED = Positions((), ("attention_mask", "mask"))
+
+
+def positions_first(module: nn.Module) -> bool | None:
+    """Whether a module's hidden states lie with positions before the batch, if its own attention (or its layers') says so."""
+    layers = getattr(module, "layers", ())
+    inside = [module, *module.children(), *(c for layer in layers for c in layer.children())]
+    return next((not m.batch_first for m in inside if isinstance(m, nn.MultiheadAttention)), None)
