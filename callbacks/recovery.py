@@ -40,7 +40,7 @@ from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.files import replacing
-from lit_prune.statistics import attention_mask_of
+from lit_prune.token_masks import has_decoder, output_mask
 from lit_prune.training.loading import load_model
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -199,6 +199,12 @@ def _taught_layers(student: nn.Module, teacher: nn.Module, layers: int) -> list[
     ((stack, ours),) = kept[0].items()
     theirs = kept[1].get(stack, tuple(range(layers)))
     return [*(theirs.index(layer) for layer in ours[:-1]), layers - 1]
+
+
+def _hidden_states(output: Any) -> Sequence[Tensor]:
+    """The hidden states after each layer, those of the decoder if there are two stacks."""
+    name = "decoder_hidden_states" if hasattr(output, "decoder_hidden_states") else "hidden_states"
+    return getattr(output, name)[1:]
 
 
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -384,16 +390,18 @@ class Distillation(Callback):
                 raise PruningError(
                     f"Distillation compares logits; the model's output is a {type(output).__name__} without any."
                 )
-            inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+            # some decoders read the labels, shifted by one
+            inputs = {name: value for name, value in kwargs.items() if name != "labels" or has_decoder(student)}
             with torch.no_grad():
                 taught = self._model(*args, **inputs)
-            mask = attention_mask_of(kwargs)
+            mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
             kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
             hidden = None
             if self.hidden_weight:
-                states = taught.hidden_states[1:]
+                states = _hidden_states(taught)
                 states = [states[layer] for layer in _taught_layers(student, self._model, len(states))]
-                hidden = hidden_state_loss(output.hidden_states[1:], states, mask)
+                mask = output_mask(student, args, kwargs, states[0].shape[:-1])
+                hidden = hidden_state_loss(_hidden_states(output), states, mask)
             self._terms.append((kl, hidden))
 
         return hook

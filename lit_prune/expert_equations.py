@@ -69,7 +69,7 @@ def expert_equations(
     handles = [experts.register_forward_pre_hook(before), experts.register_forward_hook(after)]
     try:
         for x, (args, kwargs), tokens in zip(inputs, calls, masks, strict=True):
-            mask = None if tokens is None else tokens.flatten().bool()
+            mask = None if tokens is None else tokens.flatten()
             try:
                 with seen:
                     block(x, *args, **kwargs)

@@ -19,6 +19,7 @@ from lit_prune.blocks import hidden_input, hidden_output
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.token_masks import TokenMasks
 
 if TYPE_CHECKING:
     from lit_prune.importance import Term
@@ -35,29 +36,32 @@ class _Masked(torch.autograd.Function):
     """The identity, as if a mask of ones of shape ``(samples, features)`` scaled the features."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, mask: Tensor, batch_dim: int) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.samples = len(mask)
+        ctx.samples, ctx.batch_dim = len(mask), batch_dim
         return inputs.view_as(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (inputs,) = ctx.saved_tensors
-        product = (inputs * gradient).view(ctx.samples, -1, inputs.shape[-1])
-        return gradient, product.sum(dim=1, dtype=torch.float32)
+        product = (inputs * gradient).movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
+        return gradient, product.sum(dim=1, dtype=torch.float32), None
 
 
-def watch_block(block: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
+def watch_block(
+    block: nn.Module, take: Callable[[Tensor], None], token_masks: TokenMasks | None = None
+) -> RemovableHandle:
     """Take the derivatives of the loss by a mask of what a block adds to its input, shape ``(samples,)``, at each backward."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states = hidden_output(output)
         before, after = hidden_input(args, kwargs).detach(), states.detach()
+        batch_dim = 0 if token_masks is None else token_masks.batch_dim
 
         def derive(gradient: Tensor) -> None:
             product = gradient.float() * (after.float() - before.float())
-            take(product.flatten(1).sum(dim=1) if product.dim() > 2 else product.sum().view(1))
+            take(product.movedim(batch_dim, 0).flatten(1).sum(dim=1) if product.dim() > 2 else product.sum().view(1))
 
         if torch.is_grad_enabled():
             # what has nothing scored before it would get no gradient
@@ -69,21 +73,30 @@ def watch_block(block: nn.Module, take: Callable[[Tensor], None]) -> RemovableHa
 class MaskCollector:
     """Puts masks on the groups of a model and adds up what terms of whole groups make of their derivatives.
 
-    A sample is an entry along the first dimension of what the consumers read; where they do not agree on how many there are
-    (a model that flattens batch and tokens in places), the whole batch is one. The derivative is that of the sample's own
-    loss, taking the loss for the mean over the batch, so that the size of the batches does not matter.
+    A sample is an entry along the batch's dimension of what the consumers read; where they do not agree on how many there
+    are (a model that flattens batch and tokens in places), the whole batch is one. The derivative is that of the sample's
+    own loss, taking the loss for the mean over the batch, so that the size of the batches does not matter.
+
+    Padding needs no mask: where the loss does not depend on it the gradient is 0, and where it does, so does the derivative.
 
     Args:
         model: The model.
         group_sets: Its group sets, which have to be :func:`observable`.
         terms: Terms of whole groups.
         ranks: The processes of a distributed run.
+        token_masks: Tells which dimension is the batch's; it has to be entered first.
     """
 
     def __init__(
-        self, model: nn.Module, group_sets: Sequence[GroupSet], terms: Sequence[Term], ranks: Ranks | None
+        self,
+        model: nn.Module,
+        group_sets: Sequence[GroupSet],
+        terms: Sequence[Term],
+        ranks: Ranks | None,
+        token_masks: TokenMasks,
     ) -> None:
         self._model = model
+        self._token_masks = token_masks
         self._group_sets = group_sets
         self._terms = terms
         self._ranks = ranks
@@ -98,11 +111,12 @@ class MaskCollector:
         for group_set in self._group_sets:
             if group_set.kind == BLOCK:
                 derivatives = self._blocks.setdefault(group_set.key, [])
-                self._handles.append(watch_block(self._model.get_submodule(group_set.name), derivatives.append))
+                block = self._model.get_submodule(group_set.name)
+                self._handles.append(watch_block(block, derivatives.append, self._token_masks))
             for position, part in enumerate(group_set.consumers):
                 masks = self._masks.setdefault((group_set.key, position), [])
                 module = self._model.get_submodule(part.module)
-                self._handles.append(module.register_forward_pre_hook(_mask_inputs(masks)))
+                self._handles.append(module.register_forward_pre_hook(_mask_inputs(masks, self._token_masks)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -167,12 +181,15 @@ class MaskCollector:
         return {(term, key, 0): value / samples for (term, key), value in self._sums.items()}
 
 
-def _mask_inputs(masks: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _mask_inputs(
+    masks: list[Tensor], token_masks: TokenMasks
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs: Tensor = args[0]
-        samples = inputs.shape[0] if inputs.dim() > 2 else 1
+        batch_dim = token_masks.batch_dim if inputs.dim() > 2 else 0
+        samples = inputs.shape[batch_dim] if inputs.dim() > 2 else 1
         mask = torch.ones(samples, inputs.shape[-1], device=inputs.device, requires_grad=torch.is_grad_enabled())
         masks.append(mask)
-        return (_Masked.apply(inputs, mask), *args[1:])
+        return (_Masked.apply(inputs, mask, batch_dim), *args[1:])
 
     return hook

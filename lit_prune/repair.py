@@ -15,6 +15,7 @@ The refit is that of reconstruction-based pruning (He et al., Channel Pruning, I
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,8 +32,9 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.plan import AFTER, PruningPlan
-from lit_prune.statistics import Statistics, attention_mask_of, evaluation_mode
+from lit_prune.statistics import Statistics, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
+from lit_prune.token_masks import TokenMasks
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +319,7 @@ def unexplained_shares(
                     output, traced = _trace(block, list(parts), x, call)
                     assert output is not None
                     following.append(output)
-                    select = mask.bool() if mask is not None else slice(None)
+                    select = mask if mask is not None else slice(None)
                     for path, (inputs, _) in traced.items():
                         a = inputs[select].reshape(-1, inputs.shape[-1])
                         a = a.to(torch.promote_types(a.dtype, torch.float32))
@@ -383,7 +385,7 @@ def _record(
         if group_set.block not in blocks:
             blocks.append(group_set.block)
     streams = [_Stream(blocks, calls={b: [] for b in blocks}) for blocks in stacks.values()]
-    mask: Tensor | None = None
+    token_masks = TokenMasks(model, [block for stream in streams for block in stream.blocks])
     last: dict[str, Tensor] = {}
 
     def hook(stream: _Stream, name: str) -> Callable[..., None]:
@@ -391,7 +393,7 @@ def _record(
             hidden, rest, named = _split(args, kwargs)
             if name == stream.blocks[0]:
                 stream.inputs.append(hidden.detach())
-                stream.masks.append(mask if mask is not None and mask.shape == hidden.shape[:-1] else None)
+                stream.masks.append(token_masks.of(hidden))
             elif not torch.equal(last[stream.blocks[0]], hidden):
                 raise UnsupportedModelError(
                     f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
@@ -407,19 +409,15 @@ def _record(
 
         return hook
 
-    handles = []
-    try:
-        for stream in streams:
-            for name in stream.blocks:
-                block = model.get_submodule(name)
-                handles.append(block.register_forward_pre_hook(hook(stream, name), with_kwargs=True))
-                handles.append(block.register_forward_hook(after(stream)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(token_masks)
+        for name, stream in ((n, s) for s in streams for n in s.blocks):
+            block = model.get_submodule(name)
+            stack.callback(block.register_forward_pre_hook(hook(stream, name), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(after(stream)).remove)
         for batch in batches:
-            mask = attention_mask_of(batch)
+            token_masks.start_batch(batch)
             forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for stream in streams:
         for name, calls in stream.calls.items():
             if len(calls) != len(stream.inputs):
@@ -524,7 +522,7 @@ def _normal_equations(
                 target = target + (wanted[number][before] - given[before][1])
         if bias is not None:
             target = target - bias
-        select = mask.bool() if mask is not None else slice(None)
+        select = mask if mask is not None else slice(None)
         precision = torch.promote_types(inputs.dtype, torch.float32)
         a = inputs[select].reshape(-1, inputs.shape[-1]).to(precision)
         b = target[select].reshape(-1, target.shape[-1]).to(precision)

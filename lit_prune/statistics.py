@@ -12,9 +12,8 @@ Nothing here reads a value back from the device between two batches; what has to
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,91 +21,33 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import sharding
+from lit_prune.activations import ACTIVATION, SUMS, ActivationObserver, ActivationStatistics, observed_modules
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
 from lit_prune.masks import MaskCollector, observable, watch_block
-from lit_prune.reduction import add_line, piece_size, pieces, product_lines
+from lit_prune.reduction import add_line, product_lines
+from lit_prune.token_masks import TokenMasks
 
 if TYPE_CHECKING:
     from lit_prune.importance import Term
 
 ELEMENTWISE = ("gradient", "absolute_gradient", "squared_gradient")
 GROUPWISE = ("mask_gradient",)
-ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
 STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
 MODES = ("streaming", "elementwise")
 GRADIENT_DTYPES = ("float32", "bfloat16")
-# the sums over tokens that a statistic of activations is made of
-_SUMS = {
-    "activation_mean_abs": ("sum_abs",),
-    "activation_l1": ("sum_abs",),
-    "activation_l2": ("sum_squares",),
-    "activation_variance": ("sum", "sum_squares"),
-}
 
 
 def _identity(values: Tensor) -> Tensor:
     return values
 
 
-_OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": _identity,
-    "sum_abs": torch.abs,
-    "sum_squares": torch.square,
-}
-
 _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient": _identity,
     "absolute_gradient": torch.abs,
     "squared_gradient": torch.square,
 }
-
-
-@dataclass
-class ActivationStatistics:
-    """Sums over the tokens that a projection saw, one number an input feature.
-
-    Args:
-        count: Number of tokens.
-        sums: Those of the sums ``"sum"`` (of the values), ``"sum_abs"`` and ``"sum_squares"`` that were asked for, float64
-            tensors of shape ``(in_features,)``.
-    """
-
-    count: int
-    sums: dict[str, Tensor]
-
-    def _total(self, name: str) -> Tensor:
-        if name not in self.sums:
-            raise CalibrationError(
-                f"Calibration kept {sorted(self.sums)} of the inputs, not {name!r}: ask for activations=True."
-            )
-        return self.sums[name]
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each feature."""
-        return self._total("sum") / self.count
-
-    @property
-    def mean_abs(self) -> Tensor:
-        """Mean absolute value of each feature."""
-        return self._total("sum_abs") / self.count
-
-    @property
-    def l1(self) -> Tensor:
-        """L1 norm of each feature over all tokens."""
-        return self._total("sum_abs")
-
-    @property
-    def l2(self) -> Tensor:
-        """L2 norm of each feature over all tokens."""
-        return self._total("sum_squares").sqrt()
-
-    @property
-    def variance(self) -> Tensor:
-        """Population variance of each feature."""
-        return (self._total("sum_squares") / self.count - self.mean.square()).clamp_min(0)
 
 
 @dataclass
@@ -159,15 +100,6 @@ class Statistics:
         shape = [1] * weight.dim()
         shape[part.input_dim] = -1
         return getattr(module, name).to(device=weight.device, dtype=torch.float32).view(shape)
-
-
-def attention_mask_of(batch: Any) -> Tensor | None:
-    """The mask of real tokens in a batch, of shape ``(batch, tokens)``, if it is a mapping that has one."""
-    if isinstance(batch, Mapping) or hasattr(batch, "get"):
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask
-    return None
 
 
 def collect_statistics(
@@ -227,21 +159,22 @@ def collect_statistics(
     masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
     of_weights = [t for t in terms if t not in masked]
     collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
-    masks = MaskCollector(model, group_sets, masked, ranks) if masked else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(root))
+        consumers = [part.module for s in group_sets for part in s.consumers]
+        token_masks = stack.enter_context(TokenMasks(model, [*observed_modules(group_sets), *consumers]))
+        masks = MaskCollector(model, group_sets, masked, ranks, token_masks) if masked else None
         observer = None
-        sums = {s for name in (ACTIVATION if activations else needed & set(ACTIVATION)) for s in _SUMS[name]}
+        sums = {s for name in (ACTIVATION if activations else needed & set(ACTIVATION)) for s in SUMS[name]}
         if sums:
-            observer = stack.enter_context(_ActivationObserver(model, group_sets, sorted(sums)))
+            observer = stack.enter_context(ActivationObserver(model, group_sets, sorted(sums), token_masks))
         if collector is not None:
             stack.enter_context(collector)
         if masks is not None:
             stack.enter_context(masks)
         stack.enter_context(torch.set_grad_enabled(gradients))
         for number, batch in enumerate(_together(batches, ranks)):
-            if observer is not None:
-                observer.start_batch(attention_mask_of(batch))
+            token_masks.start_batch(batch)
             loss = loss_fn(batch)
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
@@ -270,8 +203,7 @@ def collect_statistics(
         statistics.reduced.update(masks.finish())
     if observer is not None:
         statistics.activations = observer.finish()
-        modules = {s.module for g in group_sets for s in g.slices if s.observable}
-        missing = sorted(modules - set(statistics.activations))
+        missing = sorted(set(observed_modules(group_sets)) - set(statistics.activations))
         if not _everywhere(not missing, ranks):
             named = missing[:5] or "modules that another process's batches went through"
             raise CalibrationError(f"No calibration batch went through {named}; their inputs cannot be measured.")
@@ -330,77 +262,17 @@ def _checked_loss(loss: Tensor | None, number: int, ranks: Ranks | None) -> Tens
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off; modules that checkpoint activations keep the flag that makes them do so."""
     modes = [(module, module.training) for module in model.modules()]
+    # torch.nn's transformers have one that packs padded batches and calls no modules
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for module, training in modes:
             module.training = training and bool(getattr(module, "gradient_checkpointing", False))
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
-
-
-class _ActivationObserver:
-    """Forward hooks that keep running sums of every projection's input."""
-
-    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet], sums: Sequence[str]) -> None:
-        self._modules = {s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices if s.observable}
-        self._sums = sums
-        self._handles: list[Any] = []
-        self._totals: dict[str, dict[str, Tensor]] = {}
-        # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
-        self._last: tuple[weakref.ref[Tensor], int, dict[str, Tensor]] | None = None
-        self._mask: Tensor | None = None
-
-    def start_batch(self, mask: Tensor | None) -> None:
-        """Note which of the batch's tokens are real, by a mask of shape ``(batch, tokens)``; all, if ``None``."""
-        self._mask = mask
-        self._last = None
-
-    def __enter__(self) -> _ActivationObserver:
-        for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def finish(self) -> dict[str, ActivationStatistics]:
-        """The statistics of every module that was called."""
-        counts = {name: int(totals.pop("count")) for name, totals in self._totals.items()}
-        return {name: ActivationStatistics(counts[name], totals) for name, totals in self._totals.items()}
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        @torch.no_grad()
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs: Tensor = args[0]
-            version = 0 if inputs.is_inference() else inputs._version
-            if self._last is None or self._last[0]() is not inputs or self._last[1] != version:
-                self._last = (weakref.ref(inputs), version, self._sums_of(inputs.detach()))
-            totals = self._totals.get(name)
-            if totals is None:
-                self._totals[name] = {key: value.double() for key, value in self._last[2].items()}
-                return
-            for key, value in self._last[2].items():
-                totals[key] += value
-
-        return hook
-
-    def _sums_of(self, inputs: Tensor) -> dict[str, Tensor]:
-        inputs = inputs.reshape(-1, inputs.shape[-1])
-        mask = self._mask
-        # some models flatten batch and tokens before a projection
-        mask = mask.flatten().bool()[:, None] if mask is not None and mask.numel() == len(inputs) else None
-        result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
-        for index in pieces(inputs.shape, piece_size(inputs.device)):
-            part = inputs[index].float()
-            if mask is not None:
-                # not by index, which would wait for the device to say how many there are
-                part = torch.where(mask[index], part, 0.0)
-            for key, line in result.items():
-                line += _OF_INPUTS[key](part).sum(dim=0)
-        result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
-        return result
 
 
 class _Accumulator:
