@@ -167,7 +167,7 @@ class MultiheadAttention(Block):
 register_architecture(
     Architecture(
         name="torch-transformer",
-        models=("Transformer", "TransformerEncoder", "TransformerDecoder"),
+        models=(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
         blocks=(
             MultiheadAttention(path="layers.*.self_attn"),
             MultiheadAttention(path="layers.*.multihead_attn", kind="cross_attention", optional=True),
