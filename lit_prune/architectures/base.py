@@ -15,6 +15,7 @@ from lit_prune.architectures.adapt import without_heads, without_inputs
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
+from lit_prune.module_checks import check_plain
 from lit_prune.plan import get_plan
 
 STACKED = "stacked"
@@ -457,7 +458,8 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         raise UnsupportedModelError(
             f"No supported model found in {type(module).__name__}. Looked at {', '.join(looked_at[:20])}"
             f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)}{_namesake_hint(module)}"
-            f" Supported are modules of, or derived from: {', '.join(supported)}. Describe your own with lit_prune.register_architecture."
+            f" Supported are modules of, or derived from: {', '.join(supported)}. Describe"
+            " your own with lit_prune.register_architecture."
         )
     listed = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in found)
     raise UnsupportedModelError(
@@ -635,6 +637,7 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
             f"{path} ({type(module).__name__}) carries a LoRA adapter. Merge it first (model.merge_and_unload()), prune,"
             " and add a new adapter to the pruned model."
         )
+    check_plain(module, path)
     weight = getattr(module, "weight", None)
     # transformers' Conv1D stores (in, out); nn.Linear stores (out, in)
     transposed = isinstance(module, Conv1D)
@@ -642,6 +645,11 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
         raise UnsupportedModelError(
             f"{path} is a {type(module).__name__}; expected nn.Linear or transformers' Conv1D. Quantised and wrapped"
             " projections cannot be pruned: load the model in float32, bfloat16 or float16 and without adapters."
+        )
+    if not isinstance(weight, nn.Parameter):
+        raise UnsupportedModelError(
+            f"{path}.weight ({type(module).__name__}) is no nn.Parameter but computed from others; expected a parameter. Put a"
+            " plain nn.Linear with the computed weight in its place before pruning."
         )
     if weight.dim() != 2:
         raise UnsupportedModelError(
@@ -686,6 +694,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
             break
         except AttributeError:
             owner = owner.rpartition(".")[0]
+    check_plain(module, owner)
     parameter = getattr(module, last, None) if name == f"{owner}.{last}" else None
     if not isinstance(parameter, nn.Parameter):
         parts = [n for n, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
