@@ -43,6 +43,7 @@ from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
 from lit_prune.callbacks.strategies import check_strategy, rebuild_on_load, renew_wrapper, stop_rebuilding
 from lit_prune.checkpoint import plan_digest
 from lit_prune.errors import ArgumentValueError
+from lit_prune.module_checks import check_parameters
 from lit_prune.plan import FORMAT
 from lit_prune.selection import Limits
 from lit_prune.table import GroupTable
@@ -249,6 +250,7 @@ class StructuredPruning(Callback):
         model = self.model(pl_module)
         group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         sharding.check_layout(model, group_sets)
+        check_parameters(model, group_sets, pl_module)
         if self._reference is None:
             self._reference = pipeline.model_size(model, group_sets)
             self._digests = {"start": plan_digest(model), "now": plan_digest(model)}

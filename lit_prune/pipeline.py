@@ -31,6 +31,7 @@ from lit_prune.errors import (
 )
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
+from lit_prune.module_checks import check_computation, check_parameters
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import bias_fold, least_squares, unexplained_shares
 from lit_prune.selection import select
@@ -202,7 +203,7 @@ def prune(
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
-CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "calibration", "compensation", "comparison", "repair"
+CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
 
 
@@ -222,9 +223,10 @@ def prune_with(
 
     Args:
         model: The model itself.
-        data: Called with what the batches are for, ``"calibration"``, ``"compensation"`` (what a repair could make up for),
-            ``"comparison"`` (of candidates) or ``"repair"``; gives
-            a context in which they are run, with the batches, the same ones every time, and the loss function.
+        data: Called with what the batches are for, ``"check"`` (one batch, see
+            :func:`lit_prune.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a repair could make up
+            for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
+            run, with the batches, the same ones every time, and the loss function.
         config: The configuration.
         optimizers: Optimizers over the model's parameters, cut along.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -237,6 +239,9 @@ def prune_with(
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
     config.check(model, group_sets)
+    check_parameters(model, group_sets, root)
+    with data(CHECK) as (batches, loss):
+        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None

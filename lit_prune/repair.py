@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,9 +28,10 @@ from transformers import Cache
 
 from lit_prune import sharding
 from lit_prune.blocks import hidden_output
-from lit_prune.errors import UnsupportedModelError
+from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.module_checks import relative_difference, tolerance
 from lit_prune.plan import AFTER, PruningPlan
 from lit_prune.statistics import Statistics, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
@@ -42,6 +43,11 @@ REPAIRS = ("least_squares", "bias")
 # measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much
 DAMPING = 4.0
 SHARE_DAMPING = 0.1
+# values of a block's first output that are kept to check its replay by
+_SAMPLE = 4096
+# rounding adds up over the blocks before
+_REPLAY_SLACK = 8.0
+_WAY_OUT = "Use repair='bias' or repair=None."
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
@@ -133,6 +139,29 @@ class _Stream:
     inputs: list[Tensor] = field(default_factory=list)
     calls: dict[str, list[Call]] = field(default_factory=dict)
     masks: list[Tensor | None] = field(default_factory=list)
+    # by block, of what its first call gave: a sample to check a replay by, and the precision that it was computed in
+    first: dict[str, tuple[Tensor, torch.dtype]] = field(default_factory=dict)
+
+    def check_replay(self, name: str, output: Tensor) -> None:
+        """Refuse to go on if a block's first call gave something else in its replay than when it was recorded.
+
+        Raises:
+            UnsupportedModelError: If it did.
+        """
+        (replayed, own), (recorded, precision) = _sample(output), self.first[name]
+        apart = relative_difference(replayed, recorded)
+        if not apart <= tolerance(own, precision) * _REPLAY_SLACK:
+            raise UnsupportedModelError(
+                f"{name}, run on its own with what it was called with, does not give what it gave in the model (largest relative"
+                f" difference {apart:.3g}): it depends on a cache or another state. {_WAY_OUT}"
+            )
+
+
+def _sample(output: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Some values of an output, spread over all of it, and the precision of what is computed here."""
+    device = output.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    return output.detach().flatten()[:: max(1, output.numel() // _SAMPLE)].clone(), dtype
 
 
 @torch.no_grad()
@@ -182,24 +211,24 @@ def least_squares(
                 members = [s for s in group_sets if s.block == name]
                 started = started or name in gone or any(s.key in touched for s in members)
                 block = sharding.plain_copy(model.get_submodule(name))
-                if not started:
-                    dense = pruned = _run(block, dense, stream.calls[name])
-                    continue
-                if name in gone:
-                    # the pruned stream passes it by, and the blocks behind it make up for that
-                    dense = _run(block, dense, stream.calls[name])
+                if not started or name in gone:
+                    # the pruned stream passes a block that leaves by, and the blocks behind it make up for that
+                    dense = _run(block, dense, stream, name)
+                    stream.check_replay(name, dense[0])
+                    pruned = pruned if started else dense
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
                 parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.refittable}
-                following, wanted = _dense_pass(block, list(parts), dense, stream.calls[name])
+                following, wanted = _dense_pass(block, list(parts), dense, stream, name)
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
                 order = list(wanted[0])
                 residual = _adds_up(dense[0], wanted[0], following[0])
                 for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
-                    gram, cross, tokens = _normal_equations(
-                        smaller, order, path, residual, dense, pruned, wanted, stream, name
-                    )
+                    with _runs_when_cut(name):
+                        gram, cross, tokens = _normal_equations(
+                            smaller, order, path, residual, dense, pruned, wanted, stream, name
+                        )
                     if total is not None:
                         gram, cross, tokens = total(gram), total(cross), total(tokens)
                     weight = smaller.get_parameter(f"{path}.weight")
@@ -212,7 +241,8 @@ def least_squares(
                         model, block, smaller, group_set, members, plan, stream, pruned, damping, total
                     )
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                dense, pruned = following, _run(smaller, pruned, stream.calls[name])
+                with _runs_when_cut(name):
+                    dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
 
 
@@ -316,9 +346,11 @@ def unexplained_shares(
                 tokens = torch.zeros((), device=states[0].device)
                 following = []
                 for x, call, mask in zip(states, stream.calls[name], stream.masks, strict=True):
-                    output, traced = _trace(block, list(parts), x, call)
+                    output, traced = _trace(block, list(parts), x, call, name)
                     assert output is not None
                     following.append(output)
+                    if len(following) == 1:
+                        stream.check_replay(name, output)
                     select = mask if mask is not None else slice(None)
                     for path, (inputs, _) in traced.items():
                         a = inputs[select].reshape(-1, inputs.shape[-1])
@@ -390,8 +422,9 @@ def _record(
 
     def hook(stream: _Stream, name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, rest, named = _split(args, kwargs)
+            hidden, rest, named = _split(args, kwargs, name)
             if name == stream.blocks[0]:
+                _refuse_filled_cache(args, kwargs, name)
                 stream.inputs.append(hidden.detach())
                 stream.masks.append(token_masks.of(hidden))
             elif not torch.equal(last[stream.blocks[0]], hidden):
@@ -403,9 +436,11 @@ def _record(
 
         return before
 
-    def after(stream: _Stream) -> Callable[..., None]:
+    def after(stream: _Stream, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            last[stream.blocks[0]] = hidden_output(output)
+            states = last[stream.blocks[0]] = _states(output, name)
+            if name not in stream.first:
+                stream.first[name] = _sample(states)
 
         return hook
 
@@ -414,7 +449,7 @@ def _record(
         for name, stream in ((n, s) for s in streams for n in s.blocks):
             block = model.get_submodule(name)
             stack.callback(block.register_forward_pre_hook(hook(stream, name), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(after(stream)).remove)
+            stack.callback(block.register_forward_hook(after(stream, name)).remove)
         for batch in batches:
             token_masks.start_batch(batch)
             forward(batch)
@@ -428,21 +463,90 @@ def _record(
     return streams
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states that a block is called with, and everything else. Caches are left out: they would remember."""
     named = {k: v for k, v in kwargs.items() if k != "use_cache" and not isinstance(v, Cache)}
     if args:
-        return args[0], tuple(None if isinstance(a, Cache) else a for a in args[1:]), named
-    hidden = named.pop("hidden_states")
-    return hidden, (), named
+        hidden, rest = args[0], tuple(None if isinstance(a, Cache) else a for a in args[1:])
+    else:
+        hidden, rest = named.pop("hidden_states", None), ()
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"{name} was called with {[type(a).__name__ for a in args]} and {sorted(kwargs)}; expected hidden states, a tensor,"
+            f" as its first argument or as hidden_states=. {_WAY_OUT}"
+        )
+    return hidden, rest, named
 
 
-def _run(block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    return [hidden_output(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, calls, strict=True)]
+def _refuse_filled_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> None:
+    """Refuse a first block that is called with a cache of earlier tokens: prefix tuning, a sequence in several pieces.
+
+    Raises:
+        UnsupportedModelError: If the cache holds tokens.
+    """
+    for cache in (c for c in (*args, *kwargs.values()) if isinstance(c, Cache)):
+        length = int(cache.get_seq_length())
+        if length:
+            raise UnsupportedModelError(
+                f"{name} is called with a cache that holds {length} tokens already (prefix tuning, or a sequence in several"
+                f" pieces), without which the blocks cannot be run again one after the other. {_WAY_OUT}"
+            )
+
+
+def _states(output: Any, name: str) -> Tensor:
+    """The hidden states that a block gives, checked."""
+    states = hidden_output(output)
+    if not isinstance(states, Tensor):
+        raise UnsupportedModelError(
+            f"{name} gives a {type(output).__name__}; expected hidden states, or a tuple that begins with them. {_WAY_OUT}"
+        )
+    return states
+
+
+@contextlib.contextmanager
+def _replayed(name: str) -> Iterator[None]:
+    """Turn an error in a block that is run on its own into one that says so.
+
+    Raises:
+        UnsupportedModelError: In place of what the block raised; memory that runs out, and our own errors, stay.
+    """
+    try:
+        yield
+    except (Reached, PruningError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be run on its own with what it was called with in the model ({type(error).__name__}: {error})."
+            f" {_WAY_OUT}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _runs_when_cut(name: str) -> Iterator[None]:
+    """Refuse a plan under which a block, which ran on its own before, does not run any more.
+
+    Raises:
+        PlanError: If it does not.
+    """
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise PlanError(
+            f"{name} runs on its own as it is, but not once it is cut as planned: {error.__cause__ or error}. Does its forward"
+            " take sizes from an attribute that its description does not name, or from the width of its input?"
+        ) from error
+
+
+def _run(block: nn.Module, inputs: Sequence[Tensor], stream: _Stream, name: str) -> list[Tensor]:
+    with _replayed(name):
+        return [
+            _states(block(x, *args, **kwargs), name)
+            for x, (args, kwargs) in zip(inputs, stream.calls[name], strict=True)
+        ]
 
 
 def _trace(
-    block: nn.Module, paths: Sequence[str], x: Tensor, call: Call, until: str | None = None
+    block: nn.Module, paths: Sequence[str], x: Tensor, call: Call, name: str, until: str | None = None
 ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
     """Run a block; give its output, and the input and output of some projections in it, in the order of their calls.
 
@@ -465,7 +569,8 @@ def _trace(
 
     handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
-        return hidden_output(block(x, *call[0], **call[1])), found
+        with _replayed(name):
+            return _states(block(x, *call[0], **call[1]), name), found
     except Reached:
         return None, found
     finally:
@@ -474,13 +579,16 @@ def _trace(
 
 
 def _dense_pass(
-    block: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor], calls: Sequence[Call]
+    block: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor], stream: _Stream, name: str
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """What the dense block and its consumers give for every batch."""
-    outputs, wanted = [], []
-    for x, call in zip(inputs, calls, strict=True):
-        output, traced = _trace(block, paths, x, call)
+    outputs: list[Tensor] = []
+    wanted = []
+    for x, call in zip(inputs, stream.calls[name], strict=True):
+        output, traced = _trace(block, paths, x, call, name)
         assert output is not None
+        if not outputs:
+            stream.check_replay(name, output)
         outputs.append(output)
         wanted.append({path: produced for path, (_, produced) in traced.items()})
     return outputs, wanted
@@ -514,7 +622,7 @@ def _normal_equations(
     for number, (x_dense, x_pruned, call, mask) in enumerate(
         zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
     ):
-        given = _trace(smaller, order, x_pruned, call, until=path)[1]
+        given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
         inputs, target = given[path][0], wanted[number][path]
         if residual:
             target = target + (x_dense - x_pruned)

@@ -323,6 +323,8 @@ def test_masks_of_torchs_attention_mean_what_they_meant(batch_first, training):
         {},
         {"attn_mask": causal},
         {"attn_mask": torch.randn(5, 7)},
+        {"attn_mask": torch.randn(8, 5, 7)},
+        {"attn_mask": causal.repeat(8, 1, 1), "key_padding_mask": padding},
         {"key_padding_mask": padding},
         {"key_padding_mask": padding, "attn_mask": causal},
     ):
@@ -336,8 +338,14 @@ def test_masks_of_torchs_attention_mean_what_they_meant(batch_first, training):
     if batch_first:
         alone = small(query[0], memory[0], memory[0])[0]
         torch.testing.assert_close(alone, dense(query[0], memory[0], memory[0])[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="for every head by itself"):
-        small(query, memory, memory, attn_mask=torch.zeros(8, 5, 7))
+    own = torch.randn(4, 5, 7)
+    of_all = torch.full((2, 4, 5, 7), float("-inf"))
+    of_all[:, [0, 3]] = own.unflatten(0, (2, 2))
+    torch.testing.assert_close(
+        small(query, memory, memory, attn_mask=own)[0], small(query, memory, memory, attn_mask=of_all.flatten(0, 1))[0]
+    )
+    with pytest.raises(ValueError, match=r"shape \(6, 5, 7\) for a batch of 2; expected .*the 2 that"):
+        small(query, memory, memory, attn_mask=torch.zeros(6, 5, 7))
 
 
 def test_an_encoder_of_torch_is_right_where_only_a_later_layer_lost_heads():

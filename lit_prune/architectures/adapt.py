@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,47 @@ _CACHES = ("past_key_values", "layer_past")
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
-def become(module: nn.Module, mixin: type) -> Callable[[], None]:
+class Adapted:
+    """Base class of what is mixed into the class of a module at a cut; lets such a module be copied and pickled.
+
+    The class is made when it is needed, so that pickle could not find it by its name: it is written as the class that the
+    module had, and what was mixed in.
+    """
+
+    adapted_from: type
+    adapted_by: tuple[type, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """How pickle and copy build the module anew."""
+        build, arguments, *state = super().__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
+        if build is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return build, arguments, *state
+        return new_adapted, (self.adapted_from, self.adapted_by, *arguments[1:]), *state
+
+
+def new_adapted(before: type, mixins: tuple[type, ...], *arguments: Any) -> Any:
+    """An empty module of the class that :func:`become` makes of a class with these mixins, one after the other."""
+    cls = before
+    for mixin in mixins:
+        cls = _adapted_class(cls, mixin)
+    return cls.__new__(cls, *arguments)
+
+
+def _adapted_class(before: type, mixin: type) -> type:
+    if (before, mixin) not in _CLASSES:
+        members = {
+            "adapted_from": getattr(before, "adapted_from", before),
+            "adapted_by": (*getattr(before, "adapted_by", ()), mixin),
+            "__module__": __name__,
+        }
+        _CLASSES[before, mixin] = type(f"{before.__name__}{mixin.__name__}", (mixin, before), members)
+    return _CLASSES[before, mixin]
+
+
+def become(module: nn.Module, mixin: type[Adapted]) -> Callable[[], None]:
     """Make a module an instance of its class with ``mixin`` before it; return a function that undoes this."""
     before = type(module)
-    if (before, mixin) not in _CLASSES:
-        _CLASSES[before, mixin] = type(f"{before.__name__}{mixin.__name__}", (mixin, before), {})
-    module.__class__ = _CLASSES[before, mixin]
+    module.__class__ = _adapted_class(before, mixin)
 
     def undo() -> None:
         module.__class__ = before
@@ -29,7 +65,7 @@ def nothing_to_undo() -> None:
     """What an adaptation returns that left the module as it was."""
 
 
-class KeptHeads:
+class KeptHeads(Adapted):
     """What attention remembers that gets something for every head of the dense model: which of them are its own."""
 
     kept_heads: list[int]
@@ -62,7 +98,7 @@ def kept_heads(module: nn.Module, kept: Tensor, mixin: type[KeptHeads]) -> Calla
     return undo_all
 
 
-class WithoutHeads:
+class WithoutHeads(Adapted):
     """Mixed into the class of an attention module that has no heads left: its forward computes none.
 
     A cache gets one feature a token, so that the layers behind and the masks find it as long as it should be.
@@ -106,7 +142,7 @@ def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[
     return apply
 
 
-class WithoutInputs:
+class WithoutInputs(Adapted):
     """Mixed into transformers' Conv1D once nothing is left to read: its own forward cannot tell the shape of nothing."""
 
     def forward(self, x: Tensor) -> Tensor:

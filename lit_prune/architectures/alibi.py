@@ -56,7 +56,7 @@ def own_bias(module: nn.Module, kept: Tensor) -> Callable[[], None]:
 register_architecture(
     Architecture(
         name="bloom",
-        models=("BloomPreTrainedModel",),
+        models=("transformers.BloomPreTrainedModel",),
         blocks=(
             Attention(
                 path="h.*.self_attention",
@@ -74,7 +74,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="mpt",
-        models=("MptPreTrainedModel",),
+        models=("transformers.MptPreTrainedModel",),
         blocks=(
             Attention(
                 path="blocks.*.attn",

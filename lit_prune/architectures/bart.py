@@ -6,12 +6,12 @@ register_architecture(
     Architecture(
         name="bart",
         models=(
-            "BartPreTrainedModel",
-            "MBartPreTrainedModel",
-            "PegasusPreTrainedModel",
-            "MarianPreTrainedModel",
-            "M2M100PreTrainedModel",
-            "WhisperPreTrainedModel",
+            "transformers.BartPreTrainedModel",
+            "transformers.MBartPreTrainedModel",
+            "transformers.PegasusPreTrainedModel",
+            "transformers.MarianPreTrainedModel",
+            "transformers.M2M100PreTrainedModel",
+            "transformers.WhisperPreTrainedModel",
         ),
         blocks=(
             Attention(path="layers.*.self_attn", output="out_proj"),

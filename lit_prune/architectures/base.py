@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lit_prune.architectures.adapt import without_heads, without_inputs
+from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
+from lit_prune.module_checks import check_plain
 from lit_prune.plan import get_plan
 
 STACKED = "stacked"
@@ -318,7 +321,9 @@ class Architecture:
 
     Args:
         name: Name of the family.
-        models: Class names; a model belongs to the family if its class or one of its base classes has such a name.
+        models: Classes; a model belongs to the family if its class or one of its base classes is among them. Each is the class
+            itself, or its dotted name (``"my_package.models.MyGPT"``, also of a module that exports it), which imports
+            nothing; or its bare name (``"MyGPT"``), which means any class of that name that the description fits.
         blocks: The descriptions of the parts that hold groups.
         check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
             fit all the same, because of an option in its config for instance.
@@ -340,47 +345,85 @@ class Architecture:
     """
 
     name: str
-    models: tuple[str, ...]
+    models: tuple[ClassRef, ...]
     blocks: tuple[Block, ...]
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
-        return any(c.__name__ in self.models for c in type(module).__mro__)
+        return refers_to_any(self.models, module)
+
+    def fits(self, model: nn.Module, *, whole: bool = False) -> bool:
+        """Whether the parts of a model are where the descriptions expect them.
+
+        Args:
+            model: The model.
+            whole: Whether to describe a module of each kind, too, in place of looking only at the names.
+        """
+        if not all(block.optional or block.having or block.places(model) for block in self.blocks):
+            return False
+        if whole:
+            try:
+                for block in self.blocks:
+                    next(iter(block.group_sets(model, _pruned_before(model))), None)
+            except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+                # what a description does with a model that it is not for
+                return False
+        return True
 
 
-_REGISTRY: dict[str, Architecture] = {}
+_REGISTRY: list[Architecture] = []
 
 
 def register_architecture(architecture: Architecture) -> Architecture:
-    """Make a description known, so that models of its classes can be pruned. A later one wins over an earlier one.
+    """Make a description known, so that models of its classes can be pruned.
+
+    A later one wins over an earlier one, and takes the place of one with the same name and a class in common. Where classes
+    of one bare name are described several times, each model gets the latest description that fits it.
 
     Raises:
         ValueError: If it names no class or no block.
+        TypeError: If ``models`` holds something else than classes and names of classes.
     """
+    if isinstance(architecture.models, str) or not all(isinstance(m, str | type) for m in architecture.models):
+        raise TypeError(
+            f"Architecture {architecture.name!r} has models={architecture.models!r}; expected a tuple of classes or names of"
+            " classes."
+        )
     if not architecture.models or not architecture.blocks:
-        raise ValueError(f"Architecture {architecture.name!r} needs at least one class name and one block description.")
-    _REGISTRY.pop(architecture.name, None)
-    _REGISTRY[architecture.name] = architecture
+        raise ValueError(f"Architecture {architecture.name!r} needs at least one class and one block description.")
+    classes = {qualified_name(m) for m in architecture.models}
+    _REGISTRY[:] = [
+        a for a in _REGISTRY if a.name != architecture.name or classes.isdisjoint(map(qualified_name, a.models))
+    ]
+    _REGISTRY.append(architecture)
     return architecture
 
 
 def architectures() -> tuple[Architecture, ...]:
     """The registered descriptions, the latest last."""
-    return tuple(_REGISTRY.values())
+    return tuple(_REGISTRY)
 
 
-def _architecture_of(module: nn.Module) -> Architecture | None:
-    return next((a for a in reversed(_REGISTRY.values()) if a.matches(module)), None)
+def _architecture_of(module: nn.Module, *, anyway: bool = False) -> Architecture | None:
+    """The description of a module; one by a bare name counts only if it fits, or ``anyway`` if there is no other."""
+    candidates = [a for a in reversed(_REGISTRY) if a.matches(module)]
+    meant = [matching_class(a.models, module) for a in candidates]
+    for architecture, cls in zip(candidates, meant, strict=True):
+        by_class = refers_to_any(architecture.models, module, bare=False)
+        # where others describe a class of this name, too, the place of its parts may not be enough to tell
+        if by_class or architecture.fits(module, whole=meant.count(cls) > 1):
+            return architecture
+    return candidates[0] if candidates and anyway else None
 
 
-def _outermost_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if _architecture_of(module) is not None:
+def _outermost_models(module: nn.Module, prefix: str = "", *, anyway: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    if _architecture_of(module, anyway=anyway) is not None:
         yield prefix, module
         return
     for name, child in module.named_children():
-        yield from _outermost_models(child, f"{prefix}.{name}" if prefix else name)
+        yield from _outermost_models(child, f"{prefix}.{name}" if prefix else name, anyway=anyway)
 
 
 def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
@@ -402,7 +445,8 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         except AttributeError as error:
             children = [name for name, _ in module.named_children()]
             raise UnsupportedModelError(f"No module at {path!r}. The top-level modules are {children}.") from error
-    found = list(_outermost_models(module))
+    # last, one that has the name of a class but not its parts, for an error that names the part
+    found = list(_outermost_models(module)) or list(_outermost_models(module, anyway=True))
     if len(found) == 1:
         name, model = found[0]
         return ".".join(part for part in (path, name) if part), model
@@ -410,16 +454,29 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         looked_at = [
             f"{name or '(root)'}: {type(m).__name__}" for name, m in module.named_modules() if name.count(".") < 2
         ]
-        supported = sorted(c for a in _REGISTRY.values() for c in a.models)
+        supported = sorted(qualified_name(c) for a in _REGISTRY for c in a.models)
         raise UnsupportedModelError(
             f"No supported model found in {type(module).__name__}. Looked at {', '.join(looked_at[:20])}"
-            f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)} Supported are modules of, or derived from:"
-            f" {', '.join(supported)}. Describe your own with lit_prune.register_architecture."
+            f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)}{_namesake_hint(module)}"
+            f" Supported are modules of, or derived from: {', '.join(supported)}. Describe"
+            " your own with lit_prune.register_architecture."
         )
     listed = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in found)
     raise UnsupportedModelError(
         f"{len(found)} supported models found in {type(module).__name__}: {listed}. Say which one to prune by its path."
     )
+
+
+def _namesake_hint(module: nn.Module) -> str:
+    """Which module has the name, but is not the class, that a description is for."""
+    for name, m in module.named_modules():
+        for architecture in _REGISTRY:
+            if found := namesakes(architecture.models, m):
+                return (
+                    f" {name or '(root)'} has the name of {found[0]}, but is {qualified_name(type(m))}: if its parts are laid"
+                    " out alike, describe it with models=(that class,)."
+                )
+    return ""
 
 
 def _layers_hint(module: nn.Module) -> str:
@@ -454,12 +511,11 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
             its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
     """
     model = find_model(model)[1]
-    architecture = _architecture_of(model)
+    architecture = _architecture_of(model, anyway=True)
     assert architecture is not None
     if architecture.check is not None:
         architecture.check(model)
-    plan = get_plan(model)
-    pruned: Collection[tuple[str, str]] = set() if plan is None else plan.afterwards().keys()
+    pruned = _pruned_before(model)
     group_sets: list[GroupSet] = []
     for block in architecture.blocks:
         found = list(block.group_sets(model, pruned))
@@ -476,6 +532,12 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets)
     return group_sets
+
+
+def _pruned_before(model: nn.Module) -> Collection[tuple[str, str]]:
+    """Keys of the group sets that lost something in earlier cuts."""
+    plan = get_plan(model)
+    return set() if plan is None else plan.afterwards().keys()
 
 
 def depth_of(model: nn.Module) -> tuple[str, ...] | None:
@@ -575,13 +637,19 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
             f"{path} ({type(module).__name__}) carries a LoRA adapter. Merge it first (model.merge_and_unload()), prune,"
             " and add a new adapter to the pruned model."
         )
+    check_plain(module, path)
     weight = getattr(module, "weight", None)
-    # transformers' Conv1D stores (in, out); anything else that looks linear stores (out, in)
-    transposed = any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+    # transformers' Conv1D stores (in, out); nn.Linear stores (out, in)
+    transposed = isinstance(module, Conv1D)
     if (not isinstance(module, nn.Linear) and not transposed) or not isinstance(weight, Tensor):
         raise UnsupportedModelError(
             f"{path} is a {type(module).__name__}; expected nn.Linear or transformers' Conv1D. Quantised and wrapped"
             " projections cannot be pruned: load the model in float32, bfloat16 or float16 and without adapters."
+        )
+    if not isinstance(weight, nn.Parameter):
+        raise UnsupportedModelError(
+            f"{path}.weight ({type(module).__name__}) is no nn.Parameter but computed from others; expected a parameter. Put a"
+            " plain nn.Linear with the computed weight in its place before pruning."
         )
     if weight.dim() != 2:
         raise UnsupportedModelError(
@@ -626,6 +694,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
             break
         except AttributeError:
             owner = owner.rpartition(".")[0]
+    check_plain(module, owner)
     parameter = getattr(module, last, None) if name == f"{owner}.{last}" else None
     if not isinstance(parameter, nn.Parameter):
         parts = [n for n, _ in (*module.named_children(), *module.named_parameters(recurse=False))]

@@ -9,25 +9,25 @@ register_architecture(
     Architecture(
         name="llama",
         models=(
-            "LlamaPreTrainedModel",
-            "MistralPreTrainedModel",
-            "Qwen2PreTrainedModel",
-            "Qwen3PreTrainedModel",
-            "GemmaPreTrainedModel",
-            "Gemma2PreTrainedModel",
-            "Gemma3PreTrainedModel",
-            "SmolLM3PreTrainedModel",
-            "GranitePreTrainedModel",
-            "OlmoPreTrainedModel",
-            "HeliumPreTrainedModel",
-            "Exaone4PreTrainedModel",
-            "SeedOssPreTrainedModel",
-            "Ernie4_5PreTrainedModel",
-            "Ministral3PreTrainedModel",
+            "transformers.LlamaPreTrainedModel",
+            "transformers.MistralPreTrainedModel",
+            "transformers.Qwen2PreTrainedModel",
+            "transformers.Qwen3PreTrainedModel",
+            "transformers.GemmaPreTrainedModel",
+            "transformers.Gemma2PreTrainedModel",
+            "transformers.Gemma3PreTrainedModel",
+            "transformers.SmolLM3PreTrainedModel",
+            "transformers.GranitePreTrainedModel",
+            "transformers.OlmoPreTrainedModel",
+            "transformers.HeliumPreTrainedModel",
+            "transformers.Exaone4PreTrainedModel",
+            "transformers.SeedOssPreTrainedModel",
+            "transformers.Ernie4_5PreTrainedModel",
+            "transformers.Ministral3PreTrainedModel",
             # of these the towers of images stay whole: their blocks have other names
-            "Qwen2VLPreTrainedModel",
-            "Qwen2_5_VLPreTrainedModel",
-            "Qwen3VLPreTrainedModel",
+            "transformers.Qwen2VLPreTrainedModel",
+            "transformers.Qwen2_5_VLPreTrainedModel",
+            "transformers.Qwen3VLPreTrainedModel",
         ),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
@@ -41,7 +41,11 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gemma3-images",
-        models=("Gemma3Model", "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification"),
+        models=(
+            "transformers.Gemma3Model",
+            "transformers.Gemma3ForConditionalGeneration",
+            "transformers.Gemma3ForSequenceClassification",
+        ),
         blocks=(
             Attention(path="language_model.layers.*.self_attn", skippable=True),
             MLP(path="language_model.layers.*.mlp"),
@@ -53,7 +57,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="cohere",
-        models=("CoherePreTrainedModel", "Cohere2PreTrainedModel"),
+        models=("transformers.CoherePreTrainedModel", "transformers.Cohere2PreTrainedModel"),
         blocks=(
             Attention(
                 path="layers.*.self_attn",
@@ -70,7 +74,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="olmo2",
-        models=("Olmo2PreTrainedModel", "Olmo3PreTrainedModel"),
+        models=("transformers.Olmo2PreTrainedModel", "transformers.Olmo3PreTrainedModel"),
         blocks=(
             Attention(
                 path="layers.*.self_attn",
@@ -87,7 +91,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="qwen3.5",
-        models=("Qwen3_5PreTrainedModel",),
+        models=("transformers.Qwen3_5PreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
             MLP(path="layers.*.mlp"),
@@ -100,7 +104,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gemma4",
-        models=("Gemma4ForCausalLM", "Gemma4TextModel"),
+        models=("transformers.Gemma4ForCausalLM", "transformers.Gemma4TextModel"),
         blocks=(MLP(path="layers.*.mlp"),),
     )
 )
@@ -108,7 +112,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="glm",
-        models=("GlmPreTrainedModel", "Glm4PreTrainedModel"),
+        models=("transformers.GlmPreTrainedModel", "transformers.Glm4PreTrainedModel"),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
@@ -120,7 +124,11 @@ register_architecture(
 register_architecture(
     Architecture(
         name="nemotron",
-        models=("NemotronPreTrainedModel", "ArceePreTrainedModel", "ApertusPreTrainedModel"),
+        models=(
+            "transformers.NemotronPreTrainedModel",
+            "transformers.ArceePreTrainedModel",
+            "transformers.ApertusPreTrainedModel",
+        ),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("up_proj",)),
@@ -132,7 +140,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="starcoder2",
-        models=("Starcoder2PreTrainedModel",),
+        models=("transformers.Starcoder2PreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("c_fc",), output="c_proj"),
@@ -153,7 +161,7 @@ def _check_stablelm(model: nn.Module) -> None:
 register_architecture(
     Architecture(
         name="stablelm",
-        models=("StableLmPreTrainedModel",),
+        models=("transformers.StableLmPreTrainedModel",),
         blocks=(Attention(path="layers.*.self_attn", skippable=True), MLP(path="layers.*.mlp")),
         check=_check_stablelm,
         depth=("config.num_hidden_layers",),
@@ -163,7 +171,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="phi",
-        models=("PhiPreTrainedModel",),
+        models=("transformers.PhiPreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", output="dense", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
@@ -175,7 +183,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gpt-j",
-        models=("GPTJPreTrainedModel",),
+        models=("transformers.GPTJPreTrainedModel",),
         blocks=(
             Attention(path="h.*.attn", output="out_proj", skippable=True),
             MLP(path="h.*.mlp", inputs=("fc_in",), output="fc_out"),
@@ -187,7 +195,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gpt-neo",
-        models=("GPTNeoPreTrainedModel",),
+        models=("transformers.GPTNeoPreTrainedModel",),
         blocks=(
             Attention(path="h.*.attn.attention", output="out_proj"),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
@@ -199,7 +207,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="opt",
-        models=("OPTPreTrainedModel", "BioGptPreTrainedModel"),
+        models=("transformers.OPTPreTrainedModel", "transformers.BioGptPreTrainedModel"),
         blocks=(
             Attention(path="layers.*.self_attn", output="out_proj", skippable=True),
             MLP(path="layers.*", inputs=("fc1",), output="fc2"),

@@ -8,11 +8,11 @@ register_architecture(
     Architecture(
         name="bert",
         models=(
-            "BertPreTrainedModel",
-            "RobertaPreTrainedModel",
-            "XLMRobertaPreTrainedModel",
-            "CamembertPreTrainedModel",
-            "ElectraPreTrainedModel",
+            "transformers.BertPreTrainedModel",
+            "transformers.RobertaPreTrainedModel",
+            "transformers.XLMRobertaPreTrainedModel",
+            "transformers.CamembertPreTrainedModel",
+            "transformers.ElectraPreTrainedModel",
         ),
         blocks=(
             Attention(
@@ -36,7 +36,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="deberta-v2",
-        models=("DebertaV2PreTrainedModel",),
+        models=("transformers.DebertaV2PreTrainedModel",),
         blocks=(
             Attention(
                 path="layer.*.attention",
@@ -63,7 +63,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="distilbert",
-        models=("DistilBertPreTrainedModel",),
+        models=("transformers.DistilBertPreTrainedModel",),
         blocks=(
             Attention(
                 path="layer.*.attention",
@@ -83,7 +83,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="modernbert",
-        models=("ModernBertPreTrainedModel",),
+        models=("transformers.ModernBertPreTrainedModel",),
         blocks=(
             Attention(path="layers.*.attn", fused="Wqkv", output="Wo", skippable=True),
             MLP(path="layers.*.mlp", inputs=("Wi",), output="Wo", parts=2),
@@ -96,7 +96,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="albert",
-        models=("AlbertPreTrainedModel",),
+        models=("transformers.AlbertPreTrainedModel",),
         blocks=(
             Attention(
                 path="albert_layer_groups.*.albert_layers.*.attention",
@@ -115,7 +115,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="vit",
-        models=("ViTPreTrainedModel", "DeiTPreTrainedModel"),
+        models=("transformers.ViTPreTrainedModel", "transformers.DeiTPreTrainedModel"),
         blocks=(
             Attention(path="layers.*.attention", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
@@ -127,7 +127,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="dinov2",
-        models=("Dinov2PreTrainedModel",),
+        models=("transformers.Dinov2PreTrainedModel",),
         blocks=(
             Attention(path="layer.*.attention", skippable=True),
             MLP(path="layer.*.mlp", inputs=("fc1",), output="fc2", having="fc1"),
@@ -140,7 +140,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="clip",
-        models=("CLIPPreTrainedModel", "SiglipPreTrainedModel"),
+        models=("transformers.CLIPPreTrainedModel", "transformers.SiglipPreTrainedModel"),
         blocks=(
             Attention(path="layers.*.self_attn", output="out_proj", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),

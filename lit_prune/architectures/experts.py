@@ -150,7 +150,7 @@ class Experts(Block):
 register_architecture(
     Architecture(
         name="mixtral",
-        models=("MixtralPreTrainedModel", "Qwen3MoePreTrainedModel"),
+        models=("transformers.MixtralPreTrainedModel", "transformers.Qwen3MoePreTrainedModel"),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", having="gate_proj"),
@@ -164,7 +164,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="qwen2-moe",
-        models=("Qwen2MoePreTrainedModel",),
+        models=("transformers.Qwen2MoePreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", having="gate_proj"),
@@ -180,7 +180,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="qwen3-next",
-        models=("Qwen3NextPreTrainedModel", "Qwen3_5MoePreTrainedModel"),
+        models=("transformers.Qwen3NextPreTrainedModel", "transformers.Qwen3_5MoePreTrainedModel"),
         blocks=(
             Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
             MLP(path="layers.*.mlp", having="gate_proj"),
@@ -195,7 +195,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="olmoe",
-        models=("OlmoePreTrainedModel",),
+        models=("transformers.OlmoePreTrainedModel",),
         blocks=(
             Attention(
                 path="layers.*.self_attn",
@@ -212,7 +212,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="granite-moe",
-        models=("GraniteMoePreTrainedModel",),
+        models=("transformers.GraniteMoePreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             Experts(
@@ -231,7 +231,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="llama4",
-        models=("Llama4ForCausalLM", "Llama4TextModel"),
+        models=("transformers.Llama4ForCausalLM", "transformers.Llama4TextModel"),
         blocks=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.feed_forward", having="gate_proj"),
@@ -263,7 +263,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gpt-oss",
-        models=("GptOssPreTrainedModel",),
+        models=("transformers.GptOssPreTrainedModel",),
         blocks=(
             Attention(path="layers.*.self_attn", parameters={"sinks": "query_heads"}, skippable=True),
             Experts(

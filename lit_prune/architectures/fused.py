@@ -18,7 +18,7 @@ from lit_prune.errors import UnsupportedModelError
 register_architecture(
     Architecture(
         name="phi3",
-        models=("Phi3PreTrainedModel",),
+        models=("transformers.Phi3PreTrainedModel",),
         blocks=(
             Attention(
                 path="layers.*.self_attn",
@@ -39,7 +39,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gpt2",
-        models=("GPT2PreTrainedModel",),
+        models=("transformers.GPT2PreTrainedModel",),
         blocks=(
             Attention(
                 path="h.*.attn",
@@ -57,7 +57,7 @@ register_architecture(
 register_architecture(
     Architecture(
         name="gpt-neox",
-        models=("GPTNeoXPreTrainedModel",),
+        models=("transformers.GPTNeoXPreTrainedModel",),
         blocks=(
             Attention(
                 path="layers.*.attention",
@@ -91,7 +91,7 @@ def _own_slopes(module: nn.Module, kept: Tensor) -> Callable[[], None]:
 register_architecture(
     Architecture(
         name="falcon",
-        models=("FalconPreTrainedModel",),
+        models=("transformers.FalconPreTrainedModel",),
         blocks=(
             Attention(
                 path="h.*.self_attention",
@@ -121,7 +121,7 @@ def _check_bigcode(model: nn.Module) -> None:
 register_architecture(
     Architecture(
         name="gpt-bigcode",
-        models=("GPTBigCodePreTrainedModel",),
+        models=("transformers.GPTBigCodePreTrainedModel",),
         blocks=(
             Attention(
                 path="h.*.attn",

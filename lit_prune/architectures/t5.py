@@ -56,7 +56,7 @@ def _attention(path: str, kind: str) -> Attention:
 register_architecture(
     Architecture(
         name="t5",
-        models=("T5PreTrainedModel", "MT5PreTrainedModel"),
+        models=("transformers.T5PreTrainedModel", "transformers.MT5PreTrainedModel"),
         blocks=(
             _attention("block.*.layer.*.SelfAttention", "attention"),
             _attention("block.*.layer.*.EncDecAttention", "cross_attention"),

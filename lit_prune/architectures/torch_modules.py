@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lit_prune.architectures.adapt import become, nothing_to_undo
+from lit_prune.architectures.adapt import KeptHeads, kept_heads
 from lit_prune.architectures.base import (
     MLP,
     Architecture,
@@ -23,7 +23,7 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet
 
 
-class WithFewerHeads:
+class WithFewerHeads(KeptHeads):
     """Mixed into ``nn.MultiheadAttention``, whose own forward expects as many features in the heads as in its input."""
 
     def forward(
@@ -37,7 +37,7 @@ class WithFewerHeads:
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As of ``nn.MultiheadAttention``."""
+        """As of ``nn.MultiheadAttention``; an ``attn_mask`` for every head is for the heads of the dense module, or its own."""
         module: Any = self
         batched = query.dim() == 3
         inputs: tuple[Tensor, ...] = (query, key, value)
@@ -69,14 +69,10 @@ class WithFewerHeads:
             return output.squeeze(0), None if probabilities is None else probabilities.squeeze(0)
         return (output if module.batch_first else output.transpose(0, 1)), probabilities
 
-    @staticmethod
-    def _mask(q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Both masks as one that is added to the scores, of a shape that broadcasts to ``(batch, heads, queries, keys)``."""
         if attn_mask is not None and attn_mask.dim() == 3:
-            raise ValueError(
-                f"An attn_mask of shape {tuple(attn_mask.shape)} is for every head by itself; some heads of this attention"
-                " were pruned. Give a mask of shape (queries, keys)."
-            )
+            attn_mask = self._of_own_heads(attn_mask, len(q))
         if padding is not None:
             padding = padding.view(len(q), 1, 1, k.shape[2])
         masks = [
@@ -88,12 +84,26 @@ class WithFewerHeads:
         ]
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
+    def _of_own_heads(self, mask: Tensor, batch: int) -> Tensor:
+        """A mask of shape ``(batch * heads, queries, keys)`` as ``(batch, heads, queries, keys)``, of the heads that stayed."""
+        heads = len(mask) // batch
+        if len(mask) == batch * heads and heads == len(self.kept_heads):
+            return mask.unflatten(0, (batch, heads))
+        if len(mask) == batch * heads and heads > max(self.kept_heads):
+            return mask.unflatten(0, (batch, heads))[:, self.kept_heads]
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)} for a batch of {batch}; expected ({batch} * heads, queries, keys), where"
+            f" heads is the {len(self.kept_heads)} that this attention kept, or all that it had (more than"
+            f" {max(self.kept_heads)})."
+        )
+
 
 def fewer_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of ``nn.MultiheadAttention`` to fewer heads."""
-    if isinstance(module, WithFewerHeads):
-        return nothing_to_undo
-    back = become(module, WithFewerHeads)
+    first = not isinstance(module, WithFewerHeads)
+    back = kept_heads(module, kept, WithFewerHeads)
+    if not first:
+        return back
     # keeps nn.TransformerEncoderLayer from its fused path, which reads the weights past this module
     module._qkv_same_embed_dim = False  # type: ignore[assignment]
 
@@ -167,7 +177,7 @@ class MultiheadAttention(Block):
 register_architecture(
     Architecture(
         name="torch-transformer",
-        models=("Transformer", "TransformerEncoder", "TransformerDecoder"),
+        models=(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
         blocks=(
             MultiheadAttention(path="layers.*.self_attn"),
             MultiheadAttention(path="layers.*.multihead_attn", kind="cross_attention", optional=True),

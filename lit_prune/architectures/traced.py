@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.architectures.base import Block
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet, Slice, group_cost
+from lit_prune.module_checks import CONVOLUTIONS, check_plain
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,13 @@ def _by_group(item: Any, size: int, name: str, root: str) -> Tensor:
 
 
 def _slices(module: nn.Module, name: str, index: Tensor, produces: bool, root: str) -> Iterator[Slice]:
-    if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
+    check_plain(module, name)
+    if isinstance(module, CONVOLUTIONS) and module.groups != 1:
         raise UnsupportedModelError(
             f"{name!r} is a convolution in {module.groups} groups of channels, which cannot be cut. Add {root!r} to"
             " `ignored`."
         )
-    if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+    if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         opaque = not isinstance(module, nn.Linear)
         yield Slice(f"{name}.weight", 0 if produces else 1, index, 1, opaque)
         if produces and module.bias is not None:
