@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lit_prune.architectures import find_model
 from lit_prune.errors import PlanError
 from lit_prune.plan import FORMAT, PruningPlan
-from lit_prune.surgery import apply_plan, get_plan
+from lit_prune.surgery import cut, get_plan
 
 ADAPTERS = "adapters"
 ADAPTERS_FORMAT = "lit_prune.adapters"
@@ -67,7 +67,7 @@ def cut_as_saved(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: I
                 f" {_short(digests['now'])}, from a run that began with {_short(digests['start'])}; the model given has"
                 f" {_short(found)}. Give the model that the run began with."
             )
-        apply_plan(model, plan_of_state(state, get_plan(model)), optimizers)
+        cut(model, plan_of_state(state, get_plan(model)), optimizers, root=module)
 
 
 def plan_of_state(state: Mapping[str, Any], previous: PruningPlan | None) -> PruningPlan:

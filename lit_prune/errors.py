@@ -47,3 +47,11 @@ class RankMismatchError(PruningError):
 
 class UnsupportedCallbackError(PruningError):
     """Another callback holds parts of the model that would be stale after the cut."""
+
+
+class ReferenceHeldError(PruningError):
+    """Something beside the model holds tensors of the sizes before the cut: a hook, a tied module, a copy by hand."""
+
+
+class OptimizerStateError(PruningError):
+    """The state of an optimizer cannot follow the cut."""

@@ -33,10 +33,11 @@ from lit_prune.groups import GroupSet, check_names, count_parameters, count_remo
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
 from lit_prune.module_checks import check_computation, check_parameters
 from lit_prune.plan import PruningPlan
+from lit_prune.references import suspended_hooks
 from lit_prune.repair import bias_fold, least_squares, unexplained_shares
 from lit_prune.selection import select
 from lit_prune.statistics import Statistics, collect_statistics, evaluation_mode
-from lit_prune.surgery import cut
+from lit_prune.surgery import check_holders, cut, touched_parameters
 from lit_prune.table import GroupTable
 
 _ROUNDS = 20
@@ -72,7 +73,23 @@ def calibrate(
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
-    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`."""
+    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`.
+
+    Hooks of the parameters (``register_hook``, ``register_post_accumulate_grad_hook``) are not called meanwhile.
+    """
+    with suspended_hooks(model if root is None else root):
+        return _collect(model, group_sets, batches, loss_fn, config, root, ranks)
+
+
+def _collect(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    config: PruningConfig,
+    root: nn.Module | None,
+    ranks: Ranks | None,
+) -> Statistics:
     return collect_statistics(
         model,
         group_sets,
@@ -236,12 +253,17 @@ def prune_with(
         dry_run: Plan, in one iteration, and cut nothing.
     """
     total = None if ranks is None else ranks.sum
+    optimizers = list(optimizers)
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
     config.check(model, group_sets)
     check_parameters(model, group_sets, root)
     with data(CHECK) as (batches, loss):
         check_computation(model, group_sets, batches, loss, root=root, ranks=ranks)
+    if not dry_run:
+        touched = touched_parameters(model, group_sets, config.limits.kinds)
+        biases = config.repair == "bias"
+        check_holders(model, model if root is None else root, list(optimizers), touched, adds_biases=biases)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None
@@ -255,8 +277,9 @@ def prune_with(
                 if made is None and step is steps[-1]:
                     raise
                 continue
-            with data(CALIBRATION) as (batches, loss):
-                statistics = calibrate(model, group_sets, batches, loss, step, root=root, ranks=ranks)
+            # the hooks that preparing the data registers are called
+            with suspended_hooks(model if root is None else root), data(CALIBRATION) as (batches, loss):
+                statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
                 with data(COMPENSATION) as (batches, loss):
@@ -286,7 +309,7 @@ def prune_with(
                         progress=progress,
                         total=total,
                     )
-                undos.append(cut(model, plan, optimizers, weights))
+                undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
             made = plan if made is None else _composed(made, plan, number + 1)
     except BaseException:

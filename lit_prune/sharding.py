@@ -195,6 +195,9 @@ def replace(root: nn.Module, old: DTensor, whole: Tensor) -> nn.Parameter:
     if hasattr(record, "_unsharded_param"):
         del record._unsharded_param
     record.__dict__.pop("_sharded_post_forward_param_data", None)
+    if hooks := getattr(old, "_post_accumulate_grad_hooks", None):
+        # the only hooks of a sharded parameter that FSDP2 calls
+        record.sharded_param._post_accumulate_grad_hooks = hooks
     return record.sharded_param
 
 

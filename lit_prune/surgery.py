@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,34 +10,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_prune import sharding
+from lit_prune import references, sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.architectures.base import depth_of
 from lit_prune.config_view import override_config
+from lit_prune.cuts import DimensionCut, cut_tensor, paste_tensor, set_data
 from lit_prune.errors import PlanError, PruningError
-from lit_prune.groups import GroupSet, check_names, count_parameters
-from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks
-from lit_prune.modeling_pruned import sync_features as _sync_features
+from lit_prune.groups import BLOCK, GroupSet, check_names, count_parameters
+from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks, sync_features
+from lit_prune.optimizer_groups import add_bias, remove_from_groups, rename_in_groups
+from lit_prune.optimizer_search import check_new_parameters, check_ownership, find_optimizers
+from lit_prune.optimizer_state import StateCutter, check_state, reset_histories
 from lit_prune.plan import BEFORE, DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPlan, get_plan
 from lit_prune.saving import save_with_plan
+from lit_prune.sharded_surgery import cut_sharded
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """What stays and what leaves along one dimension of a parameter.
-
-    Args:
-        dim: The dimension.
-        kept: Positions that stay, ascending.
-        removed: Positions that leave, ascending.
-    """
-
-    dim: int
-    kept: Tensor
-    removed: Tensor
-
-
-def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]) -> dict[str, list[Cut]]:
+def parameter_cuts(
+    model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]
+) -> dict[str, list[DimensionCut]]:
     """What a plan means for every parameter that it touches.
 
     Args:
@@ -64,10 +54,68 @@ def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[Gro
             length = parameters[part.parameter].shape[part.dim]
             mask = masks.setdefault((part.parameter, part.dim), torch.ones(length, dtype=torch.bool))
             mask[part.index[removed].flatten()] = False
-    cuts: dict[str, list[Cut]] = {}
+    cuts: dict[str, list[DimensionCut]] = {}
     for (name, dim), mask in masks.items():
-        cuts.setdefault(name, []).append(Cut(dim, mask.nonzero().flatten(), (~mask).nonzero().flatten()))
+        cuts.setdefault(name, []).append(DimensionCut(dim, mask.nonzero().flatten(), (~mask).nonzero().flatten()))
     return cuts
+
+
+def touched_parameters(
+    model: nn.Module, group_sets: Iterable[GroupSet], kinds: Collection[str] | None = None
+) -> dict[str, set[int]]:
+    """What any plan may cut, before there is one.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        kinds: The kinds of groups that may be removed; ``None`` for all.
+
+    Returns:
+        By parameter name, the dimensions along which the parameter may become smaller. Whole blocks are not among them:
+        their parameters are removed as they are.
+    """
+    touched: dict[str, set[int]] = {}
+    for group_set in group_sets:
+        if group_set.kind != BLOCK and (kinds is None or group_set.kind in kinds):
+            for part in group_set.slices:
+                touched.setdefault(part.parameter, set()).add(part.dim)
+    return touched
+
+
+def check_holders(
+    model: nn.Module,
+    root: nn.Module,
+    optimizers: Sequence[Any],
+    touched: Mapping[str, Collection[int]],
+    *,
+    adds_biases: bool = False,
+) -> list[Any]:
+    """Refuse whatever holds parameters, or tensors of their sizes, and cannot follow a cut.
+
+    Args:
+        model: The model.
+        root: The module that holds it.
+        optimizers: The optimizers that are to be cut along.
+        touched: By parameter name, the dimensions that may become smaller; see :func:`touched_parameters`.
+        adds_biases: Whether the plan may give linear layers biases.
+
+    Returns:
+        All optimizers that can be reached from those given, the modules and the hooks of parameters.
+
+    Raises:
+        OptimizerStateError: If an optimizer is of another model, or has state that cannot be cut.
+        ReferenceHeldError: If a hook, a module beside the model or a copy by hand holds tensors of the old sizes.
+        TypeError: If something given is not an optimizer.
+    """
+    check_ownership(optimizers, root)
+    found = find_optimizers(optimizers, root)
+    references.check_ties(root, model, touched)
+    references.check_hooks(model, touched)
+    references.check_copies(root, model, touched)
+    check_state(model, found, touched)
+    if adds_biases:
+        check_new_parameters(model, optimizers, found)
+    return found
 
 
 def apply_plan(
@@ -79,16 +127,18 @@ def apply_plan(
 ) -> None:
     """Cut the model for real.
 
-    Every touched parameter is replaced by a smaller one, one at a time; of the old ones only what leaves is kept until the
-    end, so that an error anywhere puts model and optimizers back as they were, without a second copy of the model.
-    Parameters that FSDP2 shards are gathered, cut and sharded again one at a time, and so is their optimizer state; all
-    processes have to call this. What leaves is kept as shards until the end, so that an error which all processes meet is
-    undone, too; after an error of one alone (out of memory, a broken connection) the others wait for it in vain.
-    The state of the optimizers (moments of a parameter's shape) is cut likewise, and the new parameters take the place of
-    the old ones in ``param_groups``. Gradients are dropped. Module attributes follow the new sizes.
+    Every parameter stays the object that it is and becomes smaller, one at a time, so that hooks, lists of parameters and
+    optimizers follow. Of the old values only what is removed is kept until the end, so that an error anywhere puts model
+    and optimizers back as they were, without a second copy of the model.
+    Parameters that FSDP2 shards are gathered, cut and sharded again one at a time, and so is their optimizer state; new
+    objects take their place. All processes have to call this. What is removed is kept as shards until the end, so that an
+    error which all processes meet is undone, too; after an error of one alone (out of memory, a broken connection) the
+    others wait for it in vain.
+    The state of the optimizers, and of those that they wrap, is cut likewise. State that mirrors weights (slow weights,
+    averages) moves along with weights that a repair changes. Gradients are dropped. Module attributes follow the new sizes.
 
-    Blocks that leave are taken out of their list; those behind them move up, also in the cache of keys and values. The model
-    gets a config of its own that says how many there are now, and their parameters leave the optimizers.
+    Blocks that are removed are taken out of their list; those behind them move up, also in the cache of keys and values. The
+    model gets a config of its own that says how many there are now, and their parameters are taken out of the optimizers.
 
     Args:
         model: The model, or a module that holds one; changed in place.
@@ -99,7 +149,8 @@ def apply_plan(
 
     Raises:
         PlanError: If the plan or ``weights`` do not fit the model.
-        PruningError: If an optimizer's state cannot be cut.
+        OptimizerStateError: If an optimizer's state cannot be cut, or the optimizer is of another model.
+        ReferenceHeldError: If something else holds tensors of the old sizes.
     """
     cut(model, plan, optimizers, weights)
 
@@ -108,30 +159,39 @@ def apply_plan(
 def cut(
     model: nn.Module,
     plan: PruningPlan,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Iterable[Any] = (),
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    root: nn.Module | None = None,
 ) -> Callable[[], None]:
-    """Do what :func:`apply_plan` does, and return a function that undoes it; that holds on to everything that left."""
+    """Do what :func:`apply_plan` does, and return a function that undoes it; that holds on to everything that was removed.
+
+    Args:
+        model: The model, or a module that holds one.
+        plan: A plan that fits it.
+        optimizers: Optimizers over its parameters.
+        weights: New values for some parameters.
+        root: The module that holds the model, and what else may hold parameters of it; ``model`` if ``None``.
+    """
+    root = model if root is None else root
     model = find_model(model)[1]
     group_sets = find_group_sets(model, blocks=bool(plan.blocks))
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
-    optimizers = list(optimizers)
     previous = get_plan(model)
     composed = plan if previous is None else previous.then(plan)
     before = count_parameters(model) if previous is None else composed.info.get(BEFORE)
-    unknown = (
-        set(weights)
-        - set(cuts)
-        - {f"{module}.bias" for module in plan.biases}
-        - {n for n, _ in model.named_parameters()}
-    )
-    if unknown:
-        raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
+    _check_weights(model, cuts, weights, plan)
+    touched = {name: {c.dim for c in of_one} for name, of_one in cuts.items()}
+    found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases))
     if sharding.any_sharded(model.parameters()) is not None:
         sharding.reshard(model)
         sharding.check_layout(model, group_sets)
-        _check_sharded(model, cuts, weights, plan, optimizers)
+        if plan.biases:
+            raise PruningError(
+                f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
+                " already. Use repair='least_squares' or repair=None."
+            )
     journal: list[Callable[[], None]] = []
     places = _places(model)
 
@@ -141,13 +201,18 @@ def cut(
                 step()
 
     try:
-        for name in (*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))):
-            _replace_parameter(model, name, places, cuts.get(name, []), weights.get(name), optimizers, journal)
+        names = [*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))]
+        changed = {id(model.get_parameter(name)) for name in names}
+        reset_histories(found, changed | _leaving(model, plan), journal)
+        cutter = StateCutter(found, journal)
+        cutter.find_mirrors([model.get_parameter(name) for name in names if name in weights])
+        for name in names:
+            _shrink_parameter(model, name, places, cuts.get(name, []), weights.get(name), cutter, journal)
         for module in plan.biases:
-            _add_bias(model, module, weights.get(f"{module}.bias"), optimizers, journal)
+            _add_bias(model, module, weights.get(f"{module}.bias"), cutter, journal)
         _set_attributes(model, group_sets, plan, journal)
         for entry in plan.blocks:
-            _remove_blocks(model, entry, optimizers, journal)
+            _remove_blocks(model, entry, cutter, journal)
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
@@ -157,38 +222,38 @@ def cut(
     return undo
 
 
-def _check_sharded(
+def _check_weights(
     model: nn.Module,
-    cuts: Mapping[str, Sequence[Cut]],
+    cuts: Mapping[str, Sequence[DimensionCut]],
     weights: Mapping[str, Tensor],
     plan: PruningPlan,
-    optimizers: Sequence[Optimizer],
 ) -> None:
-    """Find what would fail in the middle of cutting a sharded model."""
-    if plan.biases:
-        raise PruningError(
-            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards already."
-            " Use repair='least_squares' or repair=None."
-        )
-    for name in {*cuts, *weights}:
-        parameter = model.get_parameter(name)
-        shape = list(parameter.shape)
-        for cut in cuts.get(name, ()):
-            shape[cut.dim] = len(cut.kept)
-        if name in weights and list(weights[name].shape) != shape:
-            raise PlanError(
-                f"New weights for {name!r} have shape {tuple(weights[name].shape)}; expected {tuple(shape)}."
-            )
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    what = f"{type(optimizer).__name__} state {key!r} of {name!r}"
-                    _state_cuts(value, parameter.shape, cuts.get(name, ()), what)
+    """Refuse new weights for what the model does not have, or of other shapes."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = set(weights) - parameters.keys() - {f"{module}.bias" for module in plan.biases}
+    if unknown:
+        raise PlanError(f"New weights were given for {sorted(unknown)[:3]}, which the model does not have.")
+    for name, values in weights.items():
+        if name in parameters:
+            shape = list(parameters[name].shape)
+            for cut in cuts.get(name, ()):
+                shape[cut.dim] = len(cut.kept)
+            if list(values.shape) != shape:
+                raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(shape)}.")
+
+
+def _leaving(model: nn.Module, plan: PruningPlan) -> set[int]:
+    """Ids of the parameters of blocks that a plan removes."""
+    return {id(p) for name in plan.removed_blocks for p in model.get_submodule(name).parameters()}
 
 
 @torch.no_grad()
 def cut_block(
-    block: nn.Module, name: str, plan: PruningPlan, group_sets: Sequence[GroupSet], cuts: Mapping[str, Sequence[Cut]]
+    block: nn.Module,
+    name: str,
+    plan: PruningPlan,
+    group_sets: Sequence[GroupSet],
+    cuts: Mapping[str, Sequence[DimensionCut]],
 ) -> None:
     """Cut one block on its own, a copy of a decoder layer for instance, as a plan cuts it within its model.
 
@@ -204,7 +269,8 @@ def cut_block(
     places = _places(block)
     for parameter, parameter_cuts in cuts.items():
         if parameter.startswith(prefix):
-            _replace_parameter(block, parameter.removeprefix(prefix), places, parameter_cuts, None, (), journal)
+            short = parameter.removeprefix(prefix)
+            _shrink_parameter(block, short, places, parameter_cuts, None, StateCutter((), journal), journal)
     _set_attributes(block, [s for s in group_sets if s.block == name], plan, journal, prefix)
 
 
@@ -227,16 +293,22 @@ def _set_attributes(
                 journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
 
 
-def _remove_blocks(
-    model: nn.Module, entry: PlanEntry, optimizers: Sequence[Optimizer], journal: list[Callable[[], None]]
-) -> None:
+def _remove_blocks(model: nn.Module, entry: PlanEntry, cutter: StateCutter, journal: list[Callable[[], None]]) -> None:
     """Take blocks out of their list, out of the optimizers, and out of what the model says of its depth."""
     blocks: Any = model.get_submodule(entry.name)
     gone = [blocks[i] for i in set(range(entry.size)) - set(entry.kept)]
-    for optimizer in optimizers:
-        _remove_from_optimizer(optimizer, [p for block in gone for p in block.parameters()], journal)
+    parameters = [p for block in gone for p in block.parameters()]
+    remove_from_groups(cutter.optimizers, parameters, journal)
+    cutter.drop(parameters)
     journal.extend(sharding.release(block) for block in gone)
+    before = dict(blocks.named_children())
     journal.append(keep_blocks(blocks, entry.kept))
+    new_names = {
+        id(parameter): (f"{entry.name}.{old}.{name}", f"{entry.name}.{new}.{name}")
+        for new, old in enumerate(entry.kept)
+        for name, parameter in before[str(old)].named_parameters()
+    }
+    rename_in_groups(cutter.optimizers, new_names, journal)
     holder = model.get_submodule(entry.name.rpartition(".")[0])
     for name in depth_of(model) or ():
         value = None if name.startswith("config.") else getattr(holder, name, None)
@@ -270,25 +342,6 @@ def _counts_blocks(value: Any, entry: PlanEntry) -> bool:
     return value == entry.size or (isinstance(value, (list, tuple)) and len(value) == entry.size)
 
 
-def _remove_from_optimizer(
-    optimizer: Optimizer, gone: Sequence[nn.Parameter], journal: list[Callable[[], None]]
-) -> None:
-    identities = {id(p) for p in gone}
-    groups = [(group, group["params"]) for group in optimizer.param_groups]
-    states: dict[Tensor, Any] = {p: optimizer.state[p] for p in gone if p in optimizer.state}
-
-    def undo() -> None:
-        for group, parameters in groups:
-            group["params"] = parameters
-        optimizer.state.update(states)
-
-    journal.append(undo)
-    for group, parameters in groups:
-        group["params"] = [p for p in parameters if id(p) not in identities]
-    for parameter in states:
-        del optimizer.state[parameter]
-
-
 def _is_added(name: str, plan: PruningPlan) -> bool:
     return name.removesuffix(".bias") in plan.biases
 
@@ -302,211 +355,52 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, list[Tensor]]:
-    """Cut a tensor; also return what left, from which :func:`_paste` restores it bit for bit."""
-    left = []
-    for cut in cuts:
-        left.append(tensor.index_select(cut.dim, cut.removed.to(tensor.device)))
-        tensor = tensor.index_select(cut.dim, cut.kept.to(tensor.device))
-    return tensor, left
-
-
-def _paste(tensor: Tensor, cuts: Sequence[Cut], left: Sequence[Tensor]) -> Tensor:
-    for cut, removed in zip(reversed(cuts), reversed(left), strict=True):
-        shape = list(tensor.shape)
-        shape[cut.dim] = len(cut.kept) + len(cut.removed)
-        full = tensor.new_empty(shape)
-        full.index_copy_(cut.dim, cut.kept.to(tensor.device), tensor)
-        full.index_copy_(cut.dim, cut.removed.to(tensor.device), removed)
-        tensor = full
-    return tensor
-
-
-def _replace_parameter(
+def _shrink_parameter(
     model: nn.Module,
     name: str,
     places: Mapping[int, Sequence[tuple[nn.Module, str]]],
-    cuts: Sequence[Cut],
+    cuts: Sequence[DimensionCut],
     values: Tensor | None,
-    optimizers: Sequence[Optimizer],
+    cutter: StateCutter,
     journal: list[Callable[[], None]],
 ) -> None:
-    old = model.get_parameter(name)
-    owners = places[id(old)]
-    if isinstance(old, DTensor):
-        _replace_sharded(model, old, owners, cuts, values, optimizers, journal)
+    """Make a parameter, and what optimizers remember of it, smaller; the parameter stays the object that it is."""
+    parameter = model.get_parameter(name)
+    owners = places[id(parameter)]
+    if isinstance(parameter, DTensor):
+        cut_sharded(model, parameter, owners, cuts, values, cutter, journal)
         return
-    data, left = _cut(old.data, cuts)
-    original = data
+    shape, gradient, requires_grad = parameter.shape, parameter.grad, parameter.requires_grad
+    stayed, removed = cut_tensor(parameter.data, cuts)
+    data = stayed
     if values is not None:
-        if values.shape != data.shape:
-            raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(data.shape)}.")
-        data = values.to(dtype=data.dtype, device=data.device, copy=True).contiguous()
+        data = values.to(dtype=stayed.dtype, device=stayed.device, copy=True).contiguous()
+
+    def undo() -> None:
+        set_data(parameter, paste_tensor(stayed, cuts, removed) if cuts else stayed)
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = gradient
+        for module, _ in owners:
+            sync_features(module)
+
+    journal.append(undo)
+    parameter.grad = None
     # a layer that lost everything has no gradient to wait for, and DDP would wait
-    new = nn.Parameter(data, requires_grad=old.requires_grad and data.numel() > 0)
-    new.__dict__.update(old.__dict__)
-    gradient = old.grad
-    shape = old.shape
-
-    def undo() -> None:
-        old.data = _paste(original, cuts, left) if cuts else original
-        old.grad = gradient
-        for module, key in owners:
-            module._parameters[key] = old
-            _sync_features(module)
-
-    journal.append(undo)
-    for module, key in owners:
-        module._parameters[key] = new
-        _sync_features(module)
-    if cuts:
-        old.data = old.data.new_empty(0)
-    old.grad = None
-    for optimizer in optimizers:
-        _replace_in_optimizer(optimizer, name, old, new, shape, cuts, journal)
-
-
-def _replace_sharded(
-    model: nn.Module,
-    old: DTensor,
-    owners: Sequence[tuple[nn.Module, str]],
-    cuts: Sequence[Cut],
-    values: Tensor | None,
-    optimizers: Sequence[Optimizer],
-    journal: list[Callable[[], None]],
-) -> None:
-    shape, gradient = old.shape, old.grad
-    kept = _ShardedCut(old, cuts)
-    new = _put_sharded(
-        model, old, owners, kept.whole if values is None else sharding.full(values).to(old.dtype), optimizers
-    )
-    kept.let_go(keep=values is not None)
-
-    def undo() -> None:
-        restored = _put_sharded(model, new, owners, kept.pasted(new), optimizers)
-        restored.grad = gradient
-
-    journal.append(undo)
-    for optimizer in optimizers:
-        state = optimizer.state.get(new, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                applied = _state_cuts(value, shape, cuts, key)
-                if isinstance(value, DTensor):
-                    _cut_sharded_state(state, key, value, applied, journal)
-                else:
-                    state[key], left = _cut(value, applied)
-                    journal.append(lambda s=state, k=key, a=applied, r=left: s.update({k: _paste(s[k], a, r)}))  # type: ignore[misc]
-
-
-def _cut_sharded_state(
-    state: dict[str, Any], key: str, value: DTensor, cuts: Sequence[Cut], journal: list[Callable[[], None]]
-) -> None:
-    kept = _ShardedCut(value, cuts)
-    state[key] = sharding.shard_like(kept.whole, value)
-    kept.let_go()
-    like = state[key]
-    journal.append(lambda: state.update({key: sharding.shard_like(kept.pasted(state[key]), like)}))
-
-
-class _ShardedCut:
-    """A sharded tensor, gathered and cut; of what left, this process keeps its share."""
-
-    def __init__(self, tensor: DTensor, cuts: Sequence[Cut]) -> None:
-        self._cuts, self._like = cuts, tensor
-        self.whole, left = _cut(sharding.full(tensor), cuts)
-        self._left = [sharding.shard_like(part, tensor) for part in left]
-        self._kept: DTensor | None = None
-
-    def let_go(self, keep: bool = False) -> None:
-        """Free what was gathered; with ``keep``, keep this process's share of it for :meth:`pasted`."""
-        if keep:
-            self._kept = sharding.shard_like(self.whole, self._like)
-        del self.whole, self._like
-
-    def pasted(self, kept: DTensor) -> Tensor:
-        """The whole tensor from before the cut; ``kept`` is what stayed of it, unless that was kept here."""
-        stayed = sharding.full(kept if self._kept is None else self._kept)
-        return _paste(stayed, self._cuts, [sharding.full(part) for part in self._left])
-
-
-def _put_sharded(
-    model: nn.Module,
-    old: DTensor,
-    owners: Sequence[tuple[nn.Module, str]],
-    whole: Tensor,
-    optimizers: Sequence[Optimizer],
-) -> DTensor:
-    """Put a new value of other sizes in the place of a sharded parameter, in the model and in the optimizers."""
-    new: Any = sharding.replace(model, old, whole)
+    parameter.requires_grad_(requires_grad and data.numel() > 0)
+    set_data(parameter, data)
     for module, _ in owners:
-        _sync_features(module)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
-        if old in optimizer.state:
-            optimizer.state[new] = optimizer.state.pop(old)
-    return new
-
-
-def _replace_in_optimizer(
-    optimizer: Optimizer,
-    name: str,
-    old: nn.Parameter,
-    new: nn.Parameter,
-    shape: torch.Size,
-    cuts: Sequence[Cut],
-    journal: list[Callable[[], None]],
-) -> None:
-    for group in optimizer.param_groups:
-        for position, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][position] = new
-                journal.append(lambda group=group, position=position: group["params"].__setitem__(position, old))  # type: ignore[misc]
-    if old not in optimizer.state:
-        return
-    state = optimizer.state.pop(old)
-    before = dict(state)
-    replaced: list[tuple[str, Tensor, Sequence[Cut], list[Tensor]]] = []
-
-    def undo() -> None:
-        optimizer.state.pop(new, None)
-        for key, tensor, applied, left in replaced:
-            before[key] = _paste(tensor, applied, left)
-        state.update(before)
-        optimizer.state[old] = state
-
-    journal.append(undo)
-    for key in list(state):
-        value = state[key]
-        if isinstance(value, Tensor) and value.dim() > 0:
-            applied = _state_cuts(value, shape, cuts, f"{type(optimizer).__name__} state {key!r} of {name!r}")
-            state[key], left = _cut(value, applied)
-            replaced.append((key, state[key], applied, left))
-            before[key] = None
-    optimizer.state[new] = state
-
-
-def _state_cuts(value: Tensor, shape: torch.Size, cuts: Sequence[Cut], what: str) -> list[Cut]:
-    """The cuts that apply to a state tensor: of the parameter's shape, or of that shape with some dimensions of size 1."""
-    if value.numel() == 1:
-        return []
-    if value.dim() != len(shape) or any(v not in (1, s) for v, s in zip(value.shape, shape, strict=True)):
-        raise PruningError(
-            f"{what} has shape {tuple(value.shape)}, the parameter {tuple(shape)}; expected the same shape, or 1 in some"
-            " dimensions. This optimizer's state cannot be cut: prune before training, or use another optimizer."
-        )
-    return [cut for cut in cuts if value.shape[cut.dim] == shape[cut.dim]]
+        sync_features(module)
+    cutter.cut(parameter, shape, cuts, None if values is None else data - stayed)
 
 
 def _add_bias(
     model: nn.Module,
     name: str,
     values: Tensor | None,
-    optimizers: Sequence[Optimizer],
+    cutter: StateCutter,
     journal: list[Callable[[], None]],
 ) -> None:
-    """Give a linear layer a bias, beside its weight in the optimizers' param_groups."""
+    """Give a linear layer a bias, also in the optimizers' parameter groups."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear) or module.bias is not None:
         raise PlanError(
@@ -522,11 +416,8 @@ def _add_bias(
 
     journal.append(undo)
     module.bias = bias
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(p is module.weight for p in group["params"]):
-                group["params"].append(bias)
-                journal.append(lambda group=group: group["params"].pop())
+    add_bias(cutter.optimizers, model, name, journal)
+    cutter.add(bias, like=module.weight)
 
 
 def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Callable[[], None]]) -> None:
