@@ -31,7 +31,7 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.plan import PruningPlan
-from lit_prune.statistics import Statistics, attention_mask_of, evaluation_mode
+from lit_prune.statistics import SKIPPED, Statistics, attention_mask_of, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,14 @@ class _Stream:
     inputs: list[Tensor] = field(default_factory=list)
     calls: dict[str, list[Call]] = field(default_factory=dict)
     masks: list[Tensor | None] = field(default_factory=list)
+    # how many of the inputs are of batches that ran to their end
+    complete: int = 0
+
+    def forget_batch(self) -> None:
+        """Drop what was noted of a batch that is skipped after all."""
+        del self.inputs[self.complete :], self.masks[self.complete :]
+        for calls in self.calls.values():
+            del calls[self.complete :]
 
 
 @torch.no_grad()
@@ -411,7 +419,12 @@ def _record(
                 handles.append(block.register_forward_hook(after(stream)))
         for batch in batches:
             mask = attention_mask_of(batch)
-            forward(batch)
+            if forward(batch) is SKIPPED:
+                for stream in streams:
+                    stream.forget_batch()
+            else:
+                for stream in streams:
+                    stream.complete = len(stream.inputs)
     finally:
         for handle in handles:
             handle.remove()
