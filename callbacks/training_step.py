@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lit_prune import sharding
 from lit_prune.callbacks.manual_optimization import RecordedOptimization
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.statistics import SKIPPED
@@ -41,6 +43,7 @@ class TrainingStep:
     def __init__(self, trainer: pl.Trainer, model: nn.Module, guard: WriteGuard) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
+        self._model = model
         self._guard = guard
         self._optimization = RecordedOptimization(trainer, model, guard)
         self._scale = gradient_scale(trainer)
@@ -75,7 +78,7 @@ class TrainingStep:
         """The loss of a batch; :data:`lit_prune.statistics.SKIPPED` if the module skips it, or nothing in it trains the model."""
         self._number += 1
         try:
-            with self._guard, self._optimization.active():
+            with self._guard, self._optimization.active(), self._gradients():
                 # as in Lightning, which warns
                 output = None if batch is None else self._run(batch)
         except BaseException as error:
@@ -98,7 +101,27 @@ class TrainingStep:
         self._optimization.forget()
         if loss is None:
             return SKIPPED
+        if isinstance(loss, Tensor) and not torch.is_grad_enabled():
+            loss = loss.detach()
         return _ScaledGradient.apply(loss, self._scale) if self._scale != 1 and isinstance(loss, Tensor) else loss
+
+    @contextlib.contextmanager
+    def _gradients(self) -> Iterator[None]:
+        """Let the step differentiate by inputs and other networks, also where nobody asks for gradients of the model."""
+        parameters = list(self._model.parameters())
+        if torch.is_grad_enabled() or sharding.any_sharded(parameters) is not None:
+            yield
+            return
+        flags = [(p, p.requires_grad) for p in parameters]
+        try:
+            for parameter in parameters:
+                # so that what needs none of this builds no graph
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
     def _run(self, batch: Any) -> Any:
         fetcher = self._fetcher
