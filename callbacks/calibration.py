@@ -7,6 +7,7 @@ import copy
 import resource
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, RankMismatchError
 from lit_prune.plan import PruningPlan
+
+_TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -68,15 +71,19 @@ def calibration(
             yield step.batches(loader, limit, bar.update), step
         finally:
             guard.restore()
-        _warn_of(guard.changed(), "was written to in a way that cannot be undone")
+            snapshot.lost += guard.changed()
 
 
-def _warn_of(names: Sequence[str], what: str) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+def _warn_of_traces(trainer: pl.Trainer, names: Sequence[str]) -> None:
+    """Say what cannot be put back, once in a run."""
+    said = _TRACES.setdefault(trainer, set())
+    new = [name for name in names if name not in said]
+    said.update(new)
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
         rank_zero_warn(
-            f"Calibration leaves a trace: {', '.join(names[:5])}{more} {what}. The run goes on with it. Let training_step and"
-            " the hooks around it leave this alone where self.training is False."
+            f"Calibration leaves a trace: {', '.join(new[:5])}{more} changed in a way that cannot be undone, and the run goes on"
+            " with it. Let training_step and the hooks around it leave this alone where self.training is False."
         )
 
 
@@ -207,8 +214,8 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
         for name, value in values.items():
             setattr(connector, name, value)
         sharding.reshard(module)
-        changed = snapshot.restore()
-    _warn_of(changed, "changed and cannot be put back")
+        snapshot.restore()
+        _warn_of_traces(trainer, snapshot.lost)
 
 
 @contextlib.contextmanager

@@ -68,12 +68,14 @@ class Snapshot:
 
     Attributes:
         large: Tensors that were not copied, by name; all parameters among them.
-        unknown: Names of what was too large to keep. A change of it is not noticed.
+        unknown: Names of what was too large to keep. A change of it is noticed only if its length changes.
+        lost: Names of what changed and could not be put back; others may add to it.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
         self.large: list[tuple[str, Tensor]] = []
         self.unknown: list[str] = []
+        self.lost: list[str] = []
         self._seen: dict[int, Any] = {}
         self._restore: list[Callable[[], None]] = []
         self._fingerprints: list[tuple[str, Callable[[], Any], Any]] = []
@@ -85,16 +87,11 @@ class Snapshot:
                 self._seen[id(value)] = value
                 self._take(name, value)
 
-    def restore(self) -> list[str]:
-        """Put everything back.
-
-        Returns:
-            Names of what changed and could not be put back.
-        """
-        changed = [name for name, fingerprint, before in self._fingerprints if fingerprint() != before]
+    def restore(self) -> None:
+        """Put everything back, and add to ``lost`` what cannot be."""
+        self.lost += [name for name, fingerprint, before in self._fingerprints if fingerprint() != before]
         for restore in self._restore:
             restore()
-        return changed
 
     def _take(self, name: str, value: Any) -> None:
         if type(value) in weakref.ProxyTypes or isinstance(value, _OTHERS):
