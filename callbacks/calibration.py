@@ -7,8 +7,8 @@ import copy
 import resource
 import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,43 +18,73 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lit_prune import sharding
+from lit_prune.callbacks.manual_optimization import nothing, replaced
+from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
+from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
+from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, RankMismatchError
 from lit_prune.plan import PruningPlan
 
+_TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictionary()
 
-def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, limit: int) -> Iterator[Any]:
-    """Batches for calibration, on the device, as the user's ``training_step`` expects them.
 
-    The train dataloaders are iterated by iterators of their own, so that the position of the running epoch stays.
+@contextlib.contextmanager
+def calibration(
+    trainer: pl.Trainer, model: nn.Module, dataloader: Iterable[Any] | None, limit: int
+) -> Iterator[tuple[Iterator[Any], TrainingStep]]:
+    """Batches for calibration and the module's training step, to be run within this context without leaving a trace.
+
+    The batches are on the device, as the step expects them, and the same ones every time. The train dataloaders are iterated
+    by iterators of their own, so that the position of the running epoch stays.
 
     Args:
         trainer: The trainer, in the middle of a fit.
+        model: The model that is calibrated, inside the LightningModule.
         dataloader: A dataloader for calibration, or ``None`` for the train dataloaders.
         limit: Number of batches at most.
     """
-    loader = CombinedLoader(_train_dataloader(trainer) if dataloader is None else dataloader, "max_size_cycle")
-    loader.flattened = [_Fresh(item) for item in loader.flattened]
     module = trainer.lightning_module
-    iterator = iter(loader)
-    total = min(limit, len(loader)) if all(_sized(item) for item in loader.flattened) else limit
-    with _bar(trainer, "Calibration", total=total) as bar:
-        for _ in range(limit):
-            try:
-                batch = next(iterator)[0]
-            except StopIteration:
-                return
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-            bar.update()
+    with contextlib.ExitStack() as stack:
+        snapshot = stack.enter_context(untouched(trainer, dataloader))
+        stack.enter_context(uncompiled())
+        stack.enter_context(unscaled(trainer))
+        stack.enter_context(silent_logging(module))
+        guard = WriteGuard(snapshot.large)
+        for parameter in module.parameters():
+            # a step may clip or zero what training has accumulated; the snapshot puts it back
+            parameter.grad = None
+        step = TrainingStep(trainer, model, guard)
+        loader = CombinedLoader(_train_dataloader(trainer) if dataloader is None else dataloader, "max_size_cycle")
+        loader.flattened = [_Fresh(item) for item in loader.flattened]
+        sized = all(_sized(item) for item in loader.flattened)
+        total = min(limit, max(len(item) for item in loader.flattened)) if sized and loader.flattened else limit
+        bar = stack.enter_context(_bar(trainer, "Calibration", total=total))
+        try:
+            yield step.batches(loader, limit, bar.update), step
+        finally:
+            guard.restore()
+            snapshot.lost += guard.changed()
+
+
+def _warn_of_traces(trainer: pl.Trainer, names: Sequence[str]) -> None:
+    """Say what cannot be put back, once in a run."""
+    said = _TRACES.setdefault(trainer, set())
+    new = [name for name in names if name not in said]
+    said.update(new)
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        rank_zero_warn(
+            f"Calibration leaves a trace: {', '.join(new[:5])}{more} changed in a way that cannot be undone, and the run goes on"
+            " with it. Let training_step and the hooks around it leave this alone where self.training is False."
+        )
 
 
 @contextlib.contextmanager
@@ -127,54 +157,6 @@ def _sized(loader: _Fresh) -> bool:
     return True
 
 
-def training_loss(trainer: pl.Trainer) -> Callable[[Any], Tensor | None]:
-    """A function that runs the user's ``training_step`` on a batch and returns its loss.
-
-    The step is called on the LightningModule itself, past any wrapper of the strategy, so that gradients stay local. In
-    float16 they are scaled on their way, as in training, so that small ones do not vanish; see :func:`unscaled`.
-    """
-    scale = gradient_scale(trainer)
-    module = trainer.lightning_module
-    number = -1
-
-    def loss(batch: Any) -> Tensor | None:
-        nonlocal number
-        number += 1
-        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, number)
-        with trainer.precision_plugin.train_step_context():
-            output = module.training_step(*arguments.values())
-        value = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-        return _ScaledGradient.apply(value, scale) if scale != 1 and isinstance(value, Tensor) else value  # type: ignore[return-value]
-
-    return loss
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, with a gradient that is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.scale, None
-
-
-def gradient_scale(trainer: pl.Trainer) -> float:
-    """What gradients are multiplied by on their way through activations of float16; 1 with other precisions.
-
-    A sixteenth of what the scaler of the training has come to: that one skips a step now and then because a gradient was
-    not finite, and calibration skips none.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    # the gradients that FSDP2 reduces pass no hook of a parameter
-    if scaler is None or not scaler.is_enabled() or isinstance(trainer.strategy, ModelParallelStrategy):
-        return 1.0
-    return max(1.0, float(scaler.get_scale()) / 16)
-
-
 @contextlib.contextmanager
 def unscaled(trainer: pl.Trainer) -> Iterator[None]:
     """Divide the gradients that reach parameters by :func:`gradient_scale`."""
@@ -189,45 +171,51 @@ def unscaled(trainer: pl.Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(trainer: pl.Trainer) -> Iterator[None]:
+def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> Iterator[Snapshot]:
     """Run something inside a fit as if it had not happened.
 
-    Random number generators (also those of the dataloaders and samplers), the dataloaders' positions, buffers,
-    torchmetrics' states, logged metrics, loggers and the other callbacks are as before afterwards, also when an error is
-    raised.
+    Random number generators, the attributes of the module, its submodules and torchmetrics, of the datamodule, dataloaders,
+    samplers and datasets with all they refer to, the hyperparameters of optimizers, logged metrics, loggers and the other
+    callbacks are as before afterwards, also when an error is raised. What is known to have changed all the same is warned of.
+    Values of parameters are not looked at.
+
+    Args:
+        trainer: The trainer.
+        dataloader: A dataloader that the trainer does not know.
     """
     module = trainer.lightning_module
     connector = trainer._logger_connector
-    generators = {id(g): (g, g.get_state()) for loader in _loaders(trainer) for g in _generators(loader)}
-    attributes_of = [(loader, dict(vars(loader))) for loader in _loaders(trainer)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    metrics = [(m, copy.deepcopy(m.__getstate__())) for m in module.modules() if isinstance(m, Metric)]
+    sharding.reshard(module)
+    snapshot = Snapshot(
+        [
+            ("module", module),
+            ("datamodule", getattr(trainer, "datamodule", None)),
+            *named_loaders("train_dataloader", trainer.train_dataloader),
+            *named_loaders("val_dataloader", trainer.val_dataloaders),
+            *named_loaders("calibration_dataloader", dataloader),
+            *((f"optimizers[{n}]", optimizer) for n, optimizer in enumerate(trainer.optimizers)),
+            *((f"lr_schedulers[{n}]", config.scheduler) for n, config in enumerate(trainer.lr_scheduler_configs)),
+        ]
+    )
     values = {
         name: dict(getattr(connector, name))
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
     }
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    should_stop = trainer.should_stop
     trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        with isolate_rng():
-            yield
+        with random_state_kept():
+            yield snapshot
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        trainer.should_stop = should_stop
         for name, value in values.items():
             setattr(connector, name, value)
-        with torch.no_grad():
-            for buffer, content in buffers:
-                buffer.copy_(content)
-        for metric, attributes in metrics:
-            # not __setstate__, which would wrap update and compute once more
-            metric.__dict__.update(attributes)
-        for generator, state in generators.values():
-            generator.set_state(state)
-        # a dataloader that can be resumed remembers the iterator it gave out last, or how far it came
-        for loader, before in attributes_of:
-            vars(loader).clear()
-            vars(loader).update(before)
+        sharding.reshard(module)
+        snapshot.restore()
+        _warn_of_traces(trainer, snapshot.lost)
 
 
 @contextlib.contextmanager
@@ -242,14 +230,13 @@ def uncompiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_logging(module: pl.LightningModule) -> Iterator[None]:
-    """Let the module's ``log`` and ``log_dict`` do nothing."""
-    for name in ("log", "log_dict"):
-        setattr(module, name, lambda *_, **__: None)
-    try:
+    """Let ``log`` and ``log_dict`` of the module, and of LightningModules inside of it, do nothing."""
+    with contextlib.ExitStack() as stack:
+        for inner in module.modules():
+            if isinstance(inner, pl.LightningModule):
+                for name in ("log", "log_dict"):
+                    stack.enter_context(replaced(inner, name, nothing))
         yield
-    finally:
-        for name in ("log", "log_dict"):
-            delattr(module, name)
 
 
 def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
@@ -305,17 +292,3 @@ def check_calibration_loader(dataloader: Iterable[Any] | None) -> None:
     """
     if dataloader is not None and _sized(_Fresh(dataloader)) and len(dataloader) == 0:  # type: ignore[arg-type]
         raise CalibrationError("The calibration dataloader is empty; expected at least one batch.")
-
-
-def _loaders(trainer: pl.Trainer) -> Iterator[Any]:
-    for loader in (trainer.train_dataloader, trainer.val_dataloaders):
-        if loader is not None:
-            yield from CombinedLoader(loader, "sequential").flattened
-
-
-def _generators(loader: Any) -> Iterator[torch.Generator]:
-    sampler = getattr(loader, "sampler", None)
-    for owner in (loader, sampler, getattr(loader, "batch_sampler", None), getattr(sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator

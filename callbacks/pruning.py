@@ -25,17 +25,12 @@ from lit_prune import (
 )
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import (
-    calibration_batches,
+    calibration,
     check_calibration_loader,
     check_same_on_all_ranks,
     measured,
     progress_bar,
     ranks_of,
-    silent_logging,
-    training_loss,
-    uncompiled,
-    unscaled,
-    untouched,
     validation_metrics,
 )
 from lit_prune.callbacks.others import check_references, cut_averages, start_over
@@ -341,22 +336,14 @@ class StructuredPruning(Callback):
         self.notify(trainer, pl_module, "on_pruning_end")
 
     @contextlib.contextmanager
-    def _batches(
-        self, trainer: pl.Trainer, purpose: str
-    ) -> Iterator[tuple[Iterator[Any], Callable[[Any], torch.Tensor | None]]]:
+    def _batches(self, trainer: pl.Trainer, purpose: str) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
         """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
+        module = trainer.lightning_module
         with contextlib.ExitStack() as stack:
-            for context in (
-                untouched(trainer),
-                uncompiled(),
-                unscaled(trainer),
-                silent_logging(trainer.lightning_module),
-            ):
-                stack.enter_context(context)
             if purpose == pipeline.CALIBRATION:
-                stack.enter_context(measured(self.costs, trainer.lightning_module.device))
-            batches = calibration_batches(trainer, self.calibration_dataloader, self.calibration_batches)
-            yield batches, training_loss(trainer)
+                stack.enter_context(measured(self.costs, module.device))
+            run = calibration(trainer, self.model(module), self.calibration_dataloader, self.calibration_batches)
+            yield stack.enter_context(run)
 
     def notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str, *arguments: Any) -> None:
         """Call a hook around pruning on every callback that defines it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,8 @@ class ActivationObserver:
         self._token_masks = token_masks
         self._handles: list[RemovableHandle] = []
         self._totals: dict[str, dict[str, Tensor]] = {}
+        # of the batch at hand, which may be skipped in the end
+        self._batch: dict[str, dict[str, Tensor]] = {}
         # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
         self._last: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
 
@@ -117,6 +119,16 @@ class ActivationObserver:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def skip_batch(self) -> None:
+        """Drop what the forward pass of a batch left."""
+        self._batch = {}
+
+    def end_batch(self) -> None:
+        """Add what the batch left to the totals."""
+        for name, sums in self._batch.items():
+            _add_sums(self._totals, name, sums)
+        self._batch = {}
 
     def finish(self) -> dict[str, ActivationStatistics]:
         """The statistics of every module that was called."""
@@ -132,12 +144,7 @@ class ActivationObserver:
             state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
                 self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
-            totals = self._totals.get(name)
-            if totals is None:
-                self._totals[name] = {key: value.double() for key, value in self._last[2].items()}
-                return
-            for key, value in self._last[2].items():
-                totals[key] += value
+            _add_sums(self._batch, name, self._last[2])
 
         return hook
 
@@ -154,3 +161,11 @@ class ActivationObserver:
                 line += _OF_INPUTS[key](part).sum(dim=0)
         result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
         return result
+
+
+def _add_sums(totals: dict[str, dict[str, Tensor]], name: str, sums: Mapping[str, Tensor]) -> None:
+    if name not in totals:
+        totals[name] = {key: value.double() for key, value in sums.items()}
+        return
+    for key, value in sums.items():
+        totals[name][key] += value

@@ -123,6 +123,19 @@ class MaskCollector:
         for handle in self._handles:
             handle.remove()
 
+    def start_backward(self) -> None:
+        """Drop what backward passes within the forward pass (to inputs, for adversarial samples) have left."""
+        for taken in self._blocks.values():
+            taken.clear()
+        for masks in self._masks.values():
+            for mask in masks:
+                mask.grad = None
+
+    def skip_batch(self) -> None:
+        """Drop everything that the forward pass of a batch has left."""
+        for taken in (*self._blocks.values(), *self._masks.values()):
+            taken.clear()
+
     @torch.no_grad()
     def end_batch(self) -> list[str]:
         """Take what the backward pass of a batch has left.

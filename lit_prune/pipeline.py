@@ -161,6 +161,7 @@ def make_plan(
             "pruning_ratio": config.pruning_ratio,
             "ratio_of": config.ratio_of,
             "calibration_batches": statistics.batches if statistics is not None else 0,
+            **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
             "parameters_before": before,
             "parameters_after": before - removed,
         }
@@ -390,9 +391,13 @@ def masked_loss(
     losses: list[Tensor] = []
     sharding.reshard(model)
     with evaluation_mode(model if root is None else root), masked(model, group_sets, plan):
-        chosen = list(batches)
-        held = [b for number, b in enumerate(chosen) if config.holds_back(number)]
-        for batch in held or chosen:
+        held = False
+        # one after the other, as a batch may come with state of the module that is of this batch only
+        for number, batch in enumerate(batches):
+            if config.holds_back(number) and not held:
+                held, losses = True, []
+            if held and not config.holds_back(number):
+                continue
             loss = loss_fn(batch)
             if isinstance(loss, Tensor):
                 losses.append(loss.float())

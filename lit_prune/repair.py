@@ -33,7 +33,7 @@ from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.module_checks import relative_difference, tolerance
 from lit_prune.plan import AFTER, PruningPlan
-from lit_prune.statistics import Statistics, evaluation_mode
+from lit_prune.statistics import SKIPPED, Statistics, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
 from lit_prune.token_masks import TokenMasks
 
@@ -162,6 +162,14 @@ def _sample(output: Tensor) -> tuple[Tensor, torch.dtype]:
     device = output.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
     return output.detach().flatten()[:: max(1, output.numel() // _SAMPLE)].clone(), dtype
+    # how many of the inputs are of batches that ran to their end
+    complete: int = 0
+
+    def forget_batch(self) -> None:
+        """Drop what was noted of a batch that is skipped after all."""
+        del self.inputs[self.complete :], self.masks[self.complete :]
+        for calls in self.calls.values():
+            del calls[self.complete :]
 
 
 @torch.no_grad()
@@ -452,7 +460,12 @@ def _record(
             stack.callback(block.register_forward_hook(after(stream, name)).remove)
         for batch in batches:
             token_masks.start_batch(batch)
-            forward(batch)
+            if forward(batch) is SKIPPED:
+                for stream in streams:
+                    stream.forget_batch()
+            else:
+                for stream in streams:
+                    stream.complete = len(stream.inputs)
     for stream in streams:
         for name, calls in stream.calls.items():
             if len(calls) != len(stream.inputs):

@@ -15,7 +15,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,22 @@ _PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class _Skipped:
+    def __repr__(self) -> str:
+        return "SKIPPED"
+
+
+SKIPPED: Final = _Skipped()
+"""What a loss function returns for a batch that is not to count: neither its loss, nor what went through the model."""
+
+
 @dataclass
 class Statistics:
     """What a calibration collected.
 
     Args:
-        batches: Number of calibration batches.
+        batches: Number of calibration batches that counted.
+        skipped: Number of calibration batches that had no loss, and did not count.
         tokens: Number of tokens that the first observed projection saw (0 without activation statistics).
         elementwise: By statistic and parameter, a tensor of the parameter's shape, a mean over the batches; of a sharded
             parameter only the local shard.
@@ -69,6 +79,7 @@ class Statistics:
     """
 
     batches: int = 0
+    skipped: int = 0
     elementwise: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     reduced: dict[tuple[Term, tuple[str, str], int], Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationStatistics] = field(default_factory=dict)
@@ -106,7 +117,7 @@ def collect_statistics(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
     batches: Iterable[Any],
-    loss_fn: Callable[[Any], Tensor | None],
+    loss_fn: Callable[[Any], Any],
     terms: Iterable[Term],
     *,
     mode: str = "streaming",
@@ -118,15 +129,17 @@ def collect_statistics(
 ) -> Statistics:
     """Run calibration batches and collect what the terms of a criterion need.
 
-    The model is put in eval mode, only the parameters of the group sets require gradients meanwhile, and everything
-    (modes, flags, gradients that were there, hooks) is put back, also when an error is raised.
+    The model is put in eval mode, only those of its parameters that are scored by their gradients require gradients
+    meanwhile (other parameters of ``root`` keep their flags), and everything (modes, flags, gradients that were there,
+    hooks) is put back, also when an error is raised.
 
     Args:
         model: The model that ``group_sets`` describe.
         group_sets: The group sets to collect for.
         batches: The calibration batches; each is one micro-batch of the mean over batches.
-        loss_fn: Runs one batch through the model and returns its loss, a scalar. Without gradient statistics it may
-            return ``None``.
+        loss_fn: Runs one batch through the model and returns its loss, a scalar; or :data:`SKIPPED` for a batch that is
+            not to count. ``None`` means the same where gradients are needed; elsewhere the batch counts without a loss.
+            In a distributed run a batch that one process skips is skipped by all.
         terms: The terms whose statistics are needed.
         mode: ``"streaming"`` or ``"elementwise"``.
         activations: Observe all sums of the projections' inputs even if no term asks for them.
@@ -141,8 +154,8 @@ def collect_statistics(
             process that has no more. Every process gets the same statistics, or an error.
 
     Raises:
-        CalibrationError: If there is no batch, the loss is missing or does not depend on the parameters, or a loss or
-            gradient is not finite; the message names the batch and the parameter.
+        CalibrationError: If there is no batch or all are skipped, a loss is no scalar or does not depend on the
+            parameters, or a loss or gradient is not finite; the message names the batch and the parameter.
         UnsupportedModelError: If the group sets are of another model.
         ValueError: For an unknown mode or dtype.
     """
@@ -154,7 +167,7 @@ def collect_statistics(
     needed = {t.statistic for t in terms if t.statistic is not None}
     gradients = bool(needed & {*ELEMENTWISE, *GROUPWISE})
     statistics = Statistics()
-    losses: list[Tensor] = []
+    losses: list[Tensor | None] = []
     accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
     masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
     of_weights = [t for t in terms if t not in masked]
@@ -176,27 +189,28 @@ def collect_statistics(
         for number, batch in enumerate(_together(batches, ranks)):
             token_masks.start_batch(batch)
             loss = loss_fn(batch)
+            counts = loss is not SKIPPED and not (gradients and loss is None)
+            if not _everywhere(counts, ranks):
+                statistics.skipped += 1
+                _forget_batch(observer, masks)
+                del loss
+                continue
             if collector is not None:
                 losses.append(_checked_loss(loss, number, ranks).detach())
                 collector.start_batch()
-                loss.backward()  # type: ignore[union-attr]
+                if masks is not None:
+                    masks.start_backward()
+                loss.backward()
                 collector.end_batch(masks.end_batch() if masks is not None else [])
-            elif isinstance(loss, Tensor):
-                losses.append(loss.detach().float().mean())
+            else:
+                losses.append(loss.detach().float().mean() if isinstance(loss, Tensor) else None)
+            if observer is not None:
+                observer.end_batch()
             statistics.batches += 1
             del loss
     if statistics.batches == 0:
-        raise CalibrationError("The calibration dataloader gave no batch; expected at least one.")
-    if losses:
-        stacked = torch.stack([loss.float() for loss in losses])
-        stacked = (stacked if ranks is None else ranks.mean(stacked)).cpu()
-        if not bool(stacked.isfinite().all()):
-            number = int((~stacked.isfinite()).nonzero()[0])
-            raise CalibrationError(
-                f"The loss of calibration batch {number} is {float(stacked[number])}; expected a finite number."
-                " Nothing was pruned."
-            )
-        statistics.loss = float(stacked.mean())
+        raise CalibrationError(_nothing_to_calibrate_on(statistics.skipped))
+    statistics.loss = _mean_loss(losses, ranks)
     if collector is not None:
         collector.finish(statistics)
     if masks is not None:
@@ -227,6 +241,50 @@ def check_gathering(mode: str, gradient_dtype: str) -> None:
         raise ValueError(f"Unknown gradient_dtype {gradient_dtype!r}; expected one of {', '.join(GRADIENT_DTYPES)}.")
 
 
+def _forget_batch(observer: ActivationObserver | None, masks: MaskCollector | None) -> None:
+    """Drop what the forward pass of a skipped batch left."""
+    if observer is not None:
+        observer.skip_batch()
+    if masks is not None:
+        masks.skip_batch()
+
+
+def _nothing_to_calibrate_on(skipped: int) -> str:
+    if skipped == 0:
+        return "The calibration dataloader gave no batch; expected at least one."
+    return (
+        f"All {skipped} calibration batches were skipped, because none had a loss for the model that is pruned; expected at"
+        " least one. Let the training step return a loss (or call manual_backward with one that depends on the model) in"
+        " calibration, where the module is in eval mode, or give other calibration batches."
+    )
+
+
+def _mean_loss(losses: Sequence[Tensor | None], ranks: Ranks | None) -> float | None:
+    """The mean of the losses that there are, over all batches of all processes; ``None`` if there are none.
+
+    Raises:
+        CalibrationError: If one is not finite.
+    """
+    device = next((loss.device for loss in losses if loss is not None), torch.device("cpu"))
+    nothing = torch.zeros((), device=device)
+    # by batch, a line of losses and a line of how many there are: a process without any takes part all the same
+    both = torch.stack(
+        [
+            torch.stack([nothing if loss is None else loss.float().reshape(()) for loss in losses]),
+            torch.tensor([float(loss is not None) for loss in losses], device=device),
+        ]
+    )
+    values, counts = (both if ranks is None else ranks.sum(both)).cpu()
+    means = values / counts.clamp_min(1)
+    if not bool(means.isfinite().all()):
+        number = int((~means.isfinite()).nonzero()[0])
+        raise CalibrationError(
+            f"The loss of calibration batch {number} is {float(means[number])}; expected a finite number."
+            " Nothing was pruned."
+        )
+    return float(values.sum() / counts.sum()) if bool(counts.any()) else None
+
+
 def _everywhere(flag: bool, ranks: Ranks | None) -> bool:
     return flag if ranks is None else ranks.all(flag)
 
@@ -242,11 +300,10 @@ def _together(batches: Iterable[Any], ranks: Ranks | None) -> Iterator[Any]:
         yield batch
 
 
-def _checked_loss(loss: Tensor | None, number: int, ranks: Ranks | None) -> Tensor:
+def _checked_loss(loss: Any, number: int, ranks: Ranks | None) -> Tensor:
     fine = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
     if _everywhere(fine, ranks):
-        assert loss is not None
-        return loss
+        return loss  # type: ignore[no-any-return]
     if fine:
         raise CalibrationError(f"Calibration batch {number} gave no usable loss on another process, which says why.")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -355,6 +412,7 @@ class _GradientCollector:
         ranks: Ranks | None,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._model = model
         self._root = root
         self._mode = mode
         self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
@@ -390,6 +448,7 @@ class _GradientCollector:
         # of the batch at hand: the derivative of the loss by a mask of the groups
         self._mask_gradients: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
+        self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._batches = 0
         self._ranks = ranks
         # gradients that wait for those before them: the processes have to average them in one order, the last layers first
@@ -399,14 +458,17 @@ class _GradientCollector:
 
     def __enter__(self) -> _GradientCollector:
         scored = {id(p) for p in self._parameters.values()}
-        everything = list(self._root.parameters())
+        everything = list({id(p): p for module in (self._root, self._model) for p in module.parameters()}.values())
         self._flags = [(p, p.requires_grad) for p in everything]
         self._gradients = [(p, p.grad) for p in everything]
         for parameter in everything:
             parameter.grad = None
+        # other networks of the root keep their flags: the loss may pass through them, or be of them alone
+        for parameter in self._model.parameters():
             # FSDP2 fixes at its first forward which parameters it will ever reduce gradients of: leave it its flags
             if not sharding.is_sharded(parameter):
                 parameter.requires_grad_(id(parameter) in scored)
+        self._silence_hooks(everything)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
         for key, block in self._blocks.items():
@@ -416,13 +478,25 @@ class _GradientCollector:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for hooks, before in self._silenced:
+            hooks.update(before)
         for parameter, requires_grad in self._flags:
             parameter.requires_grad_(requires_grad)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
 
+    def _silence_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take out the hooks that others run once a gradient is there, such as an optimizer's step within backward."""
+        for parameter in parameters:
+            hooks = parameter._post_accumulate_grad_hooks
+            if hooks and not sharding.is_sharded(parameter):
+                self._silenced.append((hooks, dict(hooks)))
+                hooks.clear()
+
     def start_batch(self) -> None:
+        """Get ready for the backward pass of a batch."""
         self._batch_finite = {}
+        self._block_gradients = {}
         self._next = 0
 
     def end_batch(self, unreached: Sequence[str]) -> None:
