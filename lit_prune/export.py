@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import modeling_pruned
 from lit_prune.architectures import find_group_sets
-from lit_prune.checkpoint import merge_adapters, pruning_states
+from lit_prune.checkpoint import merge_adapters, saved_prunings
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.figures import format_figure, label
 from lit_prune.files import write_text
@@ -264,12 +264,20 @@ def convert_checkpoint(
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise PruningError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict.")
-    plans = [s["plan"] for s in pruning_states(content) if s["plan"] is not None]
-    if not plans:
+    found = [s for s in saved_prunings(content) if s.plan is not None]
+    if not found:
         raise PruningError(
             f"{checkpoint} holds no pruning plan: it was written before the cut, or by a run without one."
         )
-    apply_plan(model, PruningPlan.from_dict(plans[0]))
+    if len(found) > 1:
+        paths = [s.model_path for s in found]
+        found = [s for s in found if s.model_path == name]
+        if len(found) != 1:
+            raise PruningError(
+                f"{checkpoint} holds the plans of several models, {paths}; say which by name, found {name!r}."
+            )
+    assert found[0].plan is not None
+    apply_plan(model, found[0].plan)
     merge_adapters(model, content)
     weights = content["state_dict"]
     wanted = dict(model.state_dict())
