@@ -66,7 +66,7 @@ def check_goes_on(stages: Sequence[Stage], ratio_of: str, state: Mapping[str, An
         return
     whole = state["reference"][0 if ratio_of == "all" else 1]
     raise PlanError(
-        f"The checkpoint's model was pruned to a ratio of {gone / whole:.4g} of its {ratio_of} parameters, and the schedule"
+        f"The checkpoint's model was pruned to a ratio of {gone / whole:.4g} of {ratio_of} parameters, and the schedule"
         f" ends at {stages[-1].ratio:.4g}: what is gone does not come back. Resume with a ratio of {gone / whole:.4g} or more,"
         " or from a checkpoint that was written before."
     )
