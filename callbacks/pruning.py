@@ -34,13 +34,14 @@ from lit_prune.callbacks.calibration import (
     validation_metrics,
 )
 from lit_prune.callbacks.others import check_references, cut_averages, start_over
+from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
 from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
-from lit_prune.callbacks.strategies import check_strategy, rebuild_on_load, renew_wrapper, stop_rebuilding
+from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, renew_wrapper, stop_rebuilding
 from lit_prune.checkpoint import plan_digest
 from lit_prune.errors import ArgumentValueError
 from lit_prune.module_checks import check_parameters
 from lit_prune.plan import FORMAT
-from lit_prune.selection import Limits
+from lit_prune.selection import Limits, parameter_budget
 from lit_prune.table import GroupTable
 from lit_prune.text_escape import one_line
 
@@ -58,8 +59,9 @@ class StructuredPruning(Callback):
 
     ``trainer.validate`` prunes, too, without any training, if epoch or step is 0: what it measures is the pruned model.
 
-    Every checkpoint written later carries the plan in this callback's state, and ``ckpt_path=`` rebuilds the smaller model
-    from it before weights load.
+    Every checkpoint written later carries the plan beside the weights, in every save mode (``save_weights_only=True``
+    among them), and ``ckpt_path=`` rebuilds the smaller model from it before weights load. A run may be resumed with another
+    schedule: what is gone counts towards its ratios, and the stages that ask for more prune on.
 
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
@@ -216,6 +218,7 @@ class StructuredPruning(Callback):
         self.costs: dict[str, float] = {}
         self._reference: tuple[int, int] | None = None
         self._digests: dict[str, str | None] = {"start": None, "now": None}
+        self._reached_before = 0
 
     def model(self, pl_module: pl.LightningModule) -> torch.nn.Module:
         """The model inside the LightningModule that is pruned."""
@@ -227,9 +230,9 @@ class StructuredPruning(Callback):
         Raises:
             UnsupportedStrategyError: If the strategy keeps the parameters in a way that cannot be cut.
         """
-        del stage
+        del pl_module, stage
         check_strategy(trainer.strategy)
-        rebuild_on_load(trainer, pl_module, self)
+        follow_checkpoints(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undo :meth:`setup`."""
@@ -357,28 +360,55 @@ class StructuredPruning(Callback):
             self.plan.save(self.output_dir / "plan.json")
             self.table.to_csv(self.output_dir / "group_table.csv")
 
+    # every checkpoint has it, those of weights alone too: see callbacks/strategies.py
+    state_beside_weights = True
+
     def state_dict(self) -> dict[str, Any]:
-        """The plan and the metrics, as plain data."""
+        """The plan, how far the schedule has come, and the metrics, as plain data."""
+        plan = None if self.plan is None or self.dry_run else self.plan
+        done = 0 if self.dry_run else self.stages_done
         return {
             "format": FORMAT,
             "model_path": self.model_path,
-            "plan": None if self.plan is None or self.dry_run else self.plan.to_dict(),
-            "stages_done": 0 if self.dry_run else self.stages_done,
+            "plan": None if plan is None else plan.to_dict(),
+            "stages_done": done,
+            **schedule_state(self.stages, self.config.ratio_of, self._reached(done)),
             "reference": None if self._reference is None else list(self._reference),
-            "digests": dict(self._digests),
+            "digests": {**self._digests, "plan": None if plan is None else plan.digest()},
             "metrics": {stage: dict(values) for stage, values in self.metrics.items()},
         }
+
+    def _reached(self, done: int) -> int:
+        """Parameters that the stages done, and those before a checkpoint that this run resumed from, were to remove."""
+        if not done or self._reference is None:
+            return self._reached_before
+        ratio = self.stages[done - 1].ratio
+        return max(self._reached_before, parameter_budget(ratio, self.config.ratio_of, *self._reference))
 
     @property
     def state_key(self) -> str:
         """Tells the states of several pruning callbacks, each for a model of its own, apart."""
         return super().state_key if self.model_path is None else self._generate_state_key(model_path=self.model_path)
 
+    def check_resumable(self, trainer: pl.Trainer, state_dict: Mapping[str, Any]) -> None:
+        """Refuse, before anything is changed, to go on from a checkpoint whose model has lost more than is asked for.
+
+        Raises:
+            PlanError: If it has.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_goes_on(self.stages, self.config.ratio_of, state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the plan and the metrics of a checkpoint."""
+        """Take over the plan and the metrics of a checkpoint; of the schedule, what is not done yet goes on.
+
+        The schedule may be another than that of the run which wrote the checkpoint: stages that ask for no more than is gone
+        are done, and the others prune on, against the model that the first run began with.
+        """
         plan = state_dict["plan"]
         self.plan = None if plan is None else PruningPlan.from_dict(plan)
-        self.stages_done = state_dict["stages_done"]
+        self.stages_done = stages_behind(self.stages, self.config.ratio_of, state_dict)
+        self._reached_before = budget_reached(state_dict)
         self._reference = None if state_dict["reference"] is None else tuple(state_dict["reference"])
-        self._digests = dict(state_dict["digests"])
+        self._digests = {name: state_dict["digests"][name] for name in ("start", "now")}
         self.metrics = {stage: dict(values) for stage, values in state_dict["metrics"].items()}

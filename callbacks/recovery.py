@@ -574,6 +574,9 @@ class LoRARecovery(Callback):
         if self._phase == "merged" and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = []
 
+    # what merging the adapters in a checkpoint needs to know
+    state_beside_weights = True
+
     def state_dict(self) -> dict[str, Any]:
         """Where the healing stands, and what merging needs to know."""
         return {

@@ -103,7 +103,7 @@ class PruningReport(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the options; go on with the report of a run that was cut before its checkpoint was written."""
         callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
-        done = [c for c in callbacks if c.stages_done]
+        done = [c for c in callbacks if c.plan is not None]
         self._pruning = done[0] if done and "dense" in self.figures else None
         for logger in trainer.loggers:
             if callbacks:
@@ -126,7 +126,7 @@ class PruningReport(Callback):
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
-        if pruning.stages_done:
+        if pruning.plan is not None:
             return
         model = pruning.model(pl_module)
         self.figures = {"dense": _size(model)}

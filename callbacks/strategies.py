@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from lit_prune.architectures import find_model
 from lit_prune.callbacks.others import averages
-from lit_prune.checkpoint import cut_as_saved, merge_adapters
-from lit_prune.errors import UnsupportedStrategyError
+from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
+from lit_prune.errors import UnsupportedModelError, UnsupportedStrategyError
+from lit_prune.plan import FORMAT
 
 if TYPE_CHECKING:
     from lit_prune.callbacks.pruning import StructuredPruning
@@ -71,49 +74,115 @@ def renew_wrapper(trainer: pl.Trainer) -> None:
         strategy.configure_ddp()
 
 
-def rebuild_on_load(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: StructuredPruning) -> None:
-    """Let the strategy, until :func:`stop_rebuilding`, cut the model as a checkpoint says before anything of it loads.
+def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None:
+    """Let the strategy write what the weights need into every checkpoint, and cut the model before one of them loads.
 
-    Strategies load at different times: most read the whole checkpoint first and fill the model later, and
-    ``ModelParallelStrategy`` fills model and optimizers while it reads. ``load_checkpoint`` comes before both.
+    Callbacks are not asked when weights alone are saved (``save_weights_only=True``); the strategy saves in every mode, and
+    also after the fit. Strategies load at different times: most read the whole checkpoint first and fill the model later,
+    and ``ModelParallelStrategy`` fills model and optimizers while it reads. ``load_checkpoint`` comes before both.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy.__dict__.get("load_checkpoint"), _RebuildingLoad):
-        strategy.load_checkpoint = _RebuildingLoad(trainer, pl_module)  # type: ignore[method-assign]
-    strategy.load_checkpoint.callbacks.append(callback)  # type: ignore[attr-defined]
+    if not isinstance(strategy.__dict__.get("save_checkpoint"), _Saving):
+        strategy.save_checkpoint = _Saving(trainer, strategy.save_checkpoint)  # type: ignore[method-assign]
+    if not isinstance(strategy.__dict__.get("load_checkpoint"), _Loading):
+        strategy.load_checkpoint = _Loading(trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
+    for wrapper in (strategy.save_checkpoint, strategy.load_checkpoint):
+        if not any(c is callback for c in wrapper.callbacks):  # type: ignore[attr-defined]
+            wrapper.callbacks.append(callback)  # type: ignore[attr-defined]
 
 
 def stop_rebuilding(trainer: pl.Trainer) -> None:
-    """Undo :func:`rebuild_on_load`."""
-    if isinstance(trainer.strategy.__dict__.get("load_checkpoint"), _RebuildingLoad):
+    """Let the strategy load as it did before :func:`follow_checkpoints`; saving stays, for checkpoints after the fit."""
+    if isinstance(trainer.strategy.__dict__.get("load_checkpoint"), _Loading):
         del trainer.strategy.__dict__["load_checkpoint"]
 
 
-class _RebuildingLoad:
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+class _Saving:
+    """A strategy's ``save_checkpoint``, which adds the states of callbacks that have to do with the weights."""
+
+    def __init__(self, trainer: pl.Trainer, save: Callable[..., None]) -> None:
         self.callbacks: list[StructuredPruning] = []
         self._trainer = trainer
-        self._module = pl_module
-        self._load = trainer.strategy.load_checkpoint
+        self._save = save
+
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        written = checkpoint.get("callbacks", {})
+        states = []
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "state_beside_weights", False):
+                # the object that is written already, which is then not written twice
+                state = written.get(callback.state_key) or callback.state_dict()
+                states.append(self._true(callback, state))
+        put_states(checkpoint, states)
+        self._save(checkpoint, *args, **kwargs)
+
+    def _true(self, callback: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not any(callback is c for c in self.callbacks):
+            return state
+        try:
+            return true_to(callback.model(self._trainer.lightning_module), state)
+        except UnsupportedModelError:
+            # a run that ends because of this may still save what it has
+            return state
+
+
+class _Loading:
+    """A strategy's ``load_checkpoint``, which makes the model fit before anything loads."""
+
+    def __init__(self, trainer: pl.Trainer, load: Callable[..., dict[str, Any]]) -> None:
+        self.callbacks: list[StructuredPruning] = []
+        self._trainer = trainer
+        self._load = load
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy = self._trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            self._rebuild(_metadata(Path(strategy.broadcast(checkpoint_path))))
-            return self._load(checkpoint_path, *args, **kwargs)
+            metadata = _metadata(Path(strategy.broadcast(checkpoint_path)))
+            self._rebuild(metadata)
+            checkpoint = self._load(checkpoint_path, *args, **kwargs)
+            if "callbacks" in metadata:
+                checkpoint["callbacks"] = metadata["callbacks"]
+            return checkpoint
         checkpoint = self._load(checkpoint_path, *args, **kwargs)
         self._rebuild(checkpoint)
         return checkpoint
 
     def _rebuild(self, checkpoint: dict[str, Any]) -> None:
+        # the module at hand, also where the fit before ended in an error
+        trainer, module = self._trainer, self._trainer.lightning_module
+        check_weights(module, checkpoint)
+        states = self._states(checkpoint)
+        for callback, state in states:
+            callback.check_resumable(trainer, state)
+        _hand_over(checkpoint, states)
         for callback in self.callbacks:
-            callback.notify(self._trainer, self._module, "on_pruning_load_start", checkpoint)
-        cut_as_saved(self._module, checkpoint, self._trainer.strategy.optimizers)
-        for _, average in averages(self._trainer):
+            callback.notify(trainer, module, "on_pruning_load_start", checkpoint)
+        cut_as_saved(module, checkpoint, trainer.strategy.optimizers)
+        for _, average in averages(trainer):
             cut_as_saved(average, checkpoint)
+        # not left to the Trainer, which passes over checkpoints of weights alone
+        for callback, state in states:
+            callback.load_state_dict(state)
         for callback in self.callbacks:
-            callback.notify(self._trainer, self._module, "on_pruning_load_end", checkpoint)
-        merge_adapters(self._module, checkpoint)
+            callback.notify(trainer, module, "on_pruning_load_end", checkpoint)
+        merge_adapters(module, checkpoint)
+
+    def _states(self, checkpoint: Mapping[str, Any]) -> list[tuple[StructuredPruning, dict[str, Any]]]:
+        """The state of each callback: the one that is of the same model, whatever path it was given by."""
+        module = self._trainer.lightning_module
+        saved = [(find_model(module, s.model_path)[1], s.state) for s in saved_prunings(checkpoint)]
+        return [(c, dict(state)) for c in self.callbacks for model, state in saved if c.model(module) is model]
+
+
+def _hand_over(checkpoint: dict[str, Any], states: Sequence[tuple[StructuredPruning, dict[str, Any]]]) -> None:
+    """Put each state where the Trainer looks for that of the callback, whose key may have been another."""
+    if "callbacks" in checkpoint and states:
+        others = {k: s for k, s in checkpoint["callbacks"].items() if not _is_pruning(s)}
+        checkpoint["callbacks"] = {**others, **{callback.state_key: state for callback, state in states}}
+
+
+def _is_pruning(state: Any) -> bool:
+    return isinstance(state, Mapping) and state.get("format") == FORMAT
 
 
 def _metadata(path: Path) -> dict[str, Any]:

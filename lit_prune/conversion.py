@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.checkpoint import merge_adapters, plan_of_state, pruning_states
+from lit_prune.checkpoint import merge_adapters, saved_prunings
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.plan import get_plan
 from lit_prune.surgery import apply_plan
@@ -40,12 +40,19 @@ def convert_checkpoint(
             f"No file at {checkpoint}; expected a Lightning checkpoint in one file. Consolidate a sharded one first."
         )
     content = _read(checkpoint)
-    states = [s for s in pruning_states(content) if s.get("plan") is not None]
-    if not states:
+    found = [s for s in saved_prunings(content) if s.plan is not None]
+    if not found:
         raise PruningError(
             f"{checkpoint} holds no pruning plan: it was written before the cut, or by a run without one."
         )
-    apply_plan(model, plan_of_state(states[0], get_plan(model)))
+    if len(found) > 1:
+        paths = [s.model_path for s in found]
+        found = [s for s in found if s.model_path == name]
+        if len(found) != 1:
+            raise PruningError(
+                f"{checkpoint} holds the plans of several models, {paths}; say which by name, found {name!r}."
+            )
+    apply_plan(model, found[0].plan_for(get_plan(model)))
     merge_adapters(model, content)
     weights = content["state_dict"]
     wanted = dict(model.state_dict())

@@ -141,6 +141,16 @@ class _Stream:
     masks: list[Tensor | None] = field(default_factory=list)
     # by block, of what its first call gave: a sample to check a replay by, and the precision that it was computed in
     first: dict[str, tuple[Tensor, torch.dtype]] = field(default_factory=dict)
+    # how many of the inputs are of batches that ran to their end
+    complete: int = 0
+
+    def forget_batch(self) -> None:
+        """Drop what was noted of a batch that is skipped after all."""
+        del self.inputs[self.complete :], self.masks[self.complete :]
+        if not self.complete:
+            self.first.clear()
+        for calls in self.calls.values():
+            del calls[self.complete :]
 
     def check_replay(self, name: str, output: Tensor) -> None:
         """Refuse to go on if a block's first call gave something else in its replay than when it was recorded.
@@ -162,14 +172,6 @@ def _sample(output: Tensor) -> tuple[Tensor, torch.dtype]:
     device = output.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
     return output.detach().flatten()[:: max(1, output.numel() // _SAMPLE)].clone(), dtype
-    # how many of the inputs are of batches that ran to their end
-    complete: int = 0
-
-    def forget_batch(self) -> None:
-        """Drop what was noted of a batch that is skipped after all."""
-        del self.inputs[self.complete :], self.masks[self.complete :]
-        for calls in self.calls.values():
-            del calls[self.complete :]
 
 
 @torch.no_grad()

@@ -310,3 +310,100 @@ def test_a_dense_best_checkpoint_and_spent_patience_do_not_outlive_the_cut(tmp_p
     assert float(saver.best_model_score) > dense_score
     state = torch.load(saver.best_model_path, weights_only=True)["callbacks"][callback.state_key]
     assert state["plan"] is not None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 20% at epoch 1 (and, for what resumes, the same by two stages), with what it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    callback = pruning(validate=False, epoch=1)
+    trainer, module = fit(folder, callback, module=Tested(), max_epochs=2)
+    trainer.save_checkpoint(folder / "20.ckpt")
+    return folder / "20.ckpt", callback, module
+
+
+DENSE = sum(p.numel() for p in tiny("llama").parameters())
+
+
+def resumed(path, callback, module=None, epochs=5, **options):
+    module = module or Tested()
+    trainer = quiet(callback, max_epochs=epochs, **options)
+    trainer.fit(module, ckpt_path=path, weights_only=True)
+    return trainer, module
+
+
+def ratio_of(module) -> float:
+    return 1 - sum(p.numel() for p in module.inner["lm"].parameters()) / DENSE
+
+
+@pytest.mark.parametrize(
+    ("options", "when", "ratio", "cuts"),
+    [
+        ({"pruning_ratio": 0.4, "epoch": 3}, 3, 0.4, 1),
+        # due since long: at once
+        ({"pruning_ratio": 0.4, "epoch": 1}, 2, 0.4, 1),
+        ({"pruning_ratio": 0.4, "step": 15}, 2, 0.4, 1),
+        ({"schedule": [Stage(0.2, epoch=1), Stage(0.3, epoch=2), Stage(0.4, epoch=3)]}, 3, 0.4, 2),
+        ({"schedule": [Stage(0.1, epoch=1), Stage(0.4, epoch=3)]}, 3, 0.4, 1),
+        ({"pruning_ratio": 0.2, "epoch": 4}, None, 0.2, 0),
+        ({"pruning_ratio": 0.2, "epoch": 1}, None, 0.2, 0),
+    ],
+    ids=str,
+)
+def test_a_run_resumes_with_another_schedule(finished, options, when, ratio, cuts):
+    """What is gone counts, whatever the new schedule calls it; the ratio is of the model before the first cut."""
+    path, first, _ = finished
+    seen = []
+
+    class Cuts(pl.Callback):
+        def on_pruning_end(self, trainer, pl_module, pruning):
+            seen.append(trainer.current_epoch)
+
+    callback, watch, module = pruning(validate=False, **options), Cuts(), Tested()
+    trainer = quiet(callback, watch, max_epochs=5)
+    trainer.fit(module, ckpt_path=path, weights_only=True)
+    assert len(seen) == cuts and (seen[-1] if seen else None) == when
+    assert ratio - 0.012 < ratio_of(module) <= ratio
+    assert callback.stages_done == len(callback.stages)
+    # one plan for the first model
+    assert get_plan(module.inner["lm"]).digest() == callback.plan.digest()
+    for before, after in zip(first.plan.group_entries, callback.plan.group_entries, strict=False):
+        if before.key == after.key:
+            assert set(after.kept) <= set(before.kept)
+    trainer.save_checkpoint(path.parent / "again.ckpt")
+    lower = pruning(validate=False, pruning_ratio=0.15)
+    with pytest.raises(PlanError, match=rf"pruned to a ratio of {ratio} of all parameters.* ends at 0\.15"):
+        resumed(path.parent / "again.ckpt", lower)
+
+
+def test_a_schedule_that_asks_for_less_is_refused_before_anything_changes_and_may_still_validate(finished):
+    path, first, trained = finished
+    module = Tested()
+    with pytest.raises(PlanError, match=r"pruned to a ratio of 0\.2 .* ends at 0\.1: what is gone does not come back"):
+        resumed(path, pruning(pruning_ratio=0.1, epoch=3), module)
+    # 0.2 of all parameters
+    with pytest.raises(PlanError, match=r"pruned to a ratio of 0\.\d+ of prunable parameters.* ends at 0\.25"):
+        resumed(path, pruning(pruning_ratio=0.25, ratio_of="prunable", epoch=3), module)
+    assert ratio_of(module) == 0
+    for options in ({"pruning_ratio": 0.1, "epoch": 0}, {"pruning_ratio": 0.2, "epoch": 0}):
+        callback = pruning(**options)
+        quiet(callback).validate(module, ckpt_path=path, weights_only=True, verbose=False)
+        assert callback.plan.digest() == first.plan.digest()
+        assert torch.equal(module.inner["lm"].lm_head.weight, trained.inner["lm"].lm_head.weight)
+
+
+@pytest.mark.parametrize("paths", [(None, "inner.lm"), ("inner.lm", None), ("inner.lm", "inner")], ids=str)
+def test_another_path_to_the_same_model_does_not_cut_it_twice(tmp_path, paths):
+    callback = pruning(validate=False, epoch=1, model_path=paths[0])
+    trainer, _ = fit(tmp_path, callback, module=Tested(), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    again = pruning(validate=False, epoch=1, model_path=paths[1])
+    _, module = resumed(tmp_path / "it.ckpt", again, epochs=4)
+    assert 0.188 < ratio_of(module) <= 0.2
+    assert again.plan.digest() == callback.plan.digest() and again.stages_done == 1
+    # and what is saved now names the path of now
+    trainer = quiet(pruning(model_path=paths[1]))
+    trainer.validate(Tested(), ckpt_path=tmp_path / "it.ckpt", weights_only=True, verbose=False)
+    trainer.save_checkpoint(tmp_path / "new.ckpt", weights_only=True)
+    (state,) = torch.load(tmp_path / "new.ckpt", weights_only=True)["lit_prune"]["states"]
+    assert state["model_path"] == paths[1]
