@@ -19,7 +19,8 @@ ADAPTERS_FORMAT = "lit_prune.adapters"
 
 def pruning_states(checkpoint: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The states that pruning callbacks left in a Lightning checkpoint."""
-    for state in checkpoint.get("callbacks", {}).values():
+    states = checkpoint.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
         if isinstance(state, Mapping) and state.get("format") == FORMAT:
             yield state
 
