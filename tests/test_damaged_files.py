@@ -131,7 +131,7 @@ def test_the_type_of_another_family(copy_of):
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "../outside.safetensors")}, "in the same folder"),
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "/outside.safetensors")}, "in the same folder"),
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "..")}, "in the same folder"),
-        (lambda i: {"weight_map": {}}, "lacks the weights|do not fit|has no|damaged"),
+        (lambda i: {"weight_map": {}}, "names the file ''"),
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "gone.safetensors")}, "has no file gone"),
     ],
 )
@@ -225,7 +225,7 @@ def test_code_beside_the_weights_is_never_run(copy_of, monkeypatch):
 
 def test_a_folder_of_stock_weights_and_one_of_cut_ones_without_a_plan(tmp_path):
     tiny().save_pretrained(tmp_path / "dense")
-    with pytest.raises(PruningError, match="was not pruned by lit_prune. Load it with transformers"):
+    with pytest.raises(PruningError, match=r"was not pruned by lit_prune\. Load it with transformers"):
         load_pruned(tmp_path / "dense")
     model = pruned()
     type(model).save_pretrained(model, tmp_path / "cut")  # as before
@@ -238,7 +238,8 @@ def plan_file(tmp_path, change):
     plan = PruningPlan.from_kept(find_group_sets(model), uneven_kept(find_group_sets(model)))
     plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
-    return change(data) or data
+    changed = change(data)
+    return changed if isinstance(changed, str) and changed[:1] in "n[{" else data
 
 
 @pytest.mark.parametrize(
@@ -269,8 +270,7 @@ def plan_file(tmp_path, change):
     ],
 )
 def test_a_plan_that_is_damaged(tmp_path, change, said):
-    content = plan_file(tmp_path, lambda d: change(d) if isinstance(change(dict(d)), str) else change(d) and None)
-    put(tmp_path, "plan.json", content)
+    put(tmp_path, "plan.json", plan_file(tmp_path, change))
     with pytest.raises(PlanError, match=said):
         PruningPlan.load(tmp_path / "plan.json")
 
@@ -325,11 +325,13 @@ def test_a_plan_knows_its_model(tmp_path, overrides):
         with pytest.raises(PlanError, match=r"made for another model.*layers\.3.*6 group sets in all"):
             apply_plan(other, given)
     assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
-    # the set that the plan leaves whole, too, is known
-    with pytest.raises(PlanError, match=r"layers\.2.*24 groups|24 groups at .*layers\.2"):
-        wider = tiny()
-        wider.model.layers[2].mlp = tiny(intermediate_size=20).model.layers[2].mlp
-        apply_plan(wider, plan)
+    # the sets that the plan leaves whole, too, are known
+    sets = find_group_sets(model)
+    first = PruningPlan.from_kept(sets, [range(1, s.size) if s.layer == 0 else range(s.size) for s in sets])
+    narrower = tiny()
+    narrower.model.layers[2].mlp = tiny(intermediate_size=20).model.layers[2].mlp
+    with pytest.raises(PlanError, match=r"made for another model: one with 24 groups at 'model.layers.2.mlp'.* has 20"):
+        apply_plan(narrower, first)
     composed = plan.then(PruningPlan(()))
     assert composed.sets == plan.sets
     apply_plan(model, composed)
@@ -385,7 +387,7 @@ def test_a_checkpoint_that_is_damaged(tmp_path, change, said):
 @pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)), b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00."])
 def test_a_checkpoint_that_is_none(tmp_path, content):
     (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(PruningError, match="damaged, or holds more|has no state_dict"):
+    with pytest.raises(PruningError, match=r"damaged, or holds more|has no state_dict"):
         convert_checkpoint(tmp_path / "last.ckpt", tiny())
 
 
@@ -419,13 +421,9 @@ def test_a_config_to_build_from_that_is_damaged(tmp_path, content):
 
 def test_a_gguf_file_replaces_nothing_but_one(tmp_path):
     folder = write_model(tmp_path / "model")
-    for path, said in (
-        (folder / "model.safetensors", "no GGUF file"),
-        (folder, "is a folder"),
-        (folder / "config.json" / "x", "not a folder"),
-    ):
+    for name, said in (("model.safetensors", "no GGUF file"), (".", "is a folder"), ("config.json/x", "not a folder")):
         with pytest.raises(PruningError, match=said):
-            check_output(path)
+            check_output(folder / name)
     (tmp_path / "old.gguf").write_bytes(b"GGUF old")
     check_output(tmp_path / "old.gguf")
     check_output(tmp_path / "new" / "model.gguf")
