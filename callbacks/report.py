@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned
+from lit_prune.files import check_writable
 from lit_prune.groups import count_bytes, count_parameters
+from lit_prune.output_folder import check_replaceable
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second
 from lit_prune.table import GroupTable
@@ -95,6 +98,8 @@ class PruningReport(Callback):
             raise ArgumentValueError("log_model=True logs the model that was saved; found save_model=False.")
         self.figures: dict[str, dict[str, float]] = {}
         self.timeline: list[dict[str, Any]] = []
+        # by kind of group, over all stages
+        self.lost: dict[str, dict[str, int]] = {}
         self.run_id: str | None = None
         self._dense: nn.Module | None = None
         self._pruning: StructuredPruning | None = None
@@ -103,6 +108,8 @@ class PruningReport(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the options; go on with the report of a run that was cut before its checkpoint was written."""
         callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
+        if callbacks:
+            self._check_output(trainer, dry_run=all(c.dry_run for c in callbacks))
         done = [c for c in callbacks if c.plan is not None]
         self._pruning = done[0] if done and "dense" in self.figures else None
         for logger in trainer.loggers:
@@ -124,10 +131,32 @@ class PruningReport(Callback):
                 elif self.dense_artifact is not None:
                     logger.use_artifact(self.dense_artifact)
 
+    def _check_output(self, trainer: pl.Trainer, dry_run: bool) -> None:
+        """Refuse, on all processes, what could not be written at the end of the run.
+
+        Raises:
+            PruningError: If the first process cannot write the files there, or replace the model.
+        """
+        problem = None
+        if trainer.is_global_zero:
+            folder = self._folder(trainer)
+            try:
+                check_writable(folder)
+                if self.save_model and not dry_run:
+                    check_replaceable(folder / "model")
+            except PruningError as error:
+                problem = str(error)
+        if (problem := trainer.strategy.broadcast(problem)) is not None:
+            raise PruningError(f"PruningReport could not write its files at the end of the run. {problem}")
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return self.output_dir or Path(trainer.default_root_dir) / "pruning"
+
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
         if pruning.plan is not None:
             return
+        self.lost = {}
         model = pruning.model(pl_module)
         self.figures = {"dense": _size(model)}
         if self.measure_speed and trainer.is_global_zero:
@@ -158,7 +187,9 @@ class PruningReport(Callback):
                 self._note(trainer, stage, pruning.metrics[stage])
         flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
         if pruning.table is not None:
-            flat |= {f"pruning/{name}": value for name, value in _lost(pruning.table).items()}
+            self._count(pruning.table)
+            flat |= {f"pruning/removed_parameters/{k}": float(lost["parameters"]) for k, lost in self.lost.items()}
+            flat |= {f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self.lost.items()}
         flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
         parameters = [values["parameters"] for values in self.figures.values()]
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
@@ -166,6 +197,14 @@ class PruningReport(Callback):
             logger.log_metrics(flat, step=trainer.global_step)
             if isinstance(logger, WandbLogger) and trainer.is_global_zero and pruning.table is not None:
                 _log_tables(logger, pruning.table, trainer.global_step)
+
+    def _count(self, table: GroupTable) -> None:
+        """Add to what each kind of group lost: parameters, those that left with a whole block apart, and groups."""
+        for kind in dict.fromkeys(kind for _, kind in table.keys):
+            mine = table.kind_of_row == kind
+            lost = self.lost.setdefault(kind, {"parameters": 0, "groups": 0, "of": int(mine.sum())})
+            lost["parameters"] += int(table.cost[mine & table.leaving].sum())
+            lost["groups"] += int((mine & ~table.kept).sum())
 
     def _seen_dense(self) -> bool:
         return any(point["stage"] == "pruned" for point in self.timeline)
@@ -193,18 +232,20 @@ class PruningReport(Callback):
         if not self._pruning.dry_run:
             self.figures["healed"] = {**_size(model), **self._validated}
             if self._dense is not None:
-                self._measure(model)
+                with _warning("The speed was not measured"):
+                    self._measure(model)
             healed = {f"pruning/healed/{n}": v for n, v in self.figures["healed"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics(healed, step=trainer.global_step)
         self._dense = None
         drawn = self._write(trainer, model)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, figure in drawn.items():
-                    logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
-            if isinstance(logger, WandbLogger):
-                self._log_files(logger, drawn, trainer.global_step)
+            with _warning(f"{type(logger).__name__} did not take the report"):
+                if isinstance(logger, TensorBoardLogger):
+                    for name, figure in drawn.items():
+                        logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
+                if isinstance(logger, WandbLogger):
+                    self._log_files(logger, drawn, trainer.global_step)
         self._print()
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,6 +253,7 @@ class PruningReport(Callback):
         return {
             "figures": {stage: dict(values) for stage, values in self.figures.items()},
             "timeline": [dict(point) for point in self.timeline],
+            "lost": {kind: dict(values) for kind, values in self.lost.items()},
             "wandb_run": self.run_id,
         }
 
@@ -219,6 +261,8 @@ class PruningReport(Callback):
         """Take over the figures of a checkpoint."""
         self.figures = {stage: dict(values) for stage, values in state_dict["figures"].items()}
         self.timeline = [dict(point) for point in state_dict["timeline"]]
+        # older checkpoints have none
+        self.lost = {kind: dict(values) for kind, values in state_dict.get("lost", {}).items()}
         self.run_id = state_dict["wandb_run"]
 
     def _measure(self, model: nn.Module) -> None:
@@ -238,21 +282,19 @@ class PruningReport(Callback):
         pruning = self._pruning
         if pruning is None or pruning.plan is None:
             return {}
-        folder = self.output_dir or Path(trainer.default_root_dir) / "pruning"
-        self.output_dir = folder
-        # the table is None in a run that was resumed after the last cut
-        drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline)
+        folder = self.output_dir = self._folder(trainer)
+        drawn: dict[str, Figure] = {}
+        with _warning(f"The report was not written to {folder}"):
+            # the table is None in a run that was resumed after the last cut
+            drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline)
         if self.save_model and not pruning.dry_run:
-            try:
+            tokenizer = None
+            with _warning("The tokenizer was not saved with the model"):
+                tokenizer = self._load_tokenizer(trainer)
+            with _warning(f"The pruned model was not saved to {folder / 'model'}"):
                 save_pruned(
-                    model,
-                    folder / "model",
-                    self._load_tokenizer(trainer),
-                    figures=self.figures,
-                    self_contained=self.self_contained,
+                    model, folder / "model", tokenizer, figures=self.figures, self_contained=self.self_contained
                 )
-            except PruningError as error:
-                rank_zero_warn(one_line(f"The pruned model was not saved: {error}"))
         return drawn
 
     def _load_tokenizer(self, trainer: pl.Trainer) -> Any:
@@ -287,6 +329,15 @@ class PruningReport(Callback):
         console.print(for_console(f"Written to {self.output_dir}"), soft_wrap=True)
 
 
+@contextlib.contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """Warn of an error: whatever goes wrong with a report, the training that it reports on is done and stays."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(one_line(f"{what}: {type(error).__name__}: {error}"))
+
+
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:
     """Arguments for ``WandbLogger`` that continue the run which wrote a checkpoint.
 
@@ -316,16 +367,6 @@ def _options(pruning: StructuredPruning) -> dict[str, Any]:
     options["stages"] = [asdict(stage) for stage in pruning.stages]
     options["calibration_batches"] = pruning.calibration_batches
     return json.loads(json.dumps(options))
-
-
-def _lost(table: GroupTable) -> dict[str, float]:
-    """What each kind of group lost: parameters, those that left with a whole block apart, and the share of its groups."""
-    lost: dict[str, float] = {}
-    for kind in dict.fromkeys(kind for _, kind in table.keys):
-        mine = table.kind_of_row == kind
-        lost[f"removed_parameters/{kind}"] = float(table.cost[mine & table.leaving].sum())
-        lost[f"removed_groups/{kind}"] = float((mine & ~table.kept).sum() / mine.sum())
-    return lost
 
 
 def _log_tables(logger: WandbLogger, table: GroupTable, step: int) -> None:

@@ -86,7 +86,8 @@ def saved_prunings(checkpoint: Mapping[str, Any]) -> list[SavedPruning]:
 
 def _states(checkpoint: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     """The states of one format: beside the weights, or, in checkpoints of older versions, among those of callbacks."""
-    states: Any = checkpoint.get("callbacks", {}).values()
+    callbacks = checkpoint.get("callbacks")
+    states: Any = callbacks.values() if isinstance(callbacks, Mapping) else ()
     if KEY in checkpoint:
         content = checkpoint[KEY]
         version = content.get("version") if isinstance(content, Mapping) else None

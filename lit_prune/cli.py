@@ -40,6 +40,7 @@ from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_se
 from lit_prune.conversion import convert_checkpoint
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned, to_pretrained, write_pruned
+from lit_prune.files import check_writable, write_text
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
 from lit_prune.loading import load_pruned
@@ -120,6 +121,7 @@ def plan(
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """
+    check_writable(output)
     session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     dense = session.figures()
     table, made = session.prune(pruning)
@@ -216,6 +218,7 @@ def export(
     dtype: Literal["f32", "f16", "q8_0"] = "f16",
     vocabulary: str | None = None,
     pre_tokenizer: str | None = None,
+    verify: bool = False,
 ) -> None:
     """Write a pruned model as a GGUF file for llama.cpp.
 
@@ -226,12 +229,14 @@ def export(
         vocabulary: GGUF file of the dense model (or package:NAME) to copy the vocabulary from; the tokenizer beside the
             model is converted if not given.
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text; found out if not given.
+        verify: Compare the weights with the checksums that were noted when they were saved.
     """
-    from lit_prune.gguf_export import save_gguf
+    from lit_prune.gguf_export import check_output, save_gguf
     from lit_prune.training.loading import gguf_file, load_tokenizer
 
+    check_output(output)
     tokenizer: Any = load_tokenizer(str(model)) if vocabulary is None else gguf_file(vocabulary)
-    written = save_gguf(load_pruned(model), output, tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
+    written = save_gguf(load_pruned(model, verify=verify), output, tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
     _say(f"{written.stat().st_size / 1e6:,.1f} MB written to {written}")
 
 
@@ -272,9 +277,10 @@ def compare(
         speed_tokens: Tokens of the sequence that the speed is measured on; 0 measures none.
         output: JSON file to write the figures to.
     """
-    from lit_prune.files import write_text
 
     speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
+    if output is not None:
+        check_writable(output, file=True)
     sessions = {name: _Session(name, calibration, device, dtype) for name in models}
     figures = {name: session.figures() for name, session in sessions.items()}
     if speed_tokens:

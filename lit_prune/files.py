@@ -14,27 +14,32 @@ from typing import Any
 from lit_prune.errors import PruningError
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise an error unless a file or a folder can be written at ``path``; leaves nothing behind.
+def check_writable(path: str | os.PathLike[str], *, file: bool = False) -> None:
+    """Raise an error unless a folder, or a file, can be written at ``path``; leaves nothing behind.
 
     A small file is written and removed: where the folder is there, in it; otherwise in the nearest folder above it that is.
 
     Args:
-        path: The file or folder that is to be written later. It need not exist, nor need the folders above it.
+        path: What is to be written later. It need not exist, nor need the folders above it.
+        file: Whether it is a file, and not a folder to write files into.
 
     Raises:
-        PruningError: If a folder on the way is a file, or the file cannot be written.
+        PruningError: If there is something else at ``path``, a folder on the way is a file, or the disk refuses.
     """
     target = Path(path).absolute()
-    folder = target if target.is_dir() else target.parent
+    if os.path.lexists(target) and target.is_dir() == file:
+        raise PruningError(
+            f"{path} is {'a folder; expected the name of a file' if file else 'not a folder'}. Name another output."
+        )
+    folder = target.parent if file else target
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
         raise PruningError(f"{path} cannot be written: {folder} is not a folder. Name another output.")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lit_prune-test-") as file:
-            file.write(b"x")
-            file.flush()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lit_prune-test-") as trial:
+            trial.write(b"x")
+            trial.flush()
     except OSError as error:
         raise PruningError(
             f"{path} cannot be written: creating a file in {folder} failed ({error.strerror or error}). Name another output,"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.gguf import DECI_MODEL_TYPES
-from lit_prune.errors import UnsupportedModelError
-from lit_prune.files import replacing
+from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.files import check_writable, replacing
 
 if TYPE_CHECKING:
     import gguf
@@ -88,6 +88,7 @@ def save_gguf(
     Raises:
         UnsupportedModelError: If llama.cpp cannot compute the model as transformers does, or the tokenizer cannot be
             expressed; the message says what stands in the way.
+        PruningError: If ``path`` is a folder or a file that is not GGUF, or cannot be written; before any work.
         ValueError: If ``dtype`` is unknown, or a weight does not fit into float16.
         ImportError: If the package gguf is not installed.
     """
@@ -97,6 +98,7 @@ def save_gguf(
         raise ImportError("Writing GGUF needs the package gguf: pip install 'lit_prune[gguf]'.") from error
     if dtype not in DTYPES:
         raise ValueError(f"Unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    check_output(path)
     tensors = _tensors(model, pad_to=_BLOCK if dtype == "q8_0" else 1)
     vocabulary = _vocabulary(model, tokenizer, pre_tokenizer)
     with replacing(path) as temporary:
@@ -122,6 +124,20 @@ def save_gguf(
             writer.write_tensor_data(gguf.quants.quantize(array, stored[key]))
         writer.close()
     return Path(path)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise an error unless a GGUF file can be written here without losing anything else.
+
+    Raises:
+        PruningError: If ``path`` is a folder, a file that is not GGUF, or cannot be written.
+    """
+    check_writable(path, file=True)
+    file = Path(path)
+    if file.is_file() and file.stat().st_size:
+        with file.open("rb") as content:
+            if content.read(4) != b"GGUF":
+                raise PruningError(f"{path} is there and is no GGUF file; refusing to replace it. Name another file.")
 
 
 def _stored(shape: tuple[int, ...], dtype: str) -> gguf.GGMLQuantizationType:

@@ -434,7 +434,7 @@ def weight_files(path: Any, **hub: Any) -> list[str]:
     if index is None:
         raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS} or {WEIGHTS_INDEX}.")
     try:
-        names: Any = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        names: Any = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) or {""}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise PrunedModelError(
             f"{WEIGHTS_INDEX} in {path} is damaged: expected JSON with a mapping 'weight_map' ({type(error).__name__})."
@@ -445,7 +445,7 @@ def weight_files(path: Any, **hub: Any) -> list[str]:
                 f"{WEIGHTS_INDEX} in {path} is damaged: it names the file {_short(name)}; expected one in the same folder."
             )
     files = []
-    for name in sorted(set(names)):
+    for name in sorted(names):
         file = cached_file(path, name, **optional)
         if file is None:
             raise FileNotFoundError(f"{path} has no file {name}, which {WEIGHTS_INDEX} names.")

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lit_prune.figures import figure_rows
-from lit_prune.files import replacing, write_text
+from lit_prune.files import replacing_files, write_text
 from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.table import GroupTable
@@ -273,7 +272,7 @@ def write_report(
     table: GroupTable | None = None,
     timeline: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Figure]:
-    """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``.
+    """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``: all or none.
 
     Args:
         folder: Where to write.
@@ -285,17 +284,16 @@ def write_report(
     Returns:
         The pictures by name.
     """
-    folder = Path(folder)
-    plan.save(folder / "plan.json")
-    if table is not None:
-        table.to_csv(folder / "group_table.csv")
     drawn = pictures(plan, table, timeline)
     images = {name: _png(figure) for name, figure in drawn.items()}
-    for name, image in images.items():
-        with replacing(folder / f"{name}.png") as temporary:
-            Path(temporary).write_bytes(image)
-    write_text(folder / "report.html", html_report(figures, plan, images))
-    write_text(folder / "report.json", json.dumps(dict(figures), indent=1) + "\n")
+    with replacing_files(folder) as temporary:
+        plan.save(temporary / "plan.json")
+        if table is not None:
+            table.to_csv(temporary / "group_table.csv")
+        for name, image in images.items():
+            (temporary / f"{name}.png").write_bytes(image)
+        write_text(temporary / "report.html", html_report(figures, plan, images))
+        write_text(temporary / "report.json", json.dumps(dict(figures), indent=1) + "\n")
     return drawn
 
 

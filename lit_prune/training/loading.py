@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune.command_line import reading
+from lit_prune.errors import PruningError
+from lit_prune.files import read_json
 
 PACKAGE = "package:"
 
@@ -28,9 +31,7 @@ def gguf_file(source: str) -> Path | None:
     """
     if source.startswith(PACKAGE):
         name = source.removeprefix(PACKAGE)
-        # the search for a module in a package would import the package
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        folders = _package_folders(name)
         found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
         if not found:
             raise FileNotFoundError(
@@ -44,6 +45,19 @@ def gguf_file(source: str) -> Path | None:
             raise FileNotFoundError(f"No file at {source!r}; expected a GGUF file.")
         return Path(source)
     return None
+
+
+def _package_folders(name: str) -> list[str]:
+    """Where the files of an installed package are; neither it nor a package around it is imported."""
+    top, *inner = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for position, _ in enumerate(inner, start=2):
+            folders = None if spec is None else spec.submodule_search_locations
+            spec = None if folders is None else PathFinder.find_spec(".".join(name.split(".")[:position]), folders)
+    except ValueError:  # no name of a package
+        return []
+    return [] if spec is None else list(spec.submodule_search_locations or ())
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -85,7 +99,7 @@ def load_model(
 
 def _from_config(source: str, dtype: torch.dtype, trust_remote_code: bool, config: dict[str, Any]) -> nn.Module:
     loaded = (
-        AutoConfig.for_model(**json.loads(Path(source).read_text()))
+        AutoConfig.for_model(**_config_file(source))
         if source.endswith(".json")
         else AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     )
@@ -115,3 +129,17 @@ def _from_weights(source: str, dtype: torch.dtype, trust_remote_code: bool, conf
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     return model
+
+
+def _config_file(path: str) -> dict[str, Any]:
+    """What a ``config.json`` holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        PruningError: If it is damaged, or names no type of model.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
+        found = repr(fields.get("model_type")) if isinstance(fields, dict) else type(fields).__name__
+        raise PruningError(f"{path}: expected a JSON object with a model_type that transformers knows; found {found}.")
+    return fields

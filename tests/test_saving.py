@@ -1,0 +1,143 @@
+"""A cut model's own ``save_pretrained`` writes what loads again, and nothing that copies or saves models notices."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import pickle
+import weakref
+
+import pytest
+import torch
+from test_export import pruned, uniform, without_block
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from conftest import tiny, uneven_kept
+from lit_prune import PruningPlan, UnsupportedModelError, apply_plan, find_group_sets, load_pruned
+from lit_prune.export import to_pretrained
+from lit_prune.surgery import cut
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(pruned, "lit_prune"), (lambda: uniform(tiny()), "llama"), (lambda: without_block(tiny(), 1), "llama")],
+    ids=["uneven", "uniform", "blocks"],
+)
+def test_save_pretrained_writes_what_loads(tmp_path, tokens, make, kind):
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    for load in (load_pruned, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(load(tmp_path / "model")(tokens).logits, model(tokens).logits)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == kind
+    assert type(model) is LlamaForCausalLM and model.config.model_type == "llama"
+    # loaded, cut and saved again
+    again = load_pruned(tmp_path / "model")
+    apply_plan(again, PruningPlan.from_kept(find_group_sets(again), [[0] for _ in find_group_sets(again)]))
+    again.save_pretrained(tmp_path / "again", max_shard_size="10KB")
+    assert torch.equal(load_pruned(tmp_path / "again")(tokens).logits, again(tokens).logits)
+    to_pretrained(again).save_pretrained(tmp_path / "third")
+    assert torch.equal(load_pruned(tmp_path / "third")(tokens).logits, again(tokens).logits)
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def torch_saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled, torch_saved])
+def test_copies_save_themselves(tmp_path, tokens, copied):
+    model = pruned()
+    other = copied(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(load_pruned(tmp_path / "other")(tokens).logits, other(tokens).logits)
+    assert torch.equal(load_pruned(tmp_path / "model")(tokens).logits, model(tokens).logits)
+    assert not torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+def test_undoing_the_cut_undoes_it(tmp_path):
+    model = tiny()
+    undo = cut(model, PruningPlan.from_kept(find_group_sets(model), uneven_kept(find_group_sets(model))))
+    assert "save_pretrained" in vars(model)
+    undo()
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_nothing_is_kept_alive_by_a_loaded_model_or_by_saving(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_pruned(tmp_path / "model")
+    gone = weakref.ref(loaded)
+    gc.disable()
+    try:
+        del loaded
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_cannot_be_saved_says_what_to_do(tmp_path):
+    model = pruned()
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(model.model.layers[0].mlp.up_proj.weight.shape, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModelError, match="quantised weights"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_encoder_decoder(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, d_ff=24, num_layers=2)
+    model = T5ForConditionalGeneration(config).eval()
+    apply_plan(model, PruningPlan.from_kept(find_group_sets(model), uneven_kept(find_group_sets(model))))
+    model.save_pretrained(tmp_path / "model")
+    ids = {"input_ids": torch.arange(2, 9)[None], "decoder_input_ids": torch.arange(2, 6)[None]}
+    assert torch.equal(load_pruned(tmp_path / "model")(**ids).logits, model(**ids).logits)
+
+
+def test_peft_saves_its_adapters_and_the_merged_model_saves_itself(tmp_path, tokens):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(pruned(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    loaded = peft.PeftModel.from_pretrained(pruned(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(load_pruned(tmp_path / "merged")(tokens).logits, merged(tokens).logits)
+
+
+def test_the_trainer_of_transformers_saves_and_resumes(tmp_path, tokens):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def train(steps, resume=None):
+        model = pruned()
+        options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 1e-2, "seed": 0}
+        arguments = TrainingArguments(tmp_path / "run", max_steps=steps, save_steps=2, **options)
+        data = [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)]
+        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model.eval()
+
+    model = train(4)
+    saved = load_pruned(tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(saved(tokens).logits, model(tokens).logits)
+    resumed = train(4, resume=str(tmp_path / "run" / "checkpoint-2"))
+    torch.testing.assert_close(resumed(tokens).logits, model(tokens).logits)
