@@ -39,6 +39,7 @@ from lit_prune.arguments import (
 from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import check_replaceable, convert_checkpoint, load_pruned, save_pruned
+from lit_prune.files import check_writable, write_text
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
 from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
@@ -117,6 +118,7 @@ def plan(
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """
+    check_writable(output / "plan.json")
     session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     dense = session.figures()
     table, made = session.prune(pruning)
@@ -225,6 +227,7 @@ def export(
     from lit_prune.gguf_export import save_gguf
     from lit_prune.training.loading import gguf_file, load_tokenizer
 
+    check_writable(output)
     tokenizer: Any = load_tokenizer(str(model)) if vocabulary is None else gguf_file(vocabulary)
     written = save_gguf(load_pruned(model), output, tokenizer, dtype=dtype, pre_tokenizer=pre_tokenizer)
     _say(f"{written.stat().st_size / 1e6:,.1f} MB written to {written}")
@@ -237,6 +240,7 @@ def report(folder: Path) -> None:
         folder: A folder with plan.json, and group_table.csv and report.json if there are any.
     """
     made = PruningPlan.load(folder / "plan.json")
+    check_writable(folder / "report.html")
     table, figures = None, {}
     if (file := folder / "group_table.csv").exists():
         with reading(f"The group table {str(file)!r}"):
@@ -267,8 +271,8 @@ def compare(
         speed_tokens: Tokens of the sequence that the speed is measured on; 0 measures none.
         output: JSON file to write the figures to.
     """
-    from lit_prune.files import write_text
-
+    if output is not None:
+        check_writable(output)
     speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
     sessions = {name: _Session(name, calibration, device, dtype) for name in models}
     figures = {name: session.figures() for name, session in sessions.items()}

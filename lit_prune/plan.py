@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lit_prune.arguments import MOST_GROUPS
 from lit_prune.errors import PlanError
 from lit_prune.files import write_text
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
@@ -23,6 +24,7 @@ PLAN_ATTRIBUTE = "_lit_prune_plan"
 # what the config of the dense model said of its depth, where blocks left
 DEPTH_ATTRIBUTE = "_lit_prune_depth"
 FORMAT = "lit_prune.plan"
+MOST_BLOCKS = 100_000
 VERSION = 1
 
 
@@ -48,8 +50,10 @@ class PlanEntry:
         """Check the indices.
 
         Raises:
-            PlanError: If they are not ascending, distinct and within the set.
+            PlanError: If they are not ascending, distinct and within the set, or the set is larger than any model's.
         """
+        if not 0 <= self.size <= (MOST_BLOCKS if self.kind == BLOCK else MOST_GROUPS):
+            raise PlanError(f"{self.name!r} ({self.kind}) cannot have {self.size:,} groups.")
         ascending = bool((np.diff(np.asarray(self.kept)) > 0).all())
         if not ascending or (self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.size):
             raise PlanError(
@@ -134,6 +138,12 @@ class PruningPlan:
         Raises:
             PlanError: If it names a set that the model lacks, a size differs, or too few groups stay for a module to run.
         """
+        consumers = {part.module for s in group_sets for part in s.slices if part.consumes}
+        if strange := [name for name in self.biases if name not in consumers]:
+            raise PlanError(
+                f"The plan does not fit the model: it adds a bias to {strange[0]!r}, which is no linear layer that reads what"
+                " groups give."
+            )
         sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
         minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
         for stack in [stack_of(s.name)[0] for s in group_sets if s.kind == BLOCK]:
@@ -239,9 +249,9 @@ class PruningPlan:
                     _integer(e["size"]),
                     _integers(e["kept"]),
                 )
-                for e in data["group_sets"]
+                for e in _list(data["group_sets"])
             )
-            biases = tuple(_text(b) for b in data.get("biases", ()))
+            biases = tuple(_text(b) for b in _list(data.get("biases", ())))
             info = dict(data.get("info", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
@@ -265,7 +275,7 @@ class PruningPlan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is not a pruning plan: {error}.") from error
         return cls.from_dict(data)
 
@@ -354,6 +364,12 @@ def _integers(values: Any) -> tuple[int, ...]:
     if not set(map(type, values)) <= {int}:
         raise TypeError(f"expected integers, found {next(v for v in values if type(v) is not int)!r}")
     return tuple(values)
+
+
+def _list(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"expected a list, found {value!r}")
+    return value
 
 
 def _text(value: Any) -> str:
