@@ -54,7 +54,7 @@ from lit_prune.version import __version__
 
 PROGRAM = "lit-prune"
 REPORT = "pruning"
-_FIGURES = mapping_of(
+_FIGURES: Rule[dict[str, Any]] = mapping_of(
     "figures by stage and name, as report.json holds them",
     TEXT,
     mapping_of("figures by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
