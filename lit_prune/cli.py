@@ -57,7 +57,7 @@ from lit_prune.version import __version__
 
 PROGRAM = "lit-prune"
 REPORT = "pruning"
-_FIGURES = mapping_of(
+_FIGURES: Rule[dict[str, Any]] = mapping_of(
     "figures by stage and name, as report.json holds them",
     TEXT,
     mapping_of("figures by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
@@ -247,6 +247,7 @@ def report(folder: Path) -> None:
         folder: A folder with plan.json, and group_table.csv and report.json if there are any.
     """
     made = PruningPlan.load(folder / "plan.json")
+    check_writable(folder)
     table, figures = None, {}
     if (file := folder / "group_table.csv").exists():
         with reading(f"The group table {str(file)!r}"):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.arguments import BATCHES
 from lit_prune.blocks import passed_over
 from lit_prune.config import AUTO, DEFAULT, PruningConfig, group_table, original_sizes
 
@@ -210,6 +211,7 @@ def prune(
         ranked it.
 
     Raises:
+        ArgumentError: If the batches are an iterator, which can be read only once.
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
 
@@ -217,6 +219,7 @@ def prune(
 
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
+    batches = BATCHES.check("batches", batches)
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 

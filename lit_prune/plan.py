@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lit_prune.arguments import MOST_GROUPS
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.files import read_json, write_text
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
@@ -22,6 +23,7 @@ PLAN_ATTRIBUTE = "_lit_prune_plan"
 # what the config of the dense model said of its depth, where blocks left
 DEPTH_ATTRIBUTE = "_lit_prune_depth"
 FORMAT = "lit_prune.plan"
+MOST_BLOCKS = 100_000
 # version 1 listed every index, and did not say what model the plan is for
 VERSION = 2
 BEFORE, AFTER = "parameters_before", "parameters_after"
@@ -49,8 +51,10 @@ class PlanEntry:
         """Check the indices.
 
         Raises:
-            PlanError: If they are not ascending, distinct and within the set.
+            PlanError: If they are not ascending, distinct and within the set, or the set is larger than any model's.
         """
+        if not 0 <= self.size <= (MOST_BLOCKS if self.kind == BLOCK else MOST_GROUPS):
+            raise PlanError(f"{self.name!r} ({self.kind}) cannot have {self.size:,} groups.")
         ascending = bool((np.diff(np.asarray(self.kept)) > 0).all())
         if not ascending or (self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.size):
             raise PlanError(
@@ -140,6 +144,12 @@ class PruningPlan:
             PlanError: If it names a set that the model lacks, a size differs, too few groups stay for a module to run, or
                 the plan was made for a model with other sets.
         """
+        consumers = {part.module for s in group_sets for part in s.slices if part.consumes}
+        if strange := [name for name in self.biases if name not in consumers]:
+            raise PlanError(
+                f"The plan does not fit the model: it adds a bias to {strange[0]!r}, which is no linear layer that reads what"
+                " groups give."
+            )
         sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
         minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
         for stack in [stack_of(s.name)[0] for s in group_sets if s.kind == BLOCK]:

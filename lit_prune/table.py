@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_prune.errors import CalibrationError
+from lit_prune.errors import ArgumentValueError, CalibrationError
 from lit_prune.files import replacing
 from lit_prune.groups import BLOCK, GroupSet, is_inside
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("layer", "kind", "name", "group", "importance", "cost", "score", "kept")
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    whole, number, text = pa.int64(), pa.float64(), pa.string()
+    types = (whole, text, text, whole, number, whole, number, pa.bool_())
+    return pa.schema([pa.field(*column, nullable=False) for column in zip(COLUMNS, types, strict=True)])
 
 
 @dataclass(eq=False)
@@ -169,11 +177,21 @@ class GroupTable:
         """The inverse of :meth:`to_arrow`.
 
         Raises:
-            ValueError: If a column is missing.
+            ArgumentValueError: If a column is missing or of another type, or there is no row.
         """
         missing = [c for c in COLUMNS if c not in table.column_names]
-        if missing:
-            raise ValueError(f"A group table has the columns {COLUMNS}; {missing} are missing.")
+        if missing or not len(table):
+            raise ArgumentValueError(
+                f"A group table must have the columns {', '.join(COLUMNS)} and at least one row; found {len(table)} rows of"
+                f" {', '.join(table.column_names)}."
+            )
+        try:
+            table = table.select(COLUMNS).cast(_schema())
+        except ValueError as error:
+            raise ArgumentValueError(
+                "A group table must hold integers for layer, group and cost, numbers for importance and score, true or false"
+                f" for kept, and nothing empty: {error}."
+            ) from error
         codes = [table[c].combine_chunks().dictionary_encode().indices.to_numpy() for c in ("name", "kind")]
         starts = np.flatnonzero(np.any([np.diff(c, prepend=-1) != 0 for c in codes], axis=0))
         return cls(
