@@ -239,21 +239,26 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("positional", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_the_form_of_a_batch_does_not_matter(form, positional):
+@pytest.fixture(scope="module")
+def bert():
     model = made(FAMILIES["bert"])
+    return model, measured(model, [causal()], lambda b: model(**b))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_form_of_a_batch_does_not_matter(bert, form):
+    model, expected = bert
     pack, unpack = FORMS[form]
 
     def forward(batch: Any) -> Any:
         given = unpack(batch)
-        if positional:
-            ids, mask, labels, positions = (given[n] for n in ("input_ids", "attention_mask", "labels", "position_ids"))
-            return model(ids, mask, None, positions, labels=labels)
+        if form == "tuple":
+            return model(
+                given["input_ids"], given["attention_mask"], None, given["position_ids"], labels=given["labels"]
+            )
         return model(**given)
 
-    expected = measured(model, [causal()], lambda b: model(**b))
-    for padding in ({}, *BOTH):
+    for padding in BOTH:
         assert_same(measured(model, [pack(causal(**padding))], forward), expected)
 
 
@@ -345,7 +350,7 @@ def four_dimensional(batch: dict[str, Tensor], name: str, diagonal: bool) -> dic
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "bert", "bert, eager"])
 def test_masks_of_queries_and_keys_are_the_same_as_masks_of_tokens(name, diagonal):
     model = made(dataclasses.replace(FAMILIES[name], dtype=torch.float32))
-    for padding in BOTH:
+    for padding in BOTH if "llama" in name else BOTH[:1]:
         batch = causal(**padding)
         expected = measured(model, [batch], lambda b: model(**b))
         assert_same(measured(model, [four_dimensional(batch, name, diagonal)], lambda b: model(**b)), expected, 1e-3)
