@@ -22,9 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from lit_prune.architectures.arguments import POSITIONS, UNNAMED, Positions, positions_first
+from lit_prune.architectures.base import arguments_of
 from lit_prune.mask_shapes import fitted, in_frames, masks_in, seen_positions, visible
-
-_MASK_NAMES = frozenset(name for p in POSITIONS for name in (*p.masks, *p.padding))
 
 
 @dataclass
@@ -58,6 +57,7 @@ class _Call:
     def __init__(
         self,
         module: nn.Module,
+        names: Sequence[Positions],
         parameters: Sequence[str],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -68,8 +68,8 @@ class _Call:
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         self.given = given
-        self.sequences = [s for p in POSITIONS if (s := _sequence(p, given)) is not None]
-        self.main = next((s for s in self.sequences if not s.positions.context), None) or self._unnamed(given)
+        self.sequences = [s for p in names if (s := _sequence(p, given)) is not None]
+        self.main = next((s for s in self.sequences if not s.positions.context), None) or self._unnamed(names, given)
         for sequence in self.sequences:
             if self.main is not None and sequence is not self.main and not sequence.positions.context:
                 sequence.mask = None if sequence.mask is self.main.mask else sequence.mask
@@ -80,8 +80,9 @@ class _Call:
         if inside and context is not None and not {*context.positions.masks} & {*parameters, *kwargs}:
             context.mask, self.main.mask = self.main.mask, None  # type: ignore[union-attr]
 
-    def _unnamed(self, given: Mapping[str, Any]) -> _Sequence | None:
-        first = next((v for n, v in given.items() if isinstance(v, Tensor) and n not in _MASK_NAMES), None)
+    def _unnamed(self, names: Sequence[Positions], given: Mapping[str, Any]) -> _Sequence | None:
+        masks = _mask_names(names)
+        first = next((v for n, v in given.items() if isinstance(v, Tensor) and n not in masks), None)
         if first is None or any(first is t for s in self.sequences for t in s.states):
             return None
         mask = next((given[name] for name in UNNAMED.masks if name in given), None)
@@ -111,6 +112,10 @@ class _Call:
             if found is not None:
                 return found
         return None
+
+
+def _mask_names(names: Sequence[Positions]) -> set[str]:
+    return {name for p in names for name in (*p.masks, *p.padding)}
 
 
 def _sequence(positions: Positions, given: Mapping[str, Any]) -> _Sequence | None:
@@ -177,7 +182,7 @@ def output_mask(
     Returns:
         Bool tensor of the shape ``lead``, True at real positions; ``None`` if there is no mask of such positions.
     """
-    call = _Call(module, _parameters(module), args, kwargs)
+    call = _Call(module, arguments_of(module), _parameters(module), args, kwargs)
     if has_decoder(module):
         return call.mask_of(_Sequence([], call.given.get(_DECODER.masks[0]), _DECODER, True), lead)
     return None if call.main is None else call.mask_of(call.main, lead)
@@ -205,6 +210,7 @@ class TokenMasks:
             around.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
         self._modules = {name: model.get_submodule(name) for name in sorted(around)}
         self._model = type(model).__name__
+        self._names = arguments_of(model)
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
         self._outputs: list[_Output] = []
@@ -215,10 +221,11 @@ class TokenMasks:
         self.batches = 0
 
     def __enter__(self) -> TokenMasks:
+        masks = _mask_names(self._names)
         for module in self._modules.values():
             # a list of blocks is never called, and a projection is given nothing but its input
             parameters = _parameters(module) if next(module.children(), None) is not None else ()
-            self._receives |= not _MASK_NAMES.isdisjoint(parameters)
+            self._receives |= not masks.isdisjoint(parameters)
             if parameters:
                 before = self._before(parameters, positions_first(module))
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -330,7 +337,7 @@ class TokenMasks:
 
     def _before(self, parameters: Sequence[str], first: bool | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append(_Call(module, parameters, args, kwargs, first))
+            self._calls.append(_Call(module, self._names, parameters, args, kwargs, first))
 
         return hook
 

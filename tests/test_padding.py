@@ -17,9 +17,11 @@ from transformers import AutoModelForMultipleChoice, BatchEncoding, BertConfig, 
 
 from conftest import SMALL, uneven_kept, unsettled
 from lit_prune import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
+from lit_prune.architectures import Positions, architectures
 from lit_prune.architectures.base import _REGISTRY
 from lit_prune.importance import get_criterion, group_importance
 from lit_prune.mask_shapes import seen_positions, visible
+from lit_prune.pipeline import PruningConfig, prune
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import least_squares, unexplained_shares
 from lit_prune.statistics import collect_statistics
@@ -56,8 +58,9 @@ def causal(left: int = 0, right: int = 0) -> dict[str, Tensor]:
 
 
 def translated(left: int = 0, right: int = 0) -> dict[str, Tensor]:
+    """Source and target are of one length, unless there is more padding."""
     ids, mask = padded(sequences(LENGTHS), left, right)
-    targets, shown = padded(sequences(TARGETS, 1), left, right)
+    targets, shown = padded(sequences(TARGETS, 1), left and 2, right and 2)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -262,6 +265,20 @@ def test_the_form_of_a_batch_does_not_matter(bert, form):
         assert_same(measured(model, [pack(causal(**padding))], forward), expected)
 
 
+@pytest.mark.parametrize("importance", ["fisher", "wanda"])
+def test_plan_and_weights_are_the_same_with_30_tokens_of_padding_in_tuples(importance):
+    results = []
+    for right in (0, 30):
+        model = made(FAMILIES["bert"])
+        batch = tuple(causal(right=right).values())
+        config = PruningConfig(importance=importance, pruning_ratio=0.1)
+        _, plan = prune(model, [batch], lambda b: model(b[0], b[1], None, b[3], labels=b[2]).loss, config)
+        results.append((plan.entries, model.state_dict()))
+    assert results[0][0] == results[1][0]
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if not c.slow], ids=lambda c: c.name)
 def test_every_architecture_counts_the_real_tokens_of_each_sequence(case):
     """Source and target are of one length, so that no mask can be told by its shape."""
@@ -350,10 +367,9 @@ def four_dimensional(batch: dict[str, Tensor], name: str, diagonal: bool) -> dic
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "bert", "bert, eager"])
 def test_masks_of_queries_and_keys_are_the_same_as_masks_of_tokens(name, diagonal):
     model = made(dataclasses.replace(FAMILIES[name], dtype=torch.float32))
-    for padding in BOTH if "llama" in name else BOTH[:1]:
-        batch = causal(**padding)
-        expected = measured(model, [batch], lambda b: model(**b))
-        assert_same(measured(model, [four_dimensional(batch, name, diagonal)], lambda b: model(**b)), expected, 1e-3)
+    batch = causal(**BOTH[diagonal])
+    expected = measured(model, [batch], lambda b: model(**b))
+    assert_same(measured(model, [four_dimensional(batch, name, diagonal)], lambda b: model(**b)), expected, 1e-3)
 
 
 def test_which_positions_a_pattern_shows():
@@ -616,3 +632,24 @@ def test_sequences_of_one_length_within_one_module_keep_their_own_masks(shown):
     target = None if shown is None else shown.bool()
     for name in ("decoder.block.0", "reader.own"):
         assert found[name] is None if target is None else torch.equal(found[name], target)
+
+
+class MaskedGPT(MyGPT):
+    """Its mask has a name of its own, and is True at padding."""
+
+    def forward(self, idx: Tensor, ignored: Tensor) -> Tensor:
+        return super().forward(idx)[0]
+
+
+def test_a_description_says_how_masks_are_called():
+    description = next(a for a in architectures() if a.name == "my-gpt")
+    own = (Positions(("idx",), padding=("ignored",)),)
+    register_architecture(dataclasses.replace(description, name="masked-gpt", models=("MaskedGPT",), arguments=own))
+    try:
+        batch = causal(right=2)
+        found = counts(
+            MaskedGPT(SMALL["vocab_size"]), [{"idx": batch["input_ids"], "ignored": batch["attention_mask"] == 0}]
+        )
+        assert set(found.values()) == {int(LENGTHS.sum())}
+    finally:
+        del _REGISTRY["masked-gpt"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.adapt import without_heads, without_inputs
+from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
 from lit_prune.plan import get_plan
@@ -326,6 +327,8 @@ class Architecture:
             blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
             list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
             ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
+        arguments: Names that the forwards in such a model give sequences and their masks, where they are none of
+            :data:`~lit_prune.architectures.arguments.POSITIONS`.
 
     Example::
 
@@ -344,6 +347,7 @@ class Architecture:
     blocks: tuple[Block, ...]
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
+    arguments: tuple[Positions, ...] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -482,6 +486,12 @@ def depth_of(model: nn.Module) -> tuple[str, ...] | None:
     """Where the model says how many blocks it has, see :class:`Architecture`."""
     architecture = _architecture_of(model)
     return None if architecture is None else architecture.depth
+
+
+def arguments_of(model: nn.Module) -> tuple[Positions, ...]:
+    """The names that forwards in the model may give sequences and their masks, those of its description first."""
+    architecture = _architecture_of(model)
+    return POSITIONS if architecture is None else (*architecture.arguments, *POSITIONS)
 
 
 def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:
