@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from lit_prune.architectures.arguments import POSITIONS, UNNAMED, Positions, positions_first
+from lit_prune.architectures.base import arguments_of
 from lit_prune.mask_shapes import fitted, in_frames, masks_in, seen_positions, visible
-
-_MASK_NAMES = frozenset(name for p in POSITIONS for name in (*p.masks, *p.padding))
 
 
 @dataclass
@@ -38,18 +37,42 @@ class _Sequence:
     inverted: bool = False
     pattern: bool = False
 
+    def masks(self) -> list[Tensor]:
+        """The masks that were given; there may be one for each type of layer."""
+        masks = self.mask.values() if isinstance(self.mask, Mapping) else [self.mask]
+        return [mask for mask in masks if isinstance(mask, Tensor)]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a module made of a sequence that came in there, and the mask of its positions."""
+
+    tensor: weakref.ref[Tensor]
+    mask: Tensor | None
+
 
 class _Call:
     """One call of a module's forward, its arguments sorted into sequences."""
 
-    def __init__(self, module: nn.Module, parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[Positions],
+        parameters: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        positions_first: bool | None = None,
+    ) -> None:
         self.module = module
+        self.positions_first = positions_first
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         self.given = given
-        self.positions_first = positions_first(module)
-        self.sequences = [s for p in POSITIONS if (s := _sequence(p, given)) is not None]
-        self.main = next((s for s in self.sequences if not s.positions.context), None) or self._unnamed(given)
+        self.sequences = [s for p in names if (s := _sequence(p, given)) is not None]
+        self.main = next((s for s in self.sequences if not s.positions.context), None) or self._unnamed(names, given)
+        for sequence in self.sequences:
+            if self.main is not None and sequence is not self.main and not sequence.positions.context:
+                sequence.mask = None if sequence.mask is self.main.mask else sequence.mask
         self.past = _past_length(self.main, given)
         context = next((s for s in self.sequences if s.positions.masks and s.positions.context), None)
         # cross-attention: its only mask is that of what it attends to
@@ -57,45 +80,42 @@ class _Call:
         if inside and context is not None and not {*context.positions.masks} & {*parameters, *kwargs}:
             context.mask, self.main.mask = self.main.mask, None  # type: ignore[union-attr]
 
-    def _unnamed(self, given: Mapping[str, Any]) -> _Sequence | None:
-        first = next((v for n, v in given.items() if isinstance(v, Tensor) and n not in _MASK_NAMES), None)
+    def _unnamed(self, names: Sequence[Positions], given: Mapping[str, Any]) -> _Sequence | None:
+        masks = _mask_names(names)
+        first = next((v for n, v in given.items() if isinstance(v, Tensor) and n not in masks), None)
         if first is None or any(first is t for s in self.sequences for t in s.states):
             return None
         mask = next((given[name] for name in UNNAMED.masks if name in given), None)
         self.sequences.append(_Sequence([first], mask, UNNAMED, not first.is_floating_point()))
         return self.sequences[-1]
 
-    def mask_of(self, sequence: _Sequence, lead: Sequence[int], batch_dim: int = 0) -> tuple[Tensor | None, bool]:
-        """The mask of a sequence in the shape of hidden states, and whether it was given position by position."""
-        mask = sequence.mask
-        if isinstance(mask, Mapping):
-            # one for each type of layer
-            found = [self._reduced(m, sequence, lead, batch_dim)[0] for m in mask.values() if isinstance(m, Tensor)]
-            fit = [m for m in found if m is not None]
-            return (torch.stack(fit).any(dim=0) if fit else None), False
-        return self._reduced(mask, sequence, lead, batch_dim) if isinstance(mask, Tensor) else (None, False)
+    def mask_of(self, sequence: _Sequence, lead: Sequence[int], batch_dim: int = 0) -> Tensor | None:
+        """The mask of a sequence in the shape of hidden states, if one was given position by position."""
+        for mask in sequence.masks():
+            if sequence.pattern or mask.dim() > 3:
+                continue
+            batch = len(mask) if len(lead) < 2 else lead[batch_dim]
+            positions = math.prod(lead) // max(batch, 1)
+            shown = visible(mask, sequence.inverted)
+            if shown.dim() == 3:
+                # patches in rows and columns, not queries and keys
+                if len(shown) != batch or shown[0].numel() != positions:
+                    continue
+                shown = shown.flatten(1)
+            elif shown.dim() == 2 and shown.shape[1] != positions:
+                if self.past and shown.shape[1] == positions + self.past:
+                    shown = shown[:, self.past :]
+                else:
+                    frames = in_frames(self.module, shown, positions)
+                    shown = shown if frames is None else frames
+            found = fitted(shown, lead, batch_dim)
+            if found is not None:
+                return found
+        return None
 
-    def _reduced(
-        self, mask: Tensor, sequence: _Sequence, lead: Sequence[int], batch_dim: int
-    ) -> tuple[Tensor | None, bool]:
-        batch = len(mask) if len(lead) < 2 else lead[batch_dim]
-        positions = math.prod(lead) // max(batch, 1)
-        shown = visible(mask, sequence.inverted)
-        # patches in rows and columns
-        if mask.dim() == 3 and not sequence.pattern and len(mask) == batch and mask[0].numel() == positions:
-            shown = shown.flatten(1)
-        if shown.dim() > 2 or sequence.pattern:
-            seen = seen_positions(shown, batch)
-            if seen is None or seen.shape[1] < positions:
-                return None, False
-            return fitted(seen[:, seen.shape[1] - positions :], lead, batch_dim), False
-        if shown.dim() == 2 and shown.shape[1] != positions:
-            if self.past and shown.shape[1] == positions + self.past:
-                shown = shown[:, self.past :]
-            else:
-                frames = in_frames(self.module, shown, positions)
-                shown = shown if frames is None else frames
-        return fitted(shown, lead, batch_dim), True
+
+def _mask_names(names: Sequence[Positions]) -> set[str]:
+    return {name for p in names for name in (*p.masks, *p.padding)}
 
 
 def _sequence(positions: Positions, given: Mapping[str, Any]) -> _Sequence | None:
@@ -162,10 +182,10 @@ def output_mask(
     Returns:
         Bool tensor of the shape ``lead``, True at real positions; ``None`` if there is no mask of such positions.
     """
-    call = _Call(module, _parameters(module), args, kwargs)
+    call = _Call(module, arguments_of(module), _parameters(module), args, kwargs)
     if has_decoder(module):
-        return call.mask_of(_Sequence([], call.given.get(_DECODER.masks[0]), _DECODER, True), lead)[0]
-    return None if call.main is None else call.mask_of(call.main, lead)[0]
+        return call.mask_of(_Sequence([], call.given.get(_DECODER.masks[0]), _DECODER, True), lead)
+    return None if call.main is None else call.mask_of(call.main, lead)
 
 
 class TokenMasks:
@@ -190,21 +210,25 @@ class TokenMasks:
             around.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
         self._modules = {name: model.get_submodule(name) for name in sorted(around)}
         self._model = type(model).__name__
+        self._names = arguments_of(model)
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
-        self._outputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
+        self._outputs: list[_Output] = []
+        self._patterns: dict[tuple[int, torch.Size, int], tuple[Tensor, Tensor | None]] = {}
         self._receives = False
         self._batch: list[Tensor] = []
         self._asked = self._used = self._warned = False
         self.batches = 0
 
     def __enter__(self) -> TokenMasks:
+        masks = _mask_names(self._names)
         for module in self._modules.values():
             # a list of blocks is never called, and a projection is given nothing but its input
             parameters = _parameters(module) if next(module.children(), None) is not None else ()
-            self._receives |= not _MASK_NAMES.isdisjoint(parameters)
+            self._receives |= not masks.isdisjoint(parameters)
             if parameters:
-                self._handles.append(module.register_forward_pre_hook(self._before(parameters), with_kwargs=True))
+                before = self._before(parameters, positions_first(module))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._after, always_call=True))
         return self
 
@@ -250,64 +274,88 @@ class TokenMasks:
         self._used |= mask is not None
         return None if mask is None else mask.to(hidden.device)
 
-    def _search(self, tensor: Tensor, lead: Sequence[int]) -> Tensor | None:
-        coarse = None
-        for call, sequence in self._sequences(tensor):
-            mask, exact = call.mask_of(sequence, lead, self.batch_dim)
-            if mask is not None and exact:
+    def _search(self, tensor: Tensor, lead: torch.Size) -> Tensor | None:
+        sequences, output = self._sequences(tensor)
+        for call, sequence in sequences:
+            mask = call.mask_of(sequence, lead, self.batch_dim)
+            if mask is not None:
                 return mask
-            coarse = mask if coarse is None else coarse
-            if coarse is None:
-                coarse = self._of_output(sequence.states, lead)
-        return self._of_output([tensor], lead) if coarse is None else coarse
+        for _, sequence in sequences:
+            masks = (self._reduced(mask, sequence, lead) for mask in sequence.masks())
+            fit = [mask for mask in masks if mask is not None]
+            if fit:
+                return torch.stack(fit).any(dim=0)
+        return None if output is None or output.mask is None else fitted(output.mask, lead, self.batch_dim)
 
-    def _sequences(self, tensor: Tensor) -> Iterator[tuple[_Call, _Sequence]]:
-        """The sequence that a tensor belongs to, as the calls around it know it, from the innermost on."""
+    def _reduced(self, mask: Tensor, sequence: _Sequence, lead: torch.Size) -> Tensor | None:
+        """A mask of queries and keys as one of positions; layer after layer is called with the same one."""
+        if mask.dim() < 3 and not sequence.pattern:
+            return None
+        key = (id(mask), lead, self.batch_dim)
+        if key not in self._patterns:
+            batch = len(mask) if len(lead) < 2 else lead[self.batch_dim]
+            positions = lead.numel() // max(batch, 1)
+            seen = seen_positions(visible(mask, sequence.inverted), batch)
+            fits = seen is not None and seen.shape[1] >= positions
+            found = fitted(seen[:, seen.shape[1] - positions :], lead, self.batch_dim) if fits else None  # type: ignore[index, union-attr]
+            # the mask itself is kept so that no other one gets its id
+            self._patterns[key] = (mask, found)
+        return self._patterns[key][1]
+
+    def _sequences(self, tensor: Tensor) -> tuple[list[tuple[_Call, _Sequence]], _Output | None]:
+        """The sequence that a tensor belongs to, as the calls around it know it, from the innermost on.
+
+        It ends with the call that the sequence came in by, or with the output of another one that it is.
+        """
+        found: list[tuple[_Call, _Sequence]] = []
         calls = [call for call in reversed(self._calls) if call.sequences]
         states, follows = [tensor], True
         # what some module around was given is looked for there first
         known = any(_same(tensor, s) for call in calls for seq in call.sequences for s in seq.states)
-        if not known and any(_same(tensor, output) for ref, _ in self._outputs if (output := ref()) is not None):
-            return
-        for call in calls:
+        output = None if known else self._output(states)
+        for call in calls if output is None else ():
             match = next((q for q in call.sequences if any(_same(a, b) for a in q.states for b in states)), None)
             if match is None and follows and not known:
+                output = self._output(states)
+                if output is not None:
+                    break
                 match = call.main
             if match is None:
                 continue
-            yield call, match
+            found.append((call, match))
             states = [*states, *match.states]
             known = False
             follows = match is call.main and not match.enters
+        return found, output or self._output(states)
 
-    def _of_output(self, states: Sequence[Tensor], lead: Sequence[int]) -> Tensor | None:
-        for reference, mask in self._outputs:
-            output = reference()
-            if output is not None and any(_same(output, s) for s in states):
-                return fitted(mask.T if self.batch_dim and mask.dim() == 2 else mask, lead, self.batch_dim)
+    def _output(self, states: Sequence[Tensor]) -> _Output | None:
+        for output in self._outputs:
+            tensor = output.tensor()
+            if tensor is not None and any(_same(tensor, s) for s in states):
+                return output
         return None
 
-    def _before(self, parameters: Sequence[str]) -> Any:
+    def _before(self, parameters: Sequence[str], first: bool | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append(_Call(module, parameters, args, kwargs))
+            self._calls.append(_Call(module, self._names, parameters, args, kwargs, first))
 
         return hook
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> None:
-        while self._calls and self._calls[-1].module is not module:
-            self._calls.pop()
-        if not self._calls:
+        if all(call.module is not module for call in self._calls):
             return
+        while self._calls[-1].module is not module:
+            self._calls.pop()
         main = self._calls[-1].main
         states = output if isinstance(output, Tensor) else _first(output)
         if main is not None and main.enters and states is not None and states.dim() > 1:
             mask = self._search(main.states[0], states.shape[:-1])
-            if mask is not None:
-                self._outputs.append((weakref.ref(states), mask))
+            mask = mask.T if mask is not None and self.batch_dim and mask.dim() == 2 else mask
+            self._outputs.append(_Output(weakref.ref(states), mask))
         self._calls.pop()
 
     def _forget(self) -> None:
-        self._calls, self._outputs, self._batch = [], [], []
+        self._calls, self._outputs, self._batch, self._patterns = [], [], [], {}
         self._asked = self._used = False
 
     def _check_use(self) -> None:

@@ -2,6 +2,7 @@
 
 # importing a file registers what it describes
 from lit_prune.architectures import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures.arguments import Positions
 from lit_prune.architectures.base import (
     MLP,
     Architecture,
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertChannels",
     "Experts",
     "MultiheadAttention",
+    "Positions",
     "Traced",
     "architectures",
     "find_group_sets",

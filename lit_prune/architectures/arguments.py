@@ -30,10 +30,11 @@ class Positions:
     context: bool = False
 
 
-# of several sequences that are no context, the first one here is that of the module's own hidden states
+# of several sequences that are no context, the first one here is that of the module's own hidden states, and has the mask if
+# two of them could
 POSITIONS = (
     Positions(("input_ids", "inputs_embeds"), ("attention_mask", "mask")),
-    Positions(("input_features", "input_values"), ("attention_mask", "feature_attention_mask", "input_features_mask")),
+    Positions(("input_features", "input_values"), ("feature_attention_mask", "input_features_mask", "attention_mask")),
     Positions(("pixel_values",), ("pixel_attention_mask", "patch_attention_mask", "attention_mask")),
     # torch.nn's transformers
     Positions(("tgt",), padding=("tgt_key_padding_mask",), patterns=("tgt_mask",)),
@@ -54,6 +55,7 @@ UNNAMED = Positions((), ("attention_mask", "mask"))
 
 def positions_first(module: nn.Module) -> bool | None:
     """Whether a module's hidden states lie with positions before the batch, if its own attention (or its layers') says so."""
-    layers = getattr(module, "layers", ())
-    inside = [module, *module.children(), *(c for layer in layers for c in layer.children())]
+    children = list(module.children())
+    layers = [layer for child in children if isinstance(child, nn.ModuleList) for layer in child]
+    inside = [module, *children, *(part for layer in layers for part in layer.children())]
     return next((not m.batch_first for m in inside if isinstance(m, nn.MultiheadAttention)), None)

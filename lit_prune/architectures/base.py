@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.architectures.adapt import without_heads, without_inputs
-from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
+from lit_prune.architectures.arguments import POSITIONS
+from lit_prune.architectures.arguments import Positions
+from lit_prune.architectures.identity import ClassRef
+from lit_prune.architectures.identity import matching_class
+from lit_prune.architectures.identity import namesakes
+from lit_prune.architectures.identity import qualified_name
+from lit_prune.architectures.identity import refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
 from lit_prune.module_checks import check_plain
@@ -331,6 +337,8 @@ class Architecture:
             blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
             list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
             ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
+        arguments: Names that the forwards in such a model give sequences and their masks, where they are none of
+            :data:`~lit_prune.architectures.arguments.POSITIONS`.
 
     Example::
 
@@ -349,6 +357,7 @@ class Architecture:
     blocks: tuple[Block, ...]
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
+    arguments: tuple[Positions, ...] = ()
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -544,6 +553,12 @@ def depth_of(model: nn.Module) -> tuple[str, ...] | None:
     """Where the model says how many blocks it has, see :class:`Architecture`."""
     architecture = _architecture_of(model)
     return None if architecture is None else architecture.depth
+
+
+def arguments_of(model: nn.Module) -> tuple[Positions, ...]:
+    """The names that forwards in the model may give sequences and their masks, those of its description first."""
+    architecture = _architecture_of(model)
+    return POSITIONS if architecture is None else (*architecture.arguments, *POSITIONS)
 
 
 def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:

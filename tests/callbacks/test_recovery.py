@@ -8,6 +8,7 @@ import shutil
 import lightning.pytorch as pl
 import pytest
 import torch
+from architecture_cases import T5_SMALL, hugging
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from test_pruning import Module, corpus, fit, pruning
@@ -15,7 +16,7 @@ from test_resume import Loadable, Repeatable, quiet
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from conftest import tiny
+from conftest import tiny, unsettled
 from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, Stage
 from lit_prune.callbacks.recovery import distillation_loss, hidden_state_loss
@@ -185,6 +186,55 @@ def test_distillation_adds_to_the_loss_from_the_cut_on(tmp_path, source):
     assert "training_step" not in vars(module)
     assert not module.inner["lm"]._forward_hooks
     assert not any("teacher" in name for name in module.state_dict())
+
+
+class Translates(Repeatable):
+    """An encoder-decoder on tuples; source and target are of one length, and both are padded."""
+
+    def __init__(self, decoder_mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner["lm"] = unsettled(hugging("t5", "AutoModelForSeq2SeqLM", T5_SMALL)("sdpa"))
+        self.decoder_mask = decoder_mask
+
+    def train_dataloader(self):
+        source, target = torch.arange(12) < 7, torch.arange(12) < 10
+        return DataLoader([(ids, source.long(), ids.flip(0), target.long()) for ids in corpus(12, 0)], batch_size=4)
+
+    def training_step(self, batch, batch_idx):
+        ids, mask, labels, shown = batch
+        self.call = ((ids, mask), {"labels": labels, "decoder_attention_mask": shown if self.decoder_mask else None})
+        return self.inner["lm"](*self.call[0], **self.call[1]).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.inner["lm"](batch, labels=batch).loss)
+
+
+@pytest.mark.parametrize("decoder_mask", [False, True])
+def test_distillation_of_an_encoder_decoder_counts_the_decoders_tokens(tmp_path, decoder_mask):
+    checked = []
+
+    class Check(pl.Callback):
+        def on_pruning_start(self, trainer, pl_module, pruning):
+            self.dense = copy.deepcopy(pl_module.inner["lm"])
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            if not hasattr(self, "dense") or not pl_module.training:
+                return
+            (args, kwargs), student = pl_module.call, copy.deepcopy(pl_module.inner["lm"])
+            student._forward_hooks.clear()
+            student._forward_pre_hooks.clear()
+            ours = student(*args, **kwargs, output_hidden_states=True)
+            theirs = self.dense(*args, **kwargs, output_hidden_states=True)
+            mask = (torch.arange(12) < (10 if decoder_mask else 12)).long().expand(4, -1)
+            kl = distillation_loss(ours.logits, theirs.logits, 2.0, mask)
+            states = (o.decoder_hidden_states[1:] for o in (ours, theirs))
+            checked.append((loss.item(), (0.5 * ours.loss + 0.5 * kl + 0.1 * hidden_state_loss(*states, mask)).item()))
+
+    fit(tmp_path, pruning(epoch=1), Distillation(hidden_weight=0.1), Check(), module=Translates(decoder_mask))
+    assert len(checked) == 6
+    for loss, expected in checked:
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_distillation_leaves_calibration_of_later_cuts_alone(tmp_path):
