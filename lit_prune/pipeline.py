@@ -375,7 +375,7 @@ def prune_with(
     config.check(model, group_sets)
     check_parameters(model, group_sets, root)
     with data(CHECK) as (batches, loss):
-        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks)
+        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.architectures.adapt import without_heads, without_inputs
+from lit_prune.architectures.adapt import without_continuous_batching, without_heads, without_inputs
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
@@ -181,6 +181,8 @@ class Attention(Block):
         )
         adaptations = list(reader_adaptations(model, name, self.output))
         minimum = 1
+        if not by_query:
+            adaptations.append(Adaptation("", without_continuous_batching(len(query_rows))))
         if self.adapt is not None:
             adaptations.append(Adaptation(core_name, self.adapt))
         if self.skippable and not by_query:
