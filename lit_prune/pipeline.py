@@ -206,7 +206,12 @@ def calibrate(
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
-    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`."""
+    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`.
+
+    Raises:
+        UnsupportedModelError: If weights are not in memory, or tied to a module beside the model.
+    """
+    check_parameters(model, group_sets, root)
     return collect_statistics(
         model,
         group_sets,

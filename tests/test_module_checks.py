@@ -29,6 +29,7 @@ from lit_prune import (
 )
 from lit_prune.callbacks import StructuredPruning
 from lit_prune.errors import PlanError
+from lit_prune.export import load_pruned, save_pruned
 from lit_prune.module_checks import check_computation, check_parameters
 from lit_prune.repair import least_squares
 
@@ -549,7 +550,7 @@ def test_a_cut_model_is_pickled_whole(name, empty):
     assert again == [s.key for s in find_group_sets(model)]
 
 
-def test_continuous_batching_is_refused_once_key_value_heads_differ():
+def test_continuous_batching_is_refused_once_key_value_heads_differ(tmp_path):
     model = tiny("llama")
     group_sets = find_group_sets(model)
     channels = [[0, 1] if s.kind == "mlp" else list(range(s.size)) for s in group_sets]
@@ -557,5 +558,20 @@ def test_continuous_batching_is_refused_once_key_value_heads_differ():
     assert "init_continuous_batching" not in vars(model)
     group_sets = find_group_sets(model)
     apply_plan(model, PruningPlan.from_kept(group_sets, uneven_kept(group_sets)))
-    with pytest.raises(UnsupportedModelError, match=r"num_key_value_heads for every layer.*Use generate"):
-        copy.deepcopy(model).generate_batch(inputs=[[1, 2, 3]])
+    save_pruned(model, tmp_path / "model")
+    for cut in (model, copy.deepcopy(model), load_pruned(tmp_path / "model")):
+        with pytest.raises(UnsupportedModelError, match=r"num_key_value_heads for every layer.*Use generate"):
+            cut.generate_batch(inputs=[[1, 2, 3]])
+
+
+def test_a_uniform_model_is_an_ordinary_one_once_it_is_loaded(tmp_path):
+    """For continuous batching and prefix tuning, which read one number of heads from its config."""
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    apply_plan(model, PruningPlan.from_kept(group_sets, [range(s.size // 2) for s in group_sets]))
+    save_pruned(model, tmp_path / "model")
+    loaded = load_pruned(tmp_path / "model")
+    assert loaded.config.num_key_value_heads == 2 and "init_continuous_batching" not in vars(loaded)
+    tuned = peft.get_peft_model(loaded, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert torch.isfinite(loss_of(tuned, BATCHES[0]))
