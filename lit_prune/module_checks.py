@@ -8,7 +8,8 @@ give on one batch with the formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune import sharding
@@ -194,6 +196,7 @@ def check_computation(
     *,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
+    kinds: Collection[str] | None = None,
 ) -> None:
     """Compare what the modules of the groups give on one batch with what their weights say, before any calibration.
 
@@ -208,30 +211,70 @@ def check_computation(
         forward: Runs one batch through the model.
         root: The module that holds the model, if ``forward`` runs more than the model.
         ranks: The processes of a distributed run; all of them raise if one finds something.
+        kinds: The kinds of groups that may leave; all if ``None``.
 
     Raises:
-        UnsupportedModelError: For modules that compute something else, with paths, differences, and what to do.
+        UnsupportedModelError: For modules that compute something else, with paths, differences, and what to do; and for a
+            model that is called with a cache of keys and values made elsewhere, if heads may leave.
     """
     modules = {s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices}
-    watches = [_Watch(path, module) for path, module in modules.items() if _has_formula(module)]
+    linear = {s.module for g in group_sets for s in g.slices if s.input_dim is not None}
+    watches = [_Watch(path, m, path in linear) for path, m in modules.items() if _has_formula(m)]
+    cache = _CacheWatch(model)
     sharding.reshard(model)
     with evaluation_mode(model if root is None else root):
         try:
+            cache.start()
             for watch in watches:
                 watch.start()
             for batch in islice(batches, _ATTEMPTS):
                 forward(batch)
-                if any(watch.called for watch in watches):
+                if cache.called or any(watch.called for watch in watches):
                     break
         finally:
+            cache.stop()
             for watch in watches:
                 watch.stop()
     problems = [watch.problem for watch in watches if watch.problem]
+    if cache.problem and any("attention" in s.kind and (kinds is None or s.kind in kinds) for s in group_sets):
+        problems.append(cache.problem)
     if ranks is not None and not ranks.all(not problems) and not problems:
         problems = ["another process found a module that does not compute what its weights say; see its error"]
     if problems:
         more = f" ({len(problems) - 1} more modules differ likewise.)" if len(problems) > 1 else ""
         raise UnsupportedModelError(problems[0] + more)
+
+
+def filled(cache: Cache) -> int:
+    """How many tokens a cache of keys and values holds already."""
+    return int(cache.get_seq_length())
+
+
+class _CacheWatch:
+    """A hook that looks whether the model's first call brings a cache with tokens: somebody else's, for all heads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.called = False
+        self.problem: str | None = None
+        self._model = model
+
+    def start(self) -> None:
+        """Put the hook on."""
+        self._handle = self._model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+    def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caches = [] if self.called else [a for a in (*args, *kwargs.values()) if isinstance(a, Cache)]
+        self.called = True
+        if any(filled(cache) for cache in caches):
+            self.problem = (
+                f"{type(self._model).__name__} is called with a cache that holds tokens already (prefix tuning), of as many"
+                " key/value heads in every layer; layers that lose some could not read it. Merge or remove the adapter"
+                " before pruning, or prune only channels (kinds=['mlp'])."
+            )
 
 
 def _has_formula(module: nn.Module) -> bool:
@@ -242,12 +285,19 @@ def _has_formula(module: nn.Module) -> bool:
 
 
 class _Watch:
-    """Hooks around one module that compare its first call with what its weights say."""
+    """Hooks around one module that compare its first call with what its weights say.
 
-    def __init__(self, path: str, module: nn.Module) -> None:
+    Args:
+        path: Its qualified name.
+        module: The module.
+        linear: Whether its description takes it for no more than a product with its weight.
+    """
+
+    def __init__(self, path: str, module: nn.Module, linear: bool) -> None:
         self.called = False
         self.problem: str | None = None
         self._path, self._module = path, module
+        self._linear = linear and isinstance(module, _ADD_UP)
         self._given: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         self._hooks = [_name(h) for h in module._forward_hooks.values()]
@@ -285,17 +335,18 @@ class _Watch:
             )
             return
         try:
-            expected = _expected(module, args, kwargs)
+            expected = _product(module, first) if self._linear else _own_forward(module)(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
-            self.problem = f"{what} does not compute {_formula(module)}, which fails: {error}. {self._hint(module)}"
-            return
-        pairs = zip(_tensors(output), _tensors(expected), strict=False)
-        if apart := max((_apart(o, e) for o, e in pairs), default=0.0):
             self.problem = (
-                f"{what} does not compute {_formula(module)} (largest relative difference {apart:.3g}), so that neither cut nor"
-                f" repair would be right. {self._hint(module)}"
+                f"{what} does not compute {self._formula(module)}, which fails: {error}. {self._hint(module)}"
+            )
+            return
+        if apart := _outputs_apart(_tensors(output), _tensors(expected)):
+            self.problem = (
+                f"{what} does not compute {self._formula(module)} (largest relative difference {apart:.3g}), so that neither cut"
+                f" nor repair would be right. {self._hint(module)}"
             )
 
     def _hint(self, module: nn.Module) -> str:
@@ -307,6 +358,12 @@ class _Watch:
             f"Its class {type(module).__module__}.{type(module).__qualname__} does something of its own: merge that into the"
             " weight, and put a plain module of torch in its place before pruning."
         )
+
+    def _formula(self, module: nn.Module) -> str:
+        if self._linear:
+            what = "the convolution of its input with its weight" if isinstance(module, CONVOLUTIONS) else "x W^T + b"
+            return "x W + b" if isinstance(module, Conv1D) else what
+        return f"what the forward of {_own_forward(module).func.__qualname__.partition('.')[0]} does"
 
 
 def _name(hook: Any) -> str:
@@ -321,40 +378,33 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def _outputs_apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    if len(found) != len(expected):
+        return float("inf")
+    return max((_apart(f, e) for f, e in zip(found, expected, strict=True)), default=0.0)
+
+
 def _apart(found: Tensor, expected: Tensor) -> float:
     """The relative difference if it is more than rounding, else 0."""
     difference = relative_difference(found, expected)
     return difference if difference > tolerance(found.dtype, expected.dtype) or difference != difference else 0.0
 
 
-def _formula(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear | Conv1D):
-        return "x W^T + b" if isinstance(module, nn.Linear) else "x W + b"
-    if isinstance(module, CONVOLUTIONS):
-        return "the convolution of its input with its weight"
-    if isinstance(module, nn.MultiheadAttention):
-        return "what nn.MultiheadAttention does"
-    return "what the forward of its class does"
+def _own_forward(module: nn.Module) -> partial[Any]:
+    """What a module does by its class alone; a subclass of ``nn.MultiheadAttention`` what that does, as it will after a cut."""
+    kind: Any = type(module)
+    cut_before = any("forward" in vars(mixin) for mixin in getattr(kind, "adapted_by", ()))
+    if isinstance(module, nn.MultiheadAttention) and not cut_before:
+        kind = nn.MultiheadAttention
+    return partial(kind.forward, module)
 
 
-def _expected(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module should give."""
-    if not isinstance(module, _ADD_UP):
-        kind: Any = type(module)
-        plain = isinstance(module, nn.MultiheadAttention) and "forward" not in _adapted_members(kind)
-        return (nn.MultiheadAttention if plain else kind).forward(module, *args, **kwargs)
-    x = _first_tensor(args, kwargs)
-    assert x is not None
-    weight: Any = module.weight
-    bias: Any = module.bias
+def _product(module: Any, x: Tensor) -> Tensor:
+    """The product of an input with the weight of a linear layer, a Conv1D or a convolution, and its bias."""
     if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
+        x = x.to(module.weight.dtype)
     if isinstance(module, CONVOLUTIONS):
         base: Any = next(c for c in CONVOLUTIONS if isinstance(module, c))
         # torch's own, past what a subclass makes of it; it knows of padding modes
-        return base._conv_forward(module, x, weight, bias)
-    return functional.linear(x, weight.T if isinstance(module, Conv1D) else weight, bias)
-
-
-def _adapted_members(kind: type) -> set[str]:
-    return {name for mixin in getattr(kind, "adapted_by", ()) for name in vars(mixin)}
+        return base._conv_forward(module, x, module.weight, module.bias)
+    return functional.linear(x, module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias)

@@ -77,7 +77,11 @@ def calibrate(
     """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`.
 
     Hooks of the parameters (``register_hook``, ``register_post_accumulate_grad_hook``) are not called meanwhile.
+
+    Raises:
+        UnsupportedModelError: If weights are not in memory, or tied to a module beside the model.
     """
+    check_parameters(model, group_sets, root)
     with suspended_hooks(model if root is None else root):
         return _collect(model, group_sets, batches, loss_fn, config, root, ranks)
 
@@ -263,7 +267,7 @@ def prune_with(
     config.check(model, group_sets)
     check_parameters(model, group_sets, root)
     with data(CHECK) as (batches, loss):
-        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks)
+        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
     if not dry_run:
         touched = touched_parameters(model, group_sets, config.limits.kinds)
         biases = config.repair == "bias"

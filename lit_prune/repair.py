@@ -31,7 +31,7 @@ from lit_prune.blocks import hidden_output
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
-from lit_prune.module_checks import relative_difference, tolerance
+from lit_prune.module_checks import filled, relative_difference, tolerance
 from lit_prune.plan import AFTER, PruningPlan
 from lit_prune.statistics import SKIPPED, Statistics, evaluation_mode
 from lit_prune.surgery import cut_block, parameter_cuts
@@ -500,8 +500,7 @@ def _refuse_filled_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any], name:
         UnsupportedModelError: If the cache holds tokens.
     """
     for cache in (c for c in (*args, *kwargs.values()) if isinstance(c, Cache)):
-        length = int(cache.get_seq_length())
-        if length:
+        if length := filled(cache):
             raise UnsupportedModelError(
                 f"{name} is called with a cache that holds {length} tokens already (prefix tuning, or a sequence in several"
                 f" pieces), without which the blocks cannot be run again one after the other. {_WAY_OUT}"

@@ -153,6 +153,45 @@ def test_convolutions_in_groups_are_refused_by_name_or_left_alone():
     assert find_group_sets(Depthwise()) == []
 
 
+class DenseBlocks(nn.Module):
+    """As in a DenseNet: every layer reads, by one norm, what all those before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (6, 10, 14))
+        self.layers = nn.ModuleList(nn.Conv2d(n, 4, 3, padding=1) for n in (6, 10))
+        self.head = nn.Linear(14, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = torch.cat([x, layer(norm(x).relu())], dim=1)
+        return self.head(self.norms[-1](x).relu().mean(dim=(2, 3)))
+
+
+def test_norms_over_what_several_layers_gave_lose_the_channels_of_each():
+    trace = Traced(example_inputs=lambda: (torch.zeros(1, 3, 6, 6),))
+    register_architecture(Architecture("dense-blocks", (DenseBlocks,), (trace,)))
+    torch.manual_seed(0)
+    model, images = unsettled(DenseBlocks()), torch.randn(2, 3, 6, 6)
+    for norm in model.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    for kept, sizes in (([[1, 2], [0, 2, 3, 5], [0, 1, 3]], [4, 6, 4]), ([[1], [1, 3], [0, 2]], [2, 4, 3])):
+        group_sets = find_group_sets(model)
+        assert [s.size for s in group_sets] == sizes
+        expected = zeroed(model, kept)(images)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        plan = PruningPlan.from_kept(group_sets, kept)
+        with pytest.raises(PruningError, match="adds a bias"):
+            apply_plan(model, PruningPlan(plan.entries, biases=("norms.0",)))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        apply_plan(model, plan)
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    assert [len(n.running_mean) for n in model.norms] == [n.num_features for n in model.norms] == [2, 4, 5]
+
+
 def test_group_sets_of_a_model_inside_are_refused_and_the_module_itself_is_searched():
     case = CASE["Llama in a LightningModule"]
     model = case.build()

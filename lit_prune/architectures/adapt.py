@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lit_prune.errors import UnsupportedModelError
+
 _CACHES = ("past_key_values", "layer_past")
 _CLASSES: dict[tuple[type, type], type] = {}
 
@@ -25,7 +27,8 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """How pickle and copy build the module anew."""
-        build, arguments, *state = super().__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        build, arguments, *state = reduced
         if build is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return build, arguments, *state
         return new_adapted, (self.adapted_from, self.adapted_by, *arguments[1:]), *state
@@ -154,3 +157,32 @@ class WithoutInputs(Adapted):
 def without_inputs(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of a Conv1D that may lose all its inputs."""
     return nothing_to_undo if len(kept) else become(module, WithoutInputs)
+
+
+def refuse_continuous_batching(*_: Any, **__: Any) -> Any:
+    """Takes the place of ``init_continuous_batching`` of a model that lost key/value heads.
+
+    Raises:
+        UnsupportedModelError: Always.
+    """
+    raise UnsupportedModelError(
+        "Continuous batching (generate_batch) holds a cache of config.num_key_value_heads for every layer; layers of this model"
+        " kept fewer by pruning. Use generate, prune with kinds=['mlp'], or prune with uniform=True, save and load the model."
+    )
+
+
+def without_continuous_batching(size: int) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of a whole model to layers with fewer key/value heads.
+
+    Args:
+        size: The number of groups of heads before the cut.
+    """
+
+    def apply(model: nn.Module, kept: Tensor) -> Callable[[], None]:
+        name = "init_continuous_batching"
+        if len(kept) == size or not hasattr(model, name) or name in vars(model):
+            return nothing_to_undo
+        setattr(model, name, refuse_continuous_batching)
+        return lambda: delattr(model, name)
+
+    return apply

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.architectures.adapt import without_heads, without_inputs
-from lit_prune.architectures.arguments import POSITIONS
-from lit_prune.architectures.arguments import Positions
-from lit_prune.architectures.identity import ClassRef
-from lit_prune.architectures.identity import matching_class
-from lit_prune.architectures.identity import namesakes
-from lit_prune.architectures.identity import qualified_name
-from lit_prune.architectures.identity import refers_to_any
+from lit_prune.architectures.adapt import without_continuous_batching, without_heads, without_inputs
+from lit_prune.architectures.arguments import POSITIONS, Positions
+from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, Adaptation, Attribute, GroupSet, Slice, check_weights, group_cost, stack_of
 from lit_prune.module_checks import check_plain
@@ -187,6 +182,8 @@ class Attention(Block):
         )
         adaptations = list(reader_adaptations(model, name, self.output))
         minimum = 1
+        if not by_query:
+            adaptations.append(Adaptation("", without_continuous_batching(len(query_rows))))
         if self.adapt is not None:
             adaptations.append(Adaptation(core_name, self.adapt))
         if self.skippable and not by_query:

@@ -19,6 +19,8 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet, Slice, group_cost
 from lit_prune.module_checks import CONVOLUTIONS, check_plain
 
+# where a norm remembers which channels it still has of those before the last cut
+_CHANNELS = "_lit_prune_channels"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -101,7 +103,7 @@ class Traced(Block):
             produces = graph.is_out_channel_pruning_fn(item.dep.handler)
             slices.extend(_slices(module, name, index, produces, root))
             if isinstance(module, _NORMS) and module.running_mean is not None:
-                adaptations.append(Adaptation(name, _running_statistics(index)))
+                adaptations.append(Adaptation(name, _running_statistics(index, len(module.running_mean))))
         if not any(s.consumes for s in slices):
             return None
         parts = tuple(slices)
@@ -172,23 +174,38 @@ def _slices(module: nn.Module, name: str, index: Tensor, produces: bool, root: s
         )
 
 
-def _running_statistics(index: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
-    """The adaptation of a batch norm: its running statistics follow its channels."""
+def _running_statistics(index: Tensor, length: int) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
+    """The adaptation of a batch norm: its running statistics follow its channels.
+
+    Several sets may have channels of one norm (behind a concatenation). Each counts them as they were before the cut; the
+    norm remembers which of those it still has.
+
+    Args:
+        index: The channels of every group of the set.
+        length: Number of the norm's channels before the cut.
+    """
 
     def apply(module: nn.Module, kept: Tensor) -> Callable[[], None]:
-        before = {n: getattr(module, n) for n in ("running_mean", "running_var", "num_features")}
-        length = len(before["running_mean"])
-        mask = torch.ones(length, dtype=torch.bool)
-        mask[index.flatten()] = False
-        mask[index[kept].flatten()] = True
-        positions = mask.nonzero().flatten().to(before["running_mean"].device)
+        names = ("running_mean", "running_var", "num_features")
+        before = {n: getattr(module, n) for n in names}
+        remembered = vars(module).get(_CHANNELS)
+        # as many as before the cut: no other set was here yet
+        channels = range(length) if remembered is None or len(before["running_mean"]) == length else remembered
+        gone = set(index.flatten().tolist()) - set(index[kept].flatten().tolist())
+        stay = [position for position, channel in enumerate(channels) if channel not in gone]
+        positions = torch.tensor(stay, dtype=torch.long, device=before["running_mean"].device)
         module.running_mean = before["running_mean"][positions]
         module.running_var = before["running_var"][positions]
-        module.num_features = len(positions)  # type: ignore[assignment]
+        module.num_features = len(stay)  # type: ignore[assignment]
+        vars(module)[_CHANNELS] = [channels[position] for position in stay]
 
         def undo() -> None:
             for name, value in before.items():
                 setattr(module, name, value)
+            if remembered is None:
+                del vars(module)[_CHANNELS]
+            else:
+                vars(module)[_CHANNELS] = remembered
 
         return undo
 

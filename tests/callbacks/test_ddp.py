@@ -260,8 +260,11 @@ def disagreeing(folder: str, how: str) -> None:
                 return loss * torch.nan if how == "nan" else loss.detach()
             return loss
 
-    trainer = trainer_of(RANKS, callback)
-    trainer.fit(Odd() if how != "plan" else Plain())
+    module = Odd() if how in ("nan", "detached") else Plain()
+    if how == "hook" and rank == 1:
+        projection = next(m for n, m in module.named_modules() if n.endswith("layers.0.mlp.down_proj"))
+        projection.register_forward_hook(lambda _, __, output: 3 * output)
+    trainer_of(RANKS, callback).fit(module)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +273,7 @@ def disagreeing(folder: str, how: str) -> None:
         ("plan", ["came to different plans", "came to different plans"]),
         ("detached", ["on another process", "does not depend on the weights"]),
         ("nan", ["loss of calibration batch 0 is nan", "loss of calibration batch 0 is nan"]),
+        ("hook", ["another process found a module", "does not compute x W^T + b"]),
     ],
 )
 def test_what_one_process_cannot_do_is_an_error_on_all_and_not_a_hang(tmp_path, how, messages):
