@@ -57,7 +57,9 @@ def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
     ]
     for path, candidate in candidates:
         kept = getattr(candidate, "module", None)
-        averages_itself = any(hasattr(candidate, name) for name in ("update_parameters", "update", "n_averaged", "decay"))
+        averages_itself = any(
+            hasattr(candidate, name) for name in ("update_parameters", "update", "n_averaged", "decay")
+        )
         if averages_itself and isinstance(kept, nn.Module) and id(kept) not in inside and _is_copy(kept, model):
             raise UnsupportedModelError(
                 f"{type(pl_module).__name__} holds a {type(candidate).__name__} (in {path or 'itself'!r}), an average of the"

@@ -56,7 +56,9 @@ class Found:
         return any(isinstance(key, kind) for key in self.path)
 
     def __str__(self) -> str:
-        first, *rest = (str(k) if isinstance(k, _Attribute) else int(k) if isinstance(k, _Position) else k for k in self.path)
+        first, *rest = (
+            str(k) if isinstance(k, _Attribute) else int(k) if isinstance(k, _Position) else k for k in self.path
+        )
         return repr(first) + "".join(f"[{key!r}]" for key in rest)
 
 
@@ -141,7 +143,9 @@ def _misfit(found: Found, parameter: Tensor, fit: Collection[Path], unfit: Colle
     if value.numel() == 1:
         return None
     if not _fits(value, parameter.shape):
-        return f"has shape {tuple(value.shape)}, the parameter {shape}; expected the same shape, or 1 in some dimensions."
+        return (
+            f"has shape {tuple(value.shape)}, the parameter {shape}; expected the same shape, or 1 in some dimensions."
+        )
     if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
         return f"is a {type(value).__name__} of layout {value.layout}; expected a plain dense tensor."
     if found.inside(_Attribute):
@@ -189,7 +193,9 @@ def _check_loose(optimizer: Any, touched: Mapping[str, Tensor]) -> None:
             continue
         for found in tensors_in(value):
             shape, size = tuple(found.value.shape), found.value.numel()
-            named = any(key == n or n.endswith(f".{key}") for key in found.path if isinstance(key, str) for n in touched)
+            named = any(
+                key == n or n.endswith(f".{key}") for key in found.path if isinstance(key, str) for n in touched
+            )
             fits = shape in shapes or (len(shape) == 1 and size in lengths) or (named and size > 1)
             if fits and id(found.value) not in own:
                 raise OptimizerStateError(

@@ -25,7 +25,9 @@ from lit_prune.plan import DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, PlanEntry, PruningPl
 from lit_prune.sharded_surgery import cut_sharded
 
 
-def parameter_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]) -> dict[str, list[DimensionCut]]:
+def parameter_cuts(
+    model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]
+) -> dict[str, list[DimensionCut]]:
     """What a plan means for every parameter that it touches.
 
     Args:
@@ -233,9 +235,7 @@ def _check_weights(
             for cut in cuts.get(name, ()):
                 shape[cut.dim] = len(cut.kept)
             if list(values.shape) != shape:
-                raise PlanError(
-                    f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(shape)}."
-                )
+                raise PlanError(f"New weights for {name!r} have shape {tuple(values.shape)}; expected {tuple(shape)}.")
 
 
 def _leaving(model: nn.Module, plan: PruningPlan) -> set[int]:
@@ -245,7 +245,11 @@ def _leaving(model: nn.Module, plan: PruningPlan) -> set[int]:
 
 @torch.no_grad()
 def cut_block(
-    block: nn.Module, name: str, plan: PruningPlan, group_sets: Sequence[GroupSet], cuts: Mapping[str, Sequence[DimensionCut]]
+    block: nn.Module,
+    name: str,
+    plan: PruningPlan,
+    group_sets: Sequence[GroupSet],
+    cuts: Mapping[str, Sequence[DimensionCut]],
 ) -> None:
     """Cut one block on its own, a copy of a decoder layer for instance, as a plan cuts it within its model.
 
@@ -285,9 +289,7 @@ def _set_attributes(
                 journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))
 
 
-def _remove_blocks(
-    model: nn.Module, entry: PlanEntry, cutter: StateCutter, journal: list[Callable[[], None]]
-) -> None:
+def _remove_blocks(model: nn.Module, entry: PlanEntry, cutter: StateCutter, journal: list[Callable[[], None]]) -> None:
     """Take blocks out of their list, out of the optimizers, and out of what the model says of its depth."""
     blocks: Any = model.get_submodule(entry.name)
     gone = [blocks[i] for i in set(range(entry.size)) - set(entry.kept)]

@@ -64,8 +64,16 @@ _BY_HAND: dict[str, Build] = {
     "magma": lambda m: pytorch_optimizer.Magma(torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-2)),
     "bsam": lambda m: pytorch_optimizer.BSAM(m.parameters(), num_data=8, lr=1e-3),
     "galore": lambda m: pytorch_optimizer.GaLore(
-        [{"params": [p for p in m.parameters() if p.dim() == 2], "rank": 4, "update_proj_gap": 2, "scale": 1.0,
-          "projection_type": "std"}], lr=1e-3
+        [
+            {
+                "params": [p for p in m.parameters() if p.dim() == 2],
+                "rank": 4,
+                "update_proj_gap": 2,
+                "scale": 1.0,
+                "projection_type": "std",
+            }
+        ],
+        lr=1e-3,
     ),
     "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3),
     "demo": lambda m: pytorch_optimizer.DeMo(m.parameters(), lr=1e-3),

@@ -155,7 +155,9 @@ def test_state_that_no_rule_fits_is_refused_before_any_batch_is_run(name):
         seen.append(ids)
         return model(input_ids=ids, labels=ids).loss
 
-    with pytest.raises(OptimizerStateError, match=r"(state .* of 'model\.layers|holds a tensor).*prune before training"):
+    with pytest.raises(
+        OptimizerStateError, match=r"(state .* of 'model\.layers|holds a tensor).*prune before training"
+    ):
         prune(model, BATCHES, loss, PruningConfig(importance="fisher", pruning_ratio=0.2), listed(optimizer))
     assert not seen
     assert get_plan(model) is None
@@ -317,7 +319,9 @@ def test_slow_weights_are_the_new_weights_where_they_were_the_old_ones():
     assert torch.equal(optimizer.state[parameter]["slow_params"], parameter)
 
 
-@pytest.mark.parametrize("name", ["Lookahead", "torch AdamW, fused", "schedulefree SGD", "SAM", "torch Adafactor", "lbfgs", "torch Muon"])
+@pytest.mark.parametrize(
+    "name", ["Lookahead", "torch AdamW, fused", "schedulefree SGD", "SAM", "torch Adafactor", "lbfgs", "torch Muon"]
+)
 def test_undoing_restores_everything_bit_for_bit(name):
     model, optimizer = trained(name)
     everything = find_optimizers(listed(optimizer))
@@ -341,7 +345,9 @@ def test_undoing_restores_everything_bit_for_bit(name):
     undo()
     after = snapshot()
     assert before[1] == after[1]
-    for old, new in zip((*before[0], *(t for m in before[2] for t in m)), (*after[0], *(t for m in after[2] for t in m)), strict=True):
+    for old, new in zip(
+        (*before[0], *(t for m in before[2] for t in m)), (*after[0], *(t for m in after[2] for t in m)), strict=True
+    ):
         for a, b in zip(old, new, strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     step(model, optimizer, BATCHES[4])

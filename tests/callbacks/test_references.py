@@ -23,7 +23,13 @@ def refused(tmp_path, module, kind, match, *callbacks, step=1):
     forwards = []
     module.inner["lm"].register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(kind, match=match):
-        fit(tmp_path, pruning(step=step, validate=False, model_path="inner.lm"), *callbacks, module=module, limit_val_batches=0)
+        fit(
+            tmp_path,
+            pruning(step=step, validate=False, model_path="inner.lm"),
+            *callbacks,
+            module=module,
+            limit_val_batches=0,
+        )
     assert len(forwards) == step
     assert get_plan(module.inner["lm"]) is None
     whole = tiny("llama").parameters()
@@ -157,7 +163,10 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
     class Foreign(Base):
         def configure_optimizers(self):
             self.other = [tiny("llama")]
-            return [torch.optim.SGD(self.inner.parameters(), lr=0.1), torch.optim.SGD(self.other[0].parameters(), lr=0.1)]
+            return [
+                torch.optim.SGD(self.inner.parameters(), lr=0.1),
+                torch.optim.SGD(self.other[0].parameters(), lr=0.1),
+            ]
 
         automatic_optimization = False
 
