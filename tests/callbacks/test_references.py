@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
 
         automatic_optimization = False
 
-    refused(tmp_path, Foreign(), OptimizerStateError, "SGD holds .* none of which is in the Foreign", step=0)
+    refused(tmp_path, Foreign(), OptimizerStateError, r"SGD holds .* none of which is in the Foreign", step=0)
 
 
 class Frozen(Base):
