@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
@@ -14,44 +11,61 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_prune import PruningPlan, apply_plan, find_model
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
+from lit_prune.references import attributes, items, stale_copies
 
 
 def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
-    """Refuse callbacks that hold the model's parameters, or a copy of the model, and do not know of the cut.
+    """Refuse callbacks that hold a copy of the model, or tensors of its parameters' sizes, and do not know of the cut.
 
-    A callback that defines ``on_pruning_start`` or ``on_pruning_end`` is taken to know, and Lightning's ``WeightAveraging``
-    is cut along.
+    Parameters themselves stay the objects that they are, so that whoever holds them follows; only those that FSDP2 shards
+    are replaced. A callback that defines ``on_pruning_start`` or ``on_pruning_end`` is taken to know, and Lightning's
+    ``WeightAveraging`` is cut along.
 
     Raises:
         UnsupportedCallbackError: Naming callback and attribute.
+        UnsupportedModelError: If the LightningModule averages the model into a copy.
     """
-    own = {id(p) for p in model.parameters()}
     parts = {id(m) for m in pl_module.modules()}
+    names = [name for name, _ in model.named_parameters()]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         knows = hasattr(callback, "on_pruning_start") or hasattr(callback, "on_pruning_end")
         if knows or isinstance(callback, (WeightAveraging, ModelCheckpoint)):
             continue
+        found = dict(stale_copies(callback, model, names))
         for name, value in vars(callback).items():
-            for item in _items(value):
-                stale = id(item) in own or (
-                    isinstance(item, nn.Module) and id(item) not in parts and _is_copy(item, model)
-                )
-                if stale:
-                    raise UnsupportedCallbackError(
-                        f"{type(callback).__name__}.{name} holds {'parameters' if id(item) in own else 'a copy'} of the"
-                        " model, which the cut would leave at the old sizes. Let the callback define"
-                        " on_pruning_end(trainer, pl_module, pruning) and take hold of the model anew there (or"
-                        " on_pruning_start, if it means to keep the dense one)."
-                    )
+            copies = (m for m in items(value) if isinstance(m, nn.Module) and id(m) not in parts)
+            if name not in found and any(_is_copy(m, model) for m in copies):
+                found[name] = "a copy of the model"
+        for name, what in found.items():
+            raise UnsupportedCallbackError(
+                f"{type(callback).__name__}.{name} holds {what}, which the cut would leave at the old sizes. Let the callback"
+                " define on_pruning_end(trainer, pl_module, pruning) and take hold of the model anew there (or"
+                " on_pruning_start, if it means to keep the dense one)."
+            )
+    _check_averages(pl_module, model)
 
 
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        yield from (*value, *value.values())
-    elif isinstance(value, (list, tuple, set)):
-        yield from value
-    else:
-        yield value
+def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
+    """Refuse an average of the model that the LightningModule keeps itself; a dense copy that is no average is a teacher."""
+    inside = {id(m) for m in model.modules()}
+    candidates = [
+        (path, item)
+        for path, holder in pl_module.named_modules()
+        for value in (*holder._modules.values(), *(v for _, v in attributes(holder)))
+        for item in items(value)
+        if isinstance(item, nn.Module) and id(item) not in inside
+    ]
+    for path, candidate in candidates:
+        kept = getattr(candidate, "module", None)
+        averages_itself = any(
+            hasattr(candidate, name) for name in ("update_parameters", "update", "n_averaged", "decay")
+        )
+        if averages_itself and isinstance(kept, nn.Module) and id(kept) not in inside and _is_copy(kept, model):
+            raise UnsupportedModelError(
+                f"{type(pl_module).__name__} holds a {type(candidate).__name__} (in {path or 'itself'!r}), an average of the"
+                " model that the cut would leave at the old sizes. Use Lightning's WeightAveraging callback, which is cut"
+                " along, or make the average after the cut."
+            )
 
 
 def _is_copy(module: nn.Module, model: nn.Module) -> bool:

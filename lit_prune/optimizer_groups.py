@@ -65,11 +65,11 @@ def add_bias(
     name: str,
     journal: list[Callable[[], None]],
 ) -> None:
-    """Put the new bias of a linear layer in the group where the optimizer's other biases are, in the model's order.
+    """Put the new bias of a linear layer in the group where the optimizer has others of its kind, in the model's order.
 
-    That is the group of the bias that is nearest in the model; where there is none, that of one-dimensional parameters, if
-    those are apart from the weights; a group that is empty as the model had no biases; else the group of the weight. A
-    bias whose layer's weight no optimizer has is left out, too.
+    That is the group of the bias, or else the norm, that is nearest in the model. Where norms are in one group with the
+    weights it is a group of biases alone, or one that is empty as the model had no biases; else the group of the weight.
+    A bias whose layer's weight no optimizer has is left out, too.
 
     Args:
         optimizers: All optimizers.
@@ -101,17 +101,29 @@ def _groups_for(
 ) -> list[dict[str, Any]]:
     own = [g for g in groups if any(p is weight for p in g["params"])]
     lines = [(n, p) for n, p in model.named_parameters() if p.dim() == 1 and id(p) in held]
-    biases = [(n, p) for n, p in lines if n.rpartition(".")[2] == "bias"]
-    alike = biases or lines
-    if not alike:
-        return own
-    place = order[id(weight)]
-    nearest = min(alike, key=lambda item: (-_shared_depth(item[0], name), abs(order[id(item[1])] - place)))[1]
-    found = [g for g in groups if any(p is nearest for p in g["params"])]
-    if not biases and any(g is f for g in own for f in found):
+
+    def nearest(candidates: Sequence[tuple[str, Tensor]]) -> Tensor:
+        def distance(item: tuple[str, Tensor]) -> tuple[int, bool, int]:
+            other, parameter = item
+            return -_shared_depth(other, name), not _is_bias(other), abs(order[id(parameter)] - order[id(weight)])
+
+        return min(candidates, key=distance)[1]
+
+    def holding(parameter: Tensor) -> list[dict[str, Any]]:
+        return [g for g in groups if any(p is parameter for p in g["params"])]
+
+    found = holding(nearest(lines)) if lines else own
+    if any(g is f for g in own for f in found):
+        # norms are with the weights; biases may be apart from both
+        apart = {id(p) for g in groups if not any(q.dim() > 1 for q in g["params"]) for p in g["params"]}
+        biases = [(n, p) for n, p in lines if _is_bias(n) and id(p) in apart]
         empty = [g for g in groups if not g["params"]]
-        return empty[:1] or own
+        found = holding(nearest(biases)) if biases else empty[:1] or own
     return found
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
 
 
 def _shared_depth(first: str, second: str) -> int:

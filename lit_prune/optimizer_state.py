@@ -123,7 +123,7 @@ def _parameters(optimizer: Any) -> list[Tensor]:
 
 def _state_of(mapping: Mapping[Any, Any], parameter: Tensor) -> Any:
     key = key_of(mapping, parameter)
-    state = mapping[key] if key in mapping else {}
+    state = mapping.get(key, {})
     # a tensor by itself needs a key, too
     return {"": state} if isinstance(state, Tensor) else state
 

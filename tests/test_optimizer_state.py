@@ -215,7 +215,7 @@ def test_unusual_state_is_refused_by_name_and_nothing_changes(kind):
         if kind in ("preconditioner",) and len(parameters) == 1:
             continue
         optimizer = Unusual(parameters, UNUSUAL[kind])
-        with pytest.raises(OptimizerStateError, match="Unusual state '.* of 'model.*"):
+        with pytest.raises(OptimizerStateError, match=r"Unusual state '.* of 'model.*"):
             apply_plan(model, plan_of(model), [optimizer])
         assert get_plan(model) is None
 
@@ -249,7 +249,7 @@ def test_an_optimizer_without_parameters_of_the_model_is_refused_before_any_batc
     model = small()
     other = small() if kind == "another copy" else torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(other.parameters())
-    with pytest.raises(OptimizerStateError, match="AdamW holds .* none of which is in the LlamaForCausalLM"):
+    with pytest.raises(OptimizerStateError, match=r"AdamW holds .* none of which is in the LlamaForCausalLM"):
         prune(model, BATCHES, lambda ids: 1 / 0, PruningConfig(pruning_ratio=0.2), [optimizer])
     with pytest.raises(TypeError, match="found a dict"):
         prune(model, BATCHES, lambda ids: 1 / 0, PruningConfig(pruning_ratio=0.2), [{}])

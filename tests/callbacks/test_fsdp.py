@@ -72,7 +72,17 @@ class Watch(pl.Callback):
     def on_pruning_start(self, trainer, pl_module, pruning):
         sharding.reshard(pl_module)
         self.seen = 0
-        self.handles = [p.register_post_accumulate_grad_hook(self.look) for p in pl_module.parameters()]
+        self.parameters = list(pl_module.parameters())
+        self.handles = [pl_module.inner["lm"].register_forward_pre_hook(self.take_hold)]
+
+    def take_hold(self, model, _):
+        # hooks that are there before calibration are not called in it
+        if torch.is_grad_enabled() and len(self.handles) == 1:
+            for parameter in self.parameters:
+                handle = parameter.register_post_accumulate_grad_hook(self.look)
+                # before calibration's own, which takes the gradient away
+                parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+                self.handles.append(handle)
 
     def look(self, parameter):
         assert isinstance(parameter.grad, DTensor)

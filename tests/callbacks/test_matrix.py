@@ -395,21 +395,36 @@ class Knowing(Holding):
 @pytest.mark.parametrize(
     "take",
     [
-        lambda m: m.inner["lm"].model.layers[0].mlp.up_proj.weight,
-        lambda m: list(m.parameters()),
-        lambda m: dict(m.named_parameters()),
         lambda m: tiny("llama"),
+        lambda m: {n: p.detach().clone() for n, p in m.named_parameters()},
     ],
-    ids=["parameter", "list", "dict", "copy"],
+    ids=["copy", "tensors by name"],
 )
-def test_callbacks_that_hold_parameters_or_copies_are_refused_unless_they_know(tmp_path, take):
+def test_callbacks_that_hold_copies_are_refused_unless_they_know(tmp_path, take):
     module = Base()
     with pytest.raises(UnsupportedCallbackError, match=r"Holding\.held holds .*on_pruning_end"):
         fit(tmp_path, pruning(), Holding(take), module=module)
     assert get_plan(module.inner["lm"]) is None
     fit(tmp_path, pruning(), Knowing(take))
-    # what is the model's own, and found through it, is no danger
-    fit(tmp_path, pruning(), Holding(lambda m: m.inner["lm"]))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda m: m.inner["lm"],
+        lambda m: m.inner["lm"].model.layers[0].mlp.up_proj.weight,
+        lambda m: list(m.parameters()),
+        lambda m: dict(m.named_parameters()),
+    ],
+    ids=["model", "parameter", "list", "dict"],
+)
+def test_callbacks_that_hold_the_model_or_its_parameters_follow(tmp_path, take):
+    """Parameters are the same objects after the cut."""
+    callback = Holding(take)
+    _, module = fit(tmp_path, pruning(), callback, max_epochs=2)
+    again = take(module)
+    pairs = zip(again, callback.held, strict=True) if isinstance(again, list) else [(again, callback.held)]
+    assert all(a is b or a == b for a, b in pairs)
 
 
 def test_stochastic_weight_averaging_is_refused(tmp_path):
