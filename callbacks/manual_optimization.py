@@ -126,7 +126,9 @@ class RecordedOptimization:
         leaves = [
             node.variable
             for node in _graph(loss)
-            if hasattr(node, "variable") and id(node.variable) not in self._parameters and not node.variable._backward_hooks
+            if hasattr(node, "variable")
+            and id(node.variable) not in self._parameters
+            and not node.variable._backward_hooks
         ]
         if leaves:
             for leaf, gradient in zip(
@@ -199,7 +201,11 @@ def _raw(optimizer: Any) -> Any:
 def _methods(optimizer: Any) -> list[str]:
     """Names of an optimizer's methods that change weights, gradients or its own state."""
     kind = type(_raw(optimizer))
-    names = [name for name in dir(kind) if not name.startswith(("_", "register_", "profile_")) and callable(getattr(kind, name))]
+    names = [
+        name
+        for name in dir(kind)
+        if not name.startswith(("_", "register_", "profile_")) and callable(getattr(kind, name))
+    ]
     return [name for name in names if "step" in name or name in ("zero_grad", "train", "eval")]
 
 

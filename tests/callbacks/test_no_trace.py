@@ -99,7 +99,11 @@ class Stateful(pl.LightningModule):
         self.metric = torchmetrics.MeanMetric()
         self.outputs = []
         self.alias = self.outputs
-        self.nested = {"losses": collections.defaultdict(list), "names": {"first"}, "order": collections.OrderedDict(a=1)}
+        self.nested = {
+            "losses": collections.defaultdict(list),
+            "names": {"first"},
+            "order": collections.OrderedDict(a=1),
+        }
         self.meter = Meter()
         self.noise = torch.Generator().manual_seed(5)
         self.steps = 0
@@ -206,7 +210,11 @@ def plain():
         {"epoch": 1},
         {"step": 6, "importance": "taylor"},
         {"epoch": 0, "importance": "wanda", "repair": "bias"},
-        {"step": 5, "importance": "auto", "calibration_dataloader": DataLoader(Noisy(), batch_size=4, collate_fn=Collate())},
+        {
+            "step": 5,
+            "importance": "auto",
+            "calibration_dataloader": DataLoader(Noisy(), batch_size=4, collate_fn=Collate()),
+        },
     ],
     ids=lambda options: options.get("importance", "fisher"),
 )
@@ -407,7 +415,7 @@ def test_the_guard_sees_every_kind_of_write(write):
     weight, other = torch.rand(2, 3), torch.rand(2)
     before = weight.clone()
     guard = WriteGuard([("weight", weight), ("other", other)])
-    with guard:
+    with guard.watching():
         write(weight)
         weight.mul(2)
     guard.restore()
@@ -419,7 +427,7 @@ def test_the_guard_lets_a_backward_pass_find_the_graph_as_it_was():
     weight = torch.rand(3, requires_grad=True)
     before = weight.detach().clone()
     guard = WriteGuard([("weight", weight)])
-    with guard:
+    with guard.watching():
         with torch.no_grad():
             weight.mul_(2)
         loss = weight.square().sum()
@@ -433,7 +441,9 @@ def test_the_guard_lets_a_backward_pass_find_the_graph_as_it_was():
     assert torch.equal(weight.detach(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64, torch.int8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64, torch.int8]
+)
 def test_a_checksum_sees_one_bit(dtype):
     values = torch.zeros(5, dtype=dtype)
     before = checksum(values)
