@@ -57,6 +57,9 @@ def calibration(
         stack.enter_context(uncompiled())
         stack.enter_context(unscaled(trainer))
         stack.enter_context(silent_logging(module))
+        if not trainer.optimizers and not module.automatic_optimization:
+            # under trainer.validate; a step that optimizes by hand asks for them
+            stack.enter_context(_optimizers(trainer))
         guard = WriteGuard(snapshot.large)
         for parameter in module.parameters():
             # a step may clip or zero what training has accumulated; the snapshot puts it back
@@ -72,6 +75,18 @@ def calibration(
         finally:
             guard.restore()
             snapshot.lost += guard.changed()
+
+
+@contextlib.contextmanager
+def _optimizers(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the strategy have the optimizers that a fit would have."""
+    strategy = trainer.strategy
+    before = strategy.optimizers, strategy.lr_scheduler_configs
+    strategy.setup_optimizers(trainer)
+    try:
+        yield
+    finally:
+        strategy.optimizers, strategy.lr_scheduler_configs = before
 
 
 def _warn_of_traces(trainer: pl.Trainer, names: Sequence[str]) -> None:

@@ -331,9 +331,11 @@ class StructuredPruning(Callback):
         self.stages_done = stage % len(self.stages) + 1
         self._digests["now"] = plan_digest(model)
         before, after = plan.info["parameters_before"], plan.info["parameters_after"]
+        skipped = plan.info.get("skipped_batches", 0)
         rank_zero_info(
             f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
             f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
+            + (f" {skipped} calibration batches had no loss and were skipped." if skipped else "")
         )
         self._write()
         self.notify(trainer, pl_module, "on_pruning_end")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import random
 import sys
 import types
@@ -240,9 +239,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _slots(kind: type) -> list[str]:
-    names = itertools.chain.from_iterable(
-        [c.__slots__] if isinstance(c.__slots__, str) else c.__slots__ for c in kind.__mro__ if "__slots__" in vars(c)
-    )
+    declared = [vars(c)["__slots__"] for c in kind.__mro__ if "__slots__" in vars(c)]
+    names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
@@ -288,7 +286,12 @@ def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
 def _generator_state(value: Any) -> Callable[[], None] | None:
     """What gives a random number generator its present state back; ``None`` for anything else."""
     if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
+        state = value.get_state()
+
+        def restore() -> None:
+            value.set_state(state)
+
+        return restore
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return functools.partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):

@@ -78,7 +78,7 @@ class TrainingStep:
         """The loss of a batch; :data:`lit_prune.statistics.SKIPPED` if the module skips it, or nothing in it trains the model."""
         self._number += 1
         try:
-            with self._guard, self._optimization.active(), self._gradients():
+            with self._guard.watching(), self._optimization.active(), self._gradients():
                 # as in Lightning, which warns
                 output = None if batch is None else self._run(batch)
         except BaseException as error:
@@ -161,7 +161,7 @@ class TrainingStep:
                 fetcher = self._fetcher
                 shown = batch if fetcher is None else fetcher._batch
                 number = self._number if fetcher is None else fetcher._batch_idx
-                with self._guard, self._optimization.active():
+                with self._guard.watching(), self._optimization.active():
                     call._call_lightning_module_hook(self._trainer, "on_train_batch_end", self._outputs, shown, number)
         finally:
             self._outputs = None
@@ -169,15 +169,13 @@ class TrainingStep:
             self._guard.restore()
 
     def _start_epoch(self) -> None:
-        hooks = ("on_train_epoch_start",)
         if self._trainer.state.fn != TrainerFn.FITTING:
-            hooks = ("on_fit_start", "on_train_start", "on_train_epoch_start")
+            hooks = ["on_fit_start", "on_train_start", "on_train_epoch_start"]
         else:
-            progress = self._trainer.fit_loop.epoch_progress.current
+            progress: Any = self._trainer.fit_loop.epoch_progress.current
             # callbacks come before the module: at the start of an epoch its hook has yet to run
-            if progress.started >= progress.ready:
-                return
-        with self._guard, self._optimization.active():
+            hooks = ["on_train_epoch_start"] if progress.started < progress.ready else []
+        with self._guard.watching(), self._optimization.active():
             for hook in hooks:
                 call._call_lightning_module_hook(self._trainer, hook)
         self._optimization.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,12 +17,12 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WriteGuard(TorchDispatchMode):
-    """Copies a tensor the moment before something that runs within this context writes into it, and puts it back later.
+    """Copies a tensor the moment before something within :meth:`watching` writes into it, and puts it back later.
 
     What PyTorch's dispatcher does not see (NumPy views, pointers) is found by a checksum, but cannot be put back.
 
     Args:
-        tensors: The tensors to guard, by name. Sharded ones are only found changed, not put back.
+        tensors: The tensors to guard, by name. If some are sharded, changes are only found, and not put back.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -29,12 +30,16 @@ class WriteGuard(TorchDispatchMode):
         self._named = [(name, tensor) for name, tensor in tensors if not tensor.is_meta]
         self._checksums = [checksum(tensor) for _, tensor in self._named]
         self._guarded: dict[int, list[Tensor]] = {}
-        for _, tensor in self._named:
-            if not sharding.is_sharded(tensor):
+        if sharding.any_sharded(tensor for _, tensor in self._named) is None:
+            for _, tensor in self._named:
                 self._guarded.setdefault(_storage(tensor), []).append(tensor)
         # by the tensor's identity: the values before the batch, and by mark those at the mark, with their versions
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._marks: list[dict[int, tuple[Tensor, Tensor, int]]] = []
+
+    def watching(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which writes are seen."""
+        return self if self._guarded else contextlib.nullcontext()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, after a copy of what it writes into."""
@@ -48,7 +53,7 @@ class WriteGuard(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _keep(self, written: Tensor) -> None:
-        for tensor in self._guarded.get(_storage(written), ()) if not sharding.is_sharded(written) else ():
+        for tensor in self._guarded.get(_storage(written), ()):
             key = id(tensor)
             new = [mark for mark in self._marks if key not in mark]
             if key not in self._before or new:

@@ -303,7 +303,8 @@ def _together(batches: Iterable[Any], ranks: Ranks | None) -> Iterator[Any]:
 def _checked_loss(loss: Any, number: int, ranks: Ranks | None) -> Tensor:
     fine = isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad
     if _everywhere(fine, ranks):
-        return loss  # type: ignore[no-any-return]
+        assert isinstance(loss, Tensor)
+        return loss
     if fine:
         raise CalibrationError(f"Calibration batch {number} gave no usable loss on another process, which says why.")
     if not isinstance(loss, Tensor) or loss.numel() != 1:

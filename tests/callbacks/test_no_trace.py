@@ -415,7 +415,7 @@ def test_the_guard_sees_every_kind_of_write(write):
     weight, other = torch.rand(2, 3), torch.rand(2)
     before = weight.clone()
     guard = WriteGuard([("weight", weight), ("other", other)])
-    with guard:
+    with guard.watching():
         write(weight)
         weight.mul(2)
     guard.restore()
@@ -427,7 +427,7 @@ def test_the_guard_lets_a_backward_pass_find_the_graph_as_it_was():
     weight = torch.rand(3, requires_grad=True)
     before = weight.detach().clone()
     guard = WriteGuard([("weight", weight)])
-    with guard:
+    with guard.watching():
         with torch.no_grad():
             weight.mul_(2)
         loss = weight.square().sum()

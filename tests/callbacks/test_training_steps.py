@@ -13,6 +13,8 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from processes import run_well
 from test_pruning import corpus
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -507,6 +509,41 @@ def test_it_is_an_error_if_all_batches_are_skipped():
             run(Never(), importance=importance)
 
 
+class SkipsOnOneRank(Auto):
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        return None if not self.training and (self.global_rank, batch_idx) in {(0, 0), (1, 1)} else loss
+
+
+def on_a_rank(folder):
+    plans = []
+    for importance in ("fisher", "wanda"):
+        pl.seed_everything(7, verbose=False)
+        settings = {"calibration_batches": 4, "iterations": 1, "validate": False, "epoch": 0, "pruning_ratio": 0.2}
+        callback = StructuredPruning(importance, model_path="gen", **settings)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            devices=2,
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[callback],
+        )
+        trainer.fit(SkipsOnOneRank())
+        assert (callback.plan.info["calibration_batches"], callback.plan.info["skipped_batches"]) == (2, 2)
+        plans.append(callback.plan.digest())
+    (folder / f"{trainer.global_rank}.txt").write_text(str(plans))
+
+
+def test_a_batch_that_one_process_skips_is_skipped_by_all(tmp_path):
+    run_well(on_a_rank, tmp_path, folder=tmp_path, processes=2)
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+
+
 Named = collections.namedtuple("Named", ["loss", "logits"])
 
 
@@ -613,23 +650,23 @@ def test_hooks_leave_no_trace():
     assert_trains_as_without(Hooked, epoch=1)
 
 
-def test_validate_runs_the_hooks_that_no_training_has_run(automatic):
-    module = Hooked()
-    module.validation_step = None
-    module.val_dataloader = Auto().train_dataloader
-    Hooked.validation_step = lambda self, batch, batch_idx: self.log("val_loss", self.loss(batch))
-    try:
-        del module.validation_step
-        callback = StructuredPruning(
-            epoch=0, calibration_batches=4, iterations=1, repair=None, dry_run=True, pruning_ratio=0.2
-        )
-        pl.Trainer(
-            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[callback]
-        ).validate(module, verbose=False)
-    finally:
-        del Hooked.validation_step
+@pytest.mark.parametrize("kind", [Hooked, Clipped])
+def test_validate_runs_what_no_training_has_run(kind, automatic):
+    class Validated(kind):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch))
+
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    module = Validated()
+    settings = {"epoch": 0, "calibration_batches": 4, "iterations": 1, "repair": None, "pruning_ratio": 0.2}
+    callback = StructuredPruning(dry_run=True, **settings)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(callbacks=[callback], **options)
+    trainer.validate(module, verbose=False)
     assert {e.key: e.kept for e in callback.plan.entries} == automatic["fisher"]
-    assert not hasattr(module, "epochs")
+    assert not hasattr(module, "epochs") and trainer.optimizers == []
 
 
 def test_a_batch_that_ends_the_epoch_is_skipped():
