@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lit_prune.architectures import find_model
 from lit_prune.callbacks.others import averages
+from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
+from lit_prune.distributed import together, unguarded
 from lit_prune.errors import UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.plan import FORMAT
 
@@ -70,8 +73,9 @@ def renew_wrapper(trainer: pl.Trainer) -> None:
     """
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
-        strategy.model = strategy.lightning_module
-        strategy.configure_ddp()
+        with unguarded(ranks_of(trainer)):
+            strategy.model = strategy.lightning_module
+            strategy.configure_ddp()
 
 
 def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None:
@@ -82,13 +86,14 @@ def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None
     and ``ModelParallelStrategy`` fills model and optimizers while it reads. ``load_checkpoint`` comes before both.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy.__dict__.get("save_checkpoint"), _Saving):
-        strategy.save_checkpoint = _Saving(trainer, strategy.save_checkpoint)  # type: ignore[method-assign]
-    if not isinstance(strategy.__dict__.get("load_checkpoint"), _Loading):
-        strategy.load_checkpoint = _Loading(trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
-    for wrapper in (strategy.save_checkpoint, strategy.load_checkpoint):
-        if not any(c is callback for c in wrapper.callbacks):  # type: ignore[attr-defined]
-            wrapper.callbacks.append(callback)  # type: ignore[attr-defined]
+    saving, loading = strategy.save_checkpoint, strategy.load_checkpoint
+    if not isinstance(saving, _Saving):
+        strategy.save_checkpoint = saving = _Saving(trainer, saving)  # type: ignore[method-assign]
+    if not isinstance(loading, _Loading):
+        strategy.load_checkpoint = loading = _Loading(trainer, loading)  # type: ignore[method-assign]
+    for callbacks in (saving.callbacks, loading.callbacks):
+        if not any(c is callback for c in callbacks):
+            callbacks.append(callback)
 
 
 def stop_rebuilding(trainer: pl.Trainer) -> None:
@@ -137,15 +142,21 @@ class _Loading:
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy = self._trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            metadata = _metadata(Path(strategy.broadcast(checkpoint_path)))
-            self._rebuild(metadata)
+            path = Path(strategy.broadcast(checkpoint_path))
+            with self._together():
+                metadata = _metadata(path)
+                self._rebuild(metadata)
             checkpoint = self._load(checkpoint_path, *args, **kwargs)
             if "callbacks" in metadata:
                 checkpoint["callbacks"] = metadata["callbacks"]
             return checkpoint
-        checkpoint = self._load(checkpoint_path, *args, **kwargs)
-        self._rebuild(checkpoint)
+        with self._together():
+            checkpoint = self._load(checkpoint_path, *args, **kwargs)
+            self._rebuild(checkpoint)
         return checkpoint
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return together(ranks_of(self._trainer), "loading a checkpoint")
 
     def _rebuild(self, checkpoint: dict[str, Any]) -> None:
         # the module at hand, also where the fit before ended in an error

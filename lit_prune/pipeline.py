@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.blocks import passed_over
-from lit_prune.distributed import Ranks
+from lit_prune.distributed import Ranks, together
 from lit_prune.errors import CalibrationError, SmallBudgetError, UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import Term, check_normalization, get_criterion, group_importance, mixed_importance
@@ -384,12 +384,12 @@ def prune_with(
                 if made is None and step is steps[-1]:
                     raise
                 continue
-            with data(CALIBRATION) as (batches, loss):
+            with data(CALIBRATION) as (batches, loss), together(ranks, "calibration"):
                 statistics = calibrate(model, group_sets, batches, loss, step, root=root, ranks=ranks)
 
             if step.compensates:
                 with data(COMPENSATION) as (batches, loss):
-                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, total)
+                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -413,15 +413,22 @@ def prune_with(
                         step,
                         root=root,
                         progress=progress,
-                        total=total,
+                        ranks=ranks,
                     )
-                undos.append(cut(model, plan, optimizers, weights))
+                # what another process could not cut is not cut here
+                with together(ranks, "surgery"):
+                    undos.append(cut(model, plan, optimizers, weights))
                 del weights
             made = plan if made is None else _composed(made, plan, number + 1)
     except BaseException:
-        for undo in reversed(undos):
-            undo()
-        raise
+        try:
+            with together(ranks, "pruning"):
+                raise
+        finally:
+            # where sharded parameters are gathered, those who did not meet the error are not there to undo anything with
+            if ranks is None or ranks.mean_gradients or not ranks.lost:
+                for undo in reversed(undos):
+                    undo()
     assert table is not None
     assert made is not None
     return table, made
@@ -434,10 +441,12 @@ def _unexplained(
     forward: Callable[[Any], Any],
     root: nn.Module | None,
     progress: Callable[[Sequence[str]], Iterable[str]],
-    total: Callable[[Tensor], Tensor] | None,
+    ranks: Ranks | None,
 ) -> dict[tuple[str, str], Tensor]:
+    total = None if ranks is None else ranks.sum
     try:
-        return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
+        with together(ranks, "measuring what repair can make up for"):
+            return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
     except UnsupportedModelError:
         # such a model is not repaired either, of which repair warns
         return {}
@@ -519,7 +528,7 @@ def repair(
     *,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    total: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """Compute new weights for the consumers of what leaves, as configured; the model is not changed.
 
@@ -533,7 +542,7 @@ def repair(
         config: The configuration.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of blocks.
-        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        ranks: The processes of a distributed run, each with batches of its own.
 
     Returns:
         The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
@@ -543,9 +552,11 @@ def repair(
         return bias_fold(model, group_sets, plan, statistics)
     if config.repair == "least_squares":
         try:
-            return plan, least_squares(
-                model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
-            )
+            with together(ranks, "repair"):
+                total = None if ranks is None else ranks.sum
+                return plan, least_squares(
+                    model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
+                )
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)
     return plan, {}

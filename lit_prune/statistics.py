@@ -248,7 +248,8 @@ def collect_statistics(
                 collector.start_batch()
                 loss.backward()  # type: ignore[union-attr]
                 collector.end_batch(masks.end_batch() if masks is not None else [])
-            elif isinstance(loss, Tensor):
+            elif _everywhere(isinstance(loss, Tensor), ranks):
+                assert isinstance(loss, Tensor)
                 losses.append(loss.detach().float().mean())
             statistics.batches += 1
             del loss
