@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.distributed import unguarded
 from lit_prune.errors import CalibrationError
@@ -83,7 +84,7 @@ def _train_dataloader(trainer: pl.Trainer) -> Any:
         raise CalibrationError(
             "There is no train dataloader to calibrate on; give StructuredPruning a calibration_dataloader."
         )
-    if isinstance(source.instance, pl.LightningDataModule):
+    if is_a(source.instance, pl.LightningDataModule):
         call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
     return apply_to_collection(
         source.dataloader(),
@@ -170,7 +171,7 @@ def gradient_scale(trainer: pl.Trainer) -> float:
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     # the gradients that FSDP2 reduces pass no hook of a parameter
-    if scaler is None or not scaler.is_enabled() or isinstance(trainer.strategy, ModelParallelStrategy):
+    if scaler is None or not scaler.is_enabled() or is_a(trainer.strategy, ModelParallelStrategy):
         return 1.0
     return max(1.0, float(scaler.get_scale()) / 16)
 

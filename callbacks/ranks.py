@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lit_prune.callbacks.packages import is_a
 from lit_prune.distributed import Ranks, together
 from lit_prune.errors import RankMismatchError
 from lit_prune.plan import PruningPlan
@@ -28,7 +29,7 @@ def ranks_of(trainer: pl.Trainer) -> Ranks | None:
         return None
     world = torch.distributed.group.WORLD
     if trainer not in _RANKS or _RANKS[trainer][0] is not world:
-        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        sharded = is_a(trainer.strategy, ModelParallelStrategy)
         _RANKS[trainer] = world, Ranks(trainer.strategy.root_device, mean_gradients=not sharded)
     return _RANKS[trainer][1]
 

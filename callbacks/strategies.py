@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lit_prune.architectures import find_model
 from lit_prune.callbacks.others import averages
+from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
 from lit_prune.distributed import together, unguarded
@@ -44,21 +45,21 @@ def check_strategy(strategy: Strategy) -> None:
         UnsupportedStrategyError: With the alternative.
     """
     name = type(strategy).__name__
-    if isinstance(strategy, FSDPStrategy):
+    if is_a(strategy, FSDPStrategy):
         raise UnsupportedStrategyError(
             f"{name} is FSDP1, which flattens parameters into one buffer, where no single one can be made smaller."
             f" {_SHARDED}"
         )
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_a(strategy, DeepSpeedStrategy):
         raise UnsupportedStrategyError(
             f"{name} gives parameters and optimizer state to DeepSpeed's engine, where they cannot be replaced. {_SHARDED}"
         )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if is_a(strategy.launcher, _MultiProcessingLauncher):
         raise UnsupportedStrategyError(
             f"{name} is to start its processes by {strategy.launcher._start_method!r} (ddp_spawn, ddp_fork, ddp_notebook). They"
             " hand weights back to a model that was not cut. Use strategy='ddp', or start the processes with torchrun."
         )
-    supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    supported = any(is_a(strategy, kind) for kind in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
     if not supported or "XLA" in name:
         raise UnsupportedStrategyError(
             f"StructuredPruning works on one device, with DDP, and with FSDP2 through ModelParallelStrategy; found {name}."
@@ -72,7 +73,7 @@ def renew_wrapper(trainer: pl.Trainer) -> None:
     DDP's reducer holds buckets of the old ones and, with ``static_graph``, counts what calibration's backward passes did.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
+    if is_a(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
         with unguarded(ranks_of(trainer)):
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
@@ -141,7 +142,7 @@ class _Loading:
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy = self._trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
+        if is_a(strategy, ModelParallelStrategy):
             path = Path(strategy.broadcast(checkpoint_path))
             with self._together():
                 metadata = _metadata(path)
