@@ -230,6 +230,8 @@ class StructuredPruning(Callback):
         """
         del pl_module, stage
         check_strategy(trainer.strategy)
+        # a group of processes is made by all of them at the same point
+        ranks_of(trainer)
         follow_checkpoints(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -113,12 +113,13 @@ class _Saving:
 
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         written = checkpoint.get("callbacks", {})
+        # calibration takes the callbacks from the Trainer, and the user's step may save meanwhile
+        callbacks = dict.fromkeys((*self.callbacks, *self._trainer.callbacks))  # type: ignore[attr-defined]
         states = []
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if getattr(callback, "state_beside_weights", False):
-                # the object that is written already, which is then not written twice
-                state = written.get(callback.state_key) or callback.state_dict()
-                states.append(self._true(callback, state))
+        for callback in (c for c in callbacks if getattr(c, "state_beside_weights", False)):
+            # the object that is written already, which is then not written twice
+            state = written.get(callback.state_key) or callback.state_dict()
+            states.append(self._true(callback, state))
         put_states(checkpoint, states)
         self._save(checkpoint, *args, **kwargs)
 
