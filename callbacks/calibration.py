@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -26,12 +25,13 @@ from tqdm.auto import tqdm
 
 from lit_prune import sharding
 from lit_prune.callbacks.manual_optimization import nothing, replaced
+from lit_prune.callbacks.packages import is_a
+from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
 from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
 from lit_prune.callbacks.write_guard import WriteGuard
-from lit_prune.distributed import Ranks
-from lit_prune.errors import CalibrationError, RankMismatchError
-from lit_prune.plan import PruningPlan
+from lit_prune.distributed import unguarded
+from lit_prune.errors import CalibrationError
 
 _TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictionary()
 
@@ -128,7 +128,7 @@ def _train_dataloader(trainer: pl.Trainer) -> Any:
         raise CalibrationError(
             "There is no train dataloader to calibrate on; give StructuredPruning a calibration_dataloader."
         )
-    if isinstance(source.instance, pl.LightningDataModule):
+    if is_a(source.instance, pl.LightningDataModule):
         call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
     return apply_to_collection(
         source.dataloader(),
@@ -259,7 +259,7 @@ def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
     loop = trainer.fit_loop.epoch_loop.val_loop
     progress, restarting = copy.deepcopy(loop.batch_progress.state_dict()), loop._restarting
     first = trainer._logger_connector._first_loop_iter
-    with untouched(trainer):
+    with unguarded(ranks_of(trainer)), untouched(trainer):
         trainer._logger_connector._callback_metrics = {}
         trainer.validating = True
         try:
@@ -272,31 +272,6 @@ def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
             loop.batch_progress.load_state_dict(progress)
             loop._restarting = restarting
     return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
-
-
-def ranks_of(trainer: pl.Trainer) -> Ranks | None:
-    """The processes of the run, or ``None`` if there is only one."""
-    if trainer.world_size == 1:
-        return None
-    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-    return Ranks(trainer.strategy.root_device, mean_gradients=not sharded)
-
-
-def check_same_on_all_ranks(trainer: pl.Trainer, plan: PruningPlan) -> None:
-    """Refuse to cut if the processes do not agree on the plan; every process raises, none hangs.
-
-    Raises:
-        RankMismatchError: If the digests differ.
-    """
-    if trainer.world_size == 1:
-        return
-    digests: list[str] = [""] * trainer.world_size
-    torch.distributed.all_gather_object(digests, plan.digest())
-    if len(set(digests)) > 1:
-        raise RankMismatchError(
-            f"The processes came to different plans: {[d[:12] for d in digests]} by rank. Do they hold the same weights, and"
-            " does a criterion of your own depend on the rank? Nothing was pruned."
-        )
 
 
 def check_calibration_loader(dataloader: Iterable[Any] | None) -> None:

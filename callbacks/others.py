@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_prune import PruningPlan, apply_plan, find_model
+from lit_prune.callbacks.packages import is_a
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
 from lit_prune.references import attributes, items, stale_copies
 
@@ -29,7 +30,7 @@ def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: 
     names = [name for name, _ in model.named_parameters()]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         knows = hasattr(callback, "on_pruning_start") or hasattr(callback, "on_pruning_end")
-        if knows or isinstance(callback, (WeightAveraging, ModelCheckpoint)):
+        if knows or is_a(callback, WeightAveraging) or is_a(callback, ModelCheckpoint):
             continue
         found = dict(stale_copies(callback, model, names))
         for name, value in vars(callback).items():
@@ -81,7 +82,7 @@ def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
     return [
         (callback, callback._average_model.module)
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+        if is_a(callback, WeightAveraging) and callback._average_model is not None
     ]
 
 
@@ -103,9 +104,9 @@ def start_over(trainer: pl.Trainer) -> None:
     ``ReduceLROnPlateau`` its plateau.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        if is_a(callback, ModelCheckpoint) and callback.monitor is not None:
             _forget(callback)
-        elif isinstance(callback, EarlyStopping):
+        elif is_a(callback, EarlyStopping):
             worst = torch.tensor(torch.inf)
             callback.best_score = worst if callback.monitor_op is torch.lt else -worst
             callback.wait_count = 0

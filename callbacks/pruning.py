@@ -27,13 +27,12 @@ from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, 
 from lit_prune.callbacks.calibration import (
     calibration,
     check_calibration_loader,
-    check_same_on_all_ranks,
     measured,
     progress_bar,
-    ranks_of,
     validation_metrics,
 )
 from lit_prune.callbacks.others import check_references, cut_averages, start_over
+from lit_prune.callbacks.ranks import check_same_on_all_ranks, on_all_ranks, ranks_of
 from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
 from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, renew_wrapper, stop_rebuilding
@@ -232,6 +231,8 @@ class StructuredPruning(Callback):
         """
         del pl_module, stage
         check_strategy(trainer.strategy)
+        # a group of processes is made by all of them at the same point
+        ranks_of(trainer)
         follow_checkpoints(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -239,6 +240,7 @@ class StructuredPruning(Callback):
         del pl_module, stage
         stop_rebuilding(trainer)
 
+    @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model and the budget before any work is done."""
         if self.stages_done < len(self.stages):
@@ -290,6 +292,7 @@ class StructuredPruning(Callback):
     def _config(self, stage: int = -1) -> PruningConfig:
         return replace(self.config, pruning_ratio=self.stages[stage].ratio, reference=self._reference)
 
+    @on_all_ranks("pruning")
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int = -1) -> None:
         """Calibrate, plan and, unless it is a dry run, cut; called by the schedule.
 
@@ -359,8 +362,12 @@ class StructuredPruning(Callback):
     @rank_zero_only
     def _write(self) -> None:
         if self.output_dir is not None and self.plan is not None and self.table is not None:
-            self.plan.save(self.output_dir / "plan.json")
-            self.table.to_csv(self.output_dir / "group_table.csv")
+            try:
+                self.plan.save(self.output_dir / "plan.json")
+                self.table.to_csv(self.output_dir / "group_table.csv")
+            except OSError as error:
+                # the model is cut, and checkpoints hold the plan: the run goes on
+                rank_zero_warn(f"Plan and group table were not written to {self.output_dir}: {error}")
 
     # every checkpoint has it, those of weights alone too: see callbacks/strategies.py
     state_beside_weights = True

@@ -35,6 +35,7 @@ from lit_prune.arguments import (
     optional,
     sequence_of,
 )
+from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
@@ -276,7 +277,7 @@ class Distillation(Callback):
         """Check that the Trainer leaves room for another loss."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_a(trainer.strategy, ModelParallelStrategy):
             raise UnsupportedStrategyError(
                 "Distillation holds a whole teacher on every process, which ModelParallelStrategy is there to avoid. Use DDP"
                 " or one device, or distil in a run of its own."
@@ -500,13 +501,13 @@ class LoRARecovery(Callback):
             UnsupportedCallbackError: Beside ``WeightAveraging``.
         """
         del pl_module, stage
-        averaging = next((c for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)  # type: ignore[attr-defined]
+        averaging = next((c for c in trainer.callbacks if is_a(c, WeightAveraging)), None)  # type: ignore[attr-defined]
         if averaging is not None:
             raise UnsupportedCallbackError(
                 f"{type(averaging).__name__} averages into a copy of the module that LoRARecovery's adapters are not in."
                 " Use one of the two."
             )
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_a(trainer.strategy, ModelParallelStrategy):
             raise UnsupportedStrategyError(
                 "LoRARecovery puts layers into the model in the middle of a run, which FSDP2 cannot take up. Use DDP or one"
                 " device, or save the pruned model and fine-tune it with peft in a run of its own."

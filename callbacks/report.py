@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
+from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned
@@ -115,7 +116,7 @@ class PruningReport(Callback):
         for logger in trainer.loggers:
             if callbacks:
                 logger.log_hyperparams({"pruning": _options(callbacks[0])})
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            if is_a(logger, WandbLogger) and trainer.is_global_zero:
                 found = logger.experiment.id
                 if self.run_id not in (None, found):
                     rank_zero_warn(
@@ -195,7 +196,7 @@ class PruningReport(Callback):
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=trainer.global_step)
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero and pruning.table is not None:
+            if is_a(logger, WandbLogger) and trainer.is_global_zero and pruning.table is not None:
                 _log_tables(logger, pruning.table, trainer.global_step)
 
     def _count(self, table: GroupTable) -> None:
@@ -241,10 +242,10 @@ class PruningReport(Callback):
         drawn = self._write(trainer, model)
         for logger in trainer.loggers:
             with _warning(f"{type(logger).__name__} did not take the report"):
-                if isinstance(logger, TensorBoardLogger):
+                if is_a(logger, TensorBoardLogger):
                     for name, figure in drawn.items():
                         logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
-                if isinstance(logger, WandbLogger):
+                if is_a(logger, WandbLogger):
                     self._log_files(logger, drawn, trainer.global_step)
         self._print()
 

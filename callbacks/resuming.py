@@ -33,14 +33,14 @@ def stages_behind(stages: Sequence[Stage], ratio_of: str, state: Mapping[str, An
         ratio_of: What its ratios are of.
         state: The state of the pruning callback in the checkpoint.
     """
-    done, saved, gone = state["stages_done"], state.get("stages"), budget_reached(state)
+    done, gone = state["stages_done"], budget_reached(state)
+    saved = state["stages"][:done] if "stages" in state else None
     if not gone:
-        return done
-    same = saved is not None and ratio_of == state["ratio_of"]
-    if same and done and [asdict(stage) for stage in stages[:done]] == saved[:done]:
+        return min(done, len(stages))
+    if saved and saved == [asdict(stage) for stage in stages[:done]] and ratio_of == state["ratio_of"]:
         return done
     budgets = [parameter_budget(stage.ratio, ratio_of, *state["reference"]) for stage in stages]
-    if saved is None and done <= len(budgets) and budgets[done - 1] == gone:
+    if saved is None and 0 < done <= len(budgets) and budgets[done - 1] == gone:
         return done
     return sum(budget <= gone for budget in budgets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lit_prune.architectures import find_model
 from lit_prune.callbacks.others import averages
+from lit_prune.callbacks.packages import is_a
+from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
+from lit_prune.distributed import together, unguarded
 from lit_prune.errors import UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.plan import FORMAT
 
@@ -41,21 +45,21 @@ def check_strategy(strategy: Strategy) -> None:
         UnsupportedStrategyError: With the alternative.
     """
     name = type(strategy).__name__
-    if isinstance(strategy, FSDPStrategy):
+    if is_a(strategy, FSDPStrategy):
         raise UnsupportedStrategyError(
             f"{name} is FSDP1, which flattens parameters into one buffer, where no single one can be made smaller."
             f" {_SHARDED}"
         )
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_a(strategy, DeepSpeedStrategy):
         raise UnsupportedStrategyError(
             f"{name} gives parameters and optimizer state to DeepSpeed's engine, where they cannot be replaced. {_SHARDED}"
         )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if is_a(strategy.launcher, _MultiProcessingLauncher):
         raise UnsupportedStrategyError(
             f"{name} is to start its processes by {strategy.launcher._start_method!r} (ddp_spawn, ddp_fork, ddp_notebook). They"
             " hand weights back to a model that was not cut. Use strategy='ddp', or start the processes with torchrun."
         )
-    supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    supported = any(is_a(strategy, kind) for kind in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
     if not supported or "XLA" in name:
         raise UnsupportedStrategyError(
             f"StructuredPruning works on one device, with DDP, and with FSDP2 through ModelParallelStrategy; found {name}."
@@ -69,9 +73,10 @@ def renew_wrapper(trainer: pl.Trainer) -> None:
     DDP's reducer holds buckets of the old ones and, with ``static_graph``, counts what calibration's backward passes did.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
-        strategy.model = strategy.lightning_module
-        strategy.configure_ddp()
+    if is_a(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
+        with unguarded(ranks_of(trainer)):
+            strategy.model = strategy.lightning_module
+            strategy.configure_ddp()
 
 
 def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None:
@@ -82,13 +87,14 @@ def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None
     and ``ModelParallelStrategy`` fills model and optimizers while it reads. ``load_checkpoint`` comes before both.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy.__dict__.get("save_checkpoint"), _Saving):
-        strategy.save_checkpoint = _Saving(trainer, strategy.save_checkpoint)  # type: ignore[method-assign]
-    if not isinstance(strategy.__dict__.get("load_checkpoint"), _Loading):
-        strategy.load_checkpoint = _Loading(trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
-    for wrapper in (strategy.save_checkpoint, strategy.load_checkpoint):
-        if not any(c is callback for c in wrapper.callbacks):  # type: ignore[attr-defined]
-            wrapper.callbacks.append(callback)  # type: ignore[attr-defined]
+    saving, loading = strategy.save_checkpoint, strategy.load_checkpoint
+    if not isinstance(saving, _Saving):
+        strategy.save_checkpoint = saving = _Saving(trainer, saving)  # type: ignore[method-assign]
+    if not isinstance(loading, _Loading):
+        strategy.load_checkpoint = loading = _Loading(trainer, loading)  # type: ignore[method-assign]
+    for callbacks in (saving.callbacks, loading.callbacks):
+        if not any(c is callback for c in callbacks):
+            callbacks.append(callback)
 
 
 def stop_rebuilding(trainer: pl.Trainer) -> None:
@@ -107,12 +113,13 @@ class _Saving:
 
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         written = checkpoint.get("callbacks", {})
+        # calibration takes the callbacks from the Trainer, and the user's step may save meanwhile
+        callbacks = dict.fromkeys((*self.callbacks, *self._trainer.callbacks))  # type: ignore[attr-defined]
         states = []
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if getattr(callback, "state_beside_weights", False):
-                # the object that is written already, which is then not written twice
-                state = written.get(callback.state_key) or callback.state_dict()
-                states.append(self._true(callback, state))
+        for callback in (c for c in callbacks if getattr(c, "state_beside_weights", False)):
+            # the object that is written already, which is then not written twice
+            state = written.get(callback.state_key) or callback.state_dict()
+            states.append(self._true(callback, state))
         put_states(checkpoint, states)
         self._save(checkpoint, *args, **kwargs)
 
@@ -136,16 +143,22 @@ class _Loading:
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy = self._trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            metadata = _metadata(Path(strategy.broadcast(checkpoint_path)))
-            self._rebuild(metadata)
+        if is_a(strategy, ModelParallelStrategy):
+            path = Path(strategy.broadcast(checkpoint_path))
+            with self._together():
+                metadata = _metadata(path)
+                self._rebuild(metadata)
             checkpoint = self._load(checkpoint_path, *args, **kwargs)
             if "callbacks" in metadata:
                 checkpoint["callbacks"] = metadata["callbacks"]
             return checkpoint
-        checkpoint = self._load(checkpoint_path, *args, **kwargs)
-        self._rebuild(checkpoint)
+        with self._together():
+            checkpoint = self._load(checkpoint_path, *args, **kwargs)
+            self._rebuild(checkpoint)
         return checkpoint
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return together(ranks_of(self._trainer), "loading a checkpoint")
 
     def _rebuild(self, checkpoint: dict[str, Any]) -> None:
         # the module at hand, also where the fit before ended in an error

@@ -45,6 +45,10 @@ class RankMismatchError(PruningError):
     """The processes of a distributed run do not agree on what to cut."""
 
 
+class RankError(PruningError):
+    """Another process of a distributed run met an error; the message says which, and what error."""
+
+
 class UnsupportedCallbackError(PruningError):
     """Another callback holds parts of the model that would be stale after the cut."""
 

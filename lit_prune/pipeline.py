@@ -17,12 +17,10 @@ from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.arguments import BATCHES
 from lit_prune.blocks import passed_over
 from lit_prune.config import AUTO, DEFAULT, PruningConfig, group_table, original_sizes
-
-# where they were before
 from lit_prune.config import CANDIDATES as CANDIDATES
 from lit_prune.config import HELD_BACK as HELD_BACK
 from lit_prune.config import model_size as model_size
-from lit_prune.distributed import Ranks
+from lit_prune.distributed import Ranks, together
 from lit_prune.errors import (
     ArgumentValueError,
     CalibrationError,
@@ -287,11 +285,12 @@ def prune_with(
                 continue
             # the hooks that preparing the data registers are called
             with suspended_hooks(model if root is None else root), data(CALIBRATION) as (batches, loss):
-                statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
+                with together(ranks, "calibration"):
+                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
                 with data(COMPENSATION) as (batches, loss):
-                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, total)
+                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -315,15 +314,22 @@ def prune_with(
                         step,
                         root=root,
                         progress=progress,
-                        total=total,
+                        ranks=ranks,
                     )
-                undos.append(cut(model, plan, optimizers, weights, root=root))
+                # what another process could not cut is not cut here
+                with together(ranks, "surgery"):
+                    undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
             made = plan if made is None else _composed(made, plan, number + 1)
     except BaseException:
-        for undo in reversed(undos):
-            undo()
-        raise
+        try:
+            with together(ranks, "pruning"):
+                raise
+        finally:
+            # where sharded parameters are gathered, those who did not meet the error are not there to undo anything with
+            if ranks is None or ranks.mean_gradients or not ranks.lost:
+                for undo in reversed(undos):
+                    undo()
     assert table is not None
     assert made is not None
     return table, made
@@ -336,10 +342,12 @@ def _unexplained(
     forward: Callable[[Any], Any],
     root: nn.Module | None,
     progress: Callable[[Sequence[str]], Iterable[str]],
-    total: Callable[[Tensor], Tensor] | None,
+    ranks: Ranks | None,
 ) -> dict[tuple[str, str], Tensor]:
+    total = None if ranks is None else ranks.sum
     try:
-        return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
+        with together(ranks, "measuring what repair can make up for"):
+            return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
     except UnsupportedModelError:
         # such a model is not repaired either, of which repair warns
         return {}
@@ -424,7 +432,7 @@ def repair(
     *,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    total: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """Compute new weights for the consumers of what leaves, as configured; the model is not changed.
 
@@ -438,7 +446,7 @@ def repair(
         config: The configuration.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of blocks.
-        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        ranks: The processes of a distributed run, each with batches of its own.
 
     Returns:
         The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
@@ -448,9 +456,11 @@ def repair(
         return bias_fold(model, group_sets, plan, statistics)
     if config.repair == "least_squares":
         try:
-            return plan, least_squares(
-                model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
-            )
+            with together(ranks, "repair"):
+                total = None if ranks is None else ranks.sum
+                return plan, least_squares(
+                    model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
+                )
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)
     return plan, {}

@@ -17,9 +17,9 @@ from test_pruning import Module, fit, pruning
 from test_resume import Loadable, Tested, quiet
 from torch.distributed.tensor import DTensor
 
-from conftest import tiny
-from lit_prune import PlanError, PruningError, get_plan, sharding
-from lit_prune.callbacks import LoRARecovery
+from conftest import tiny, uneven_kept
+from lit_prune import PlanError, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan, sharding
+from lit_prune.callbacks import LoRARecovery, Stage
 from lit_prune.checkpoint import KEY
 from lit_prune.export import convert_checkpoint
 from lit_prune.training.sharded import consolidate
@@ -318,3 +318,27 @@ def test_shards_full_files_and_ddp_save_weights_alone(tmp_path):
         for path in ("whole.ckpt", f"full-{weights_only}.ckpt", f"ddp-{weights_only}.ckpt"):
             model = convert_checkpoint(tmp_path / path, tiny("llama"))
             assert get_plan(model) is not None
+
+
+def test_what_is_saved_is_true_to_the_weights_whatever_the_callback_went_through(tmp_path):
+    """A model that was pruned before its callback ever ran, and a checkpoint that a step writes while it calibrates."""
+    module = Loaded()
+    plan = PruningPlan.from_kept(find_group_sets(module.inner["lm"]), uneven_kept(find_group_sets(module.inner["lm"])))
+    apply_plan(module.inner["lm"], plan)
+    trainer = quiet(cut())
+    trainer.validate(module, verbose=False)
+    trainer.save_checkpoint(tmp_path / "given.ckpt", weights_only=True)
+    assert_same(Loaded.load_from_checkpoint(tmp_path / "given.ckpt", weights_only=True), module)
+
+    class Saves(Loaded):
+        def training_step(self, batch, batch_idx):
+            if not self.training:
+                self.trainer.save_checkpoint(tmp_path / "calibration.ckpt", weights_only=True)
+                self.saved = copy.deepcopy(self.state_dict())
+            return super().training_step(batch, batch_idx)
+
+    _, module = fit(tmp_path, cut(schedule=[Stage(0.1, epoch=0), Stage(0.2, epoch=1)]), module=Saves(), max_epochs=2)
+    loaded = Loaded.load_from_checkpoint(tmp_path / "calibration.ckpt", weights_only=True)
+    assert get_plan(loaded.inner["lm"]) is not None
+    for name, value in module.saved.items():
+        assert torch.equal(loaded.state_dict()[name], value), name
