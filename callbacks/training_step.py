@@ -223,7 +223,7 @@ def gradient_scale(trainer: pl.Trainer) -> float:
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     # the gradients that FSDP2 reduces pass no hook of a parameter
-    if scaler is None or not scaler.is_enabled() or isinstance(trainer.strategy, ModelParallelStrategy):
+    if scaler is None or not scaler.is_enabled() or is_a(trainer.strategy, ModelParallelStrategy):
         return 1.0
     return max(1.0, float(scaler.get_scale()) / 16)
 
