@@ -252,26 +252,6 @@ def silent_logging(module: pl.LightningModule) -> Iterator[None]:
             delattr(module, name)
 
 
-def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """Run the trainer's own validation loop in the middle of a fit and return what it would have logged."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    progress, restarting = copy.deepcopy(loop.batch_progress.state_dict()), loop._restarting
-    first = trainer._logger_connector._first_loop_iter
-    with untouched(trainer):
-        trainer._logger_connector._callback_metrics = {}
-        trainer.validating = True
-        try:
-            with torch.no_grad():
-                loop.run()
-            metrics = trainer.callback_metrics
-        finally:
-            trainer.training = True
-            trainer._logger_connector._first_loop_iter = first
-            loop.batch_progress.load_state_dict(progress)
-            loop._restarting = restarting
-    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
-
-
 def ranks_of(trainer: pl.Trainer) -> Ranks | None:
     """The processes of the run, or ``None`` if there is only one."""
     if trainer.world_size == 1:

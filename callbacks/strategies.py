@@ -78,6 +78,9 @@ def rebuild_on_load(trainer: pl.Trainer, pl_module: pl.LightningModule, callback
     ``ModelParallelStrategy`` fills model and optimizers while it reads. ``load_checkpoint`` comes before both.
     """
     strategy = trainer.strategy
+    present = strategy.__dict__.get("load_checkpoint")
+    if isinstance(present, _RebuildingLoad) and not present.takes(pl_module, callback):
+        stop_rebuilding(trainer)
     if not isinstance(strategy.__dict__.get("load_checkpoint"), _RebuildingLoad):
         strategy.load_checkpoint = _RebuildingLoad(trainer, pl_module)  # type: ignore[method-assign]
     strategy.load_checkpoint.callbacks.append(callback)  # type: ignore[attr-defined]
@@ -95,6 +98,10 @@ class _RebuildingLoad:
         self._trainer = trainer
         self._module = pl_module
         self._load = trainer.strategy.load_checkpoint
+
+    def takes(self, pl_module: pl.LightningModule, callback: StructuredPruning) -> bool:
+        """Whether this is of the same ``setup``, and not left over from a fit that an error ended before ``teardown``."""
+        return self._module is pl_module and callback not in self.callbacks
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         strategy = self._trainer.strategy

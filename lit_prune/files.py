@@ -8,6 +8,28 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lit_prune.errors import PruningError
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check that a folder can be written to, or made where it does not exist yet; nothing is left behind.
+
+    Raises:
+        PruningError: If it cannot, or if there is a file in its place.
+    """
+    folder = Path(path)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{str(folder)!r} is a file")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PruningError(
+            f"Cannot write to the folder {str(path)!r}: {error.strerror or error}. Give a folder that can be written to."
+        ) from error
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:

@@ -350,6 +350,7 @@ def prune_with(
     ranks: Ranks | None = None,
     agree: Callable[[PruningPlan], None] = lambda plan: None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    record: Callable[[GroupTable, PruningPlan], None] = lambda table, plan: None,
     dry_run: bool = False,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
@@ -365,6 +366,7 @@ def prune_with(
         ranks: The processes of a distributed run.
         agree: Called with every plan before it is carried out; raises if another process has a different one.
         progress: Wraps the sequence of blocks that are repaired.
+        record: Called with the result right after the last cut; if it raises, all cuts are undone.
         dry_run: Plan, in one iteration, and cut nothing.
     """
     total = None if ranks is None else ranks.sum
@@ -418,12 +420,13 @@ def prune_with(
                 undos.append(cut(model, plan, optimizers, weights))
                 del weights
             made = plan if made is None else _composed(made, plan, number + 1)
+        assert table is not None
+        assert made is not None
+        record(table, made)
     except BaseException:
         for undo in reversed(undos):
             undo()
         raise
-    assert table is not None
-    assert made is not None
     return table, made
 
 
