@@ -28,7 +28,7 @@ from lit_prune.callbacks.calibration import (
 from lit_prune.callbacks.others import check_references, cut_averages, restart_averages, start_over
 from lit_prune.callbacks.output import warn_if_unwritten
 from lit_prune.callbacks.strategies import renew_wrapper
-from lit_prune.callbacks.validation import validation_metrics
+from lit_prune.callbacks.validation import missing_validation, validation_metrics
 from lit_prune.checkpoint import plan_digest
 from lit_prune.table import GroupTable
 
@@ -105,6 +105,9 @@ def finish_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.
 def _measure(pruning: StructuredPruning, trainer: pl.Trainer, stage: str) -> None:
     if pruning.validate and trainer.state.fn == TrainerFn.FITTING:
         metrics = validation_metrics(trainer)
+        if not metrics:
+            reason = missing_validation(trainer) or "validation_step logged none"
+            rank_zero_info(f"No validation metrics of the {stage} model: {reason}.")
         pruning.runs.commit(pruning.runs.current.measured(stage, metrics))
 
 

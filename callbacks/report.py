@@ -7,7 +7,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from lit_prune.callbacks.output import check_output, warn_if_unwritten
 from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.runs import PerModule
+from lit_prune.callbacks.validation import missing_validation
 from lit_prune.errors import PruningError
 from lit_prune.export import save_pruned
 from lit_prune.groups import count_bytes, count_parameters
@@ -87,18 +90,35 @@ class PruningReport(Callback):
         self.speed_tokens = speed_tokens
         self.log_model = log_model
         self.dense_artifact = dense_artifact
-        self.figures: dict[str, dict[str, float]] = {}
-        self.timeline: list[dict[str, Any]] = []
-        self.run_id: str | None = None
+        self._state: PerModule[_Reported] = PerModule(_Reported)
         self._dense: nn.Module | None = None
         self._pruning: StructuredPruning | None = None
-        self._validated: dict[str, float] = {}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Figures of the run by stage (``"dense"``, ``"pruned"``, ``"healed"``, ``"planned"``) and name."""
+        return self._state.value.figures
+
+    @property
+    def timeline(self) -> list[dict[str, Any]]:
+        """What validation measured, one point a validation."""
+        return self._state.value.timeline
+
+    @property
+    def run_id(self) -> str | None:
+        """The Weights & Biases run that the report is logged to."""
+        return self._state.value.run_id
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take up the report of this module."""
+        del trainer, stage
+        self._state.begin(pl_module)
+        self._dense = self._pruning = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the options; go on with the report of a run that was cut before its checkpoint was written."""
+        """Check that the report can be written, and log the options."""
+        check_output(trainer, self._folder(trainer))
         callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
-        done = [c for c in callbacks if c.stages_done]
-        self._pruning = done[0] if done and "dense" in self.figures else None
         for logger in trainer.loggers:
             if callbacks:
                 logger.log_hyperparams({"pruning": _options(callbacks[0])})
@@ -109,7 +129,7 @@ class PruningReport(Callback):
                         f"The checkpoint belongs to the Weights & Biases run {self.run_id!r}, and the logger started"
                         f" {found!r}. To continue the run: WandbLogger(**lit_prune.callbacks.wandb_run(checkpoint))."
                     )
-                self.run_id = found
+                self._state.value.run_id = found
                 if self.dense_artifact is not None and logger.experiment.offline:
                     rank_zero_warn(
                         f"Weights & Biases is offline, so {self.dense_artifact!r} is not noted as an input of the run; the"
@@ -118,12 +138,20 @@ class PruningReport(Callback):
                 elif self.dense_artifact is not None:
                     logger.use_artifact(self.dense_artifact)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the report of a run that was cut before its checkpoint was written, or begin a new one."""
+        callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
+        done = [c for c in callbacks if c.stages_done]
+        if not done and self._seen_dense():
+            self._state.value = _Reported(run_id=self.run_id)
+        self._pruning = done[0] if done and "dense" in self.figures else None
+
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
         if pruning.stages_done:
             return
         model = pruning.model(pl_module)
-        self.figures = {"dense": _size(model)}
+        self._state.value.figures = {"dense": _size(model)}
         if self.measure_speed and trainer.is_global_zero:
             gradients = {p: p.grad for p in model.parameters()}
             for parameter in gradients:
@@ -139,7 +167,7 @@ class PruningReport(Callback):
         if "dense" not in self.figures:
             return
         self._pruning = pruning
-        self._validated = {}
+        self._state.value.validated = {}
         if pruning.dry_run and pruning.plan is not None:
             self.figures["planned"] = {"parameters": float(pruning.plan.info["parameters_after"])}
         else:
@@ -165,7 +193,10 @@ class PruningReport(Callback):
         return any(point["stage"] == "pruned" for point in self.timeline)
 
     def _note(self, trainer: pl.Trainer, stage: str, metrics: Mapping[str, float]) -> None:
-        self.timeline.append({"step": trainer.global_step, "stage": stage, **metrics})
+        point = {"step": trainer.global_step, "stage": stage, **metrics}
+        # a run that was stopped just after the cut notes it again when it is resumed
+        if point not in self.timeline:
+            self.timeline.append(point)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note what the validation measured."""
@@ -174,8 +205,8 @@ class PruningReport(Callback):
         measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val")}
         if self._pruning is not None:
             seen = self.figures["dense"]
-            self._validated = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
-            measured = self._validated
+            measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
+            self._state.value.validated = measured
         if measured:
             self._note(trainer, "dense" if self._pruning is None else "healing", measured)
 
@@ -185,7 +216,7 @@ class PruningReport(Callback):
             return
         model = self._pruning.model(pl_module)
         if not self._pruning.dry_run:
-            self.figures["healed"] = {**_size(model), **self._validated}
+            self.figures["healed"] = {**_size(model), **self._state.value.validated}
             if self._dense is not None:
                 self._measure(model)
             healed = {f"pruning/healed/{n}": v for n, v in self.figures["healed"].items()}
@@ -198,8 +229,8 @@ class PruningReport(Callback):
                 for name, figure in drawn.items():
                     logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
             if isinstance(logger, WandbLogger):
-                self._log_files(logger, drawn, trainer.global_step)
-        self._print()
+                self._log_files(logger, self._folder(trainer), drawn, trainer.global_step)
+        self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, as plain data."""
@@ -211,9 +242,11 @@ class PruningReport(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the figures of a checkpoint."""
-        self.figures = {stage: dict(values) for stage, values in state_dict["figures"].items()}
-        self.timeline = [dict(point) for point in state_dict["timeline"]]
-        self.run_id = state_dict["wandb_run"]
+        self._state.value = _Reported(
+            figures={stage: dict(values) for stage, values in state_dict["figures"].items()},
+            timeline=[dict(point) for point in state_dict["timeline"]],
+            run_id=state_dict["wandb_run"],
+        )
 
     def _measure(self, model: nn.Module) -> None:
         assert self._dense is not None
@@ -228,23 +261,28 @@ class PruningReport(Callback):
         ratios = [h / d for d, h in zip(measured["dense"], measured["healed"], strict=True)]
         self.figures["healed"]["speedup"] = statistics.median(ratios)
 
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return self.output_dir or Path(trainer.default_root_dir) / "pruning"
+
     def _write(self, trainer: pl.Trainer, model: nn.Module) -> dict[str, Figure]:
         pruning = self._pruning
         if pruning is None or pruning.plan is None:
             return {}
-        folder = self.output_dir or Path(trainer.default_root_dir) / "pruning"
-        self.output_dir = folder
-        # the table is None in a run that was resumed after the last cut
-        drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline)
+        folder = self._folder(trainer)
+        drawn: dict[str, Figure] = {}
+        with warn_if_unwritten("the report", folder):
+            # the table is None in a run that was resumed after the last cut
+            drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer))
         if self.save_model and not pruning.dry_run:
             try:
-                save_pruned(
-                    model,
-                    folder / "model",
-                    self._load_tokenizer(trainer),
-                    figures=self.figures,
-                    self_contained=self.self_contained,
-                )
+                with warn_if_unwritten("the pruned model", folder / "model"):
+                    save_pruned(
+                        model,
+                        folder / "model",
+                        self._load_tokenizer(trainer),
+                        figures=self.figures,
+                        self_contained=self.self_contained,
+                    )
             except PruningError as error:
                 rank_zero_warn(f"The pruned model was not saved: {error}")
         return drawn
@@ -253,11 +291,11 @@ class PruningReport(Callback):
         source = self.tokenizer or getattr(getattr(trainer.datamodule, "hparams", None), "tokenizer", None)  # type: ignore[attr-defined]
         return None if source is None else load_tokenizer(source)
 
-    def _log_files(self, logger: WandbLogger, drawn: Mapping[str, Figure], step: int) -> None:
+    def _log_files(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Figure], step: int) -> None:
         """The pictures, the plan and, if asked for, the model; the model's metadata say which plan it was cut by."""
         import wandb
 
-        assert self._pruning is not None and self._pruning.plan is not None and self.output_dir is not None
+        assert self._pruning is not None and self._pruning.plan is not None
         images = {f"pruning/{name}": wandb.Image(figure) for name, figure in drawn.items()}
         if images:
             logger.log_metrics(images, step=step)  # type: ignore[arg-type]
@@ -265,20 +303,40 @@ class PruningReport(Callback):
         described = {"digest": plan.digest(), "dense_model": self.dense_artifact, **plan.info}
         artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
         for name in ("plan.json", "group_table.csv", "report.html"):
-            if (self.output_dir / name).exists():
-                artifact.add_file(str(self.output_dir / name))
+            if (folder / name).exists():
+                artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
-        if self.log_model and (self.output_dir / "model").is_dir():
+        if self.log_model and (folder / "model").is_dir():
             origin = {"plan": artifact.name, "plan_digest": plan.digest(), "dense_model": self.dense_artifact}
             model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "figures": self.figures})
-            model.add_dir(str(self.output_dir / "model"))
+            model.add_dir(str(folder / "model"))
             run.log_artifact(model)
 
+    def _note_on_metrics(self, trainer: pl.Trainer) -> str:
+        if self._pruning is None or self._pruning.metrics:
+            return ""
+        reason = missing_validation(trainer) or "validation_step logged none"
+        if not self._pruning.validate:
+            reason = "StructuredPruning has validate=False"
+        return f"No validation metrics: {reason}."
+
     @rank_zero_only
-    def _print(self) -> None:
+    def _print(self, trainer: pl.Trainer) -> None:
         console = Console()
         console.print(report_table(self.figures))
-        console.print(f"Written to {self.output_dir}", soft_wrap=True)
+        if note := self._note_on_metrics(trainer):
+            console.print(note, soft_wrap=True)
+        console.print(f"Written to {self._folder(trainer)}", soft_wrap=True)
+
+
+@dataclass
+class _Reported:
+    """What is known of one run."""
+
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    timeline: list[dict[str, Any]] = field(default_factory=list)
+    run_id: str | None = None
+    validated: dict[str, float] = field(default_factory=dict)
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""State of pruning runs: what was done to which model."""
+"""State of runs: what was done to which model, for callbacks that are given several one after the other."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,50 @@ from lit_prune import PruningPlan, find_group_sets, pipeline
 from lit_prune.checkpoint import plan_digest
 from lit_prune.errors import PruningError
 from lit_prune.table import GroupTable
+
+
+T = TypeVar("T")
+
+
+class PerModule(Generic[T]):
+    """The state of a callback, one for each module that it was given. Modules are held by weak references.
+
+    Args:
+        new: Makes the state of a module that is seen for the first time.
+
+    Attributes:
+        value: The state of the module given last.
+    """
+
+    def __init__(self, new: Callable[[], T]) -> None:
+        self.value = new()
+        self._new = new
+        self._module: weakref.ref[nn.Module] | None = None
+        self._others: weakref.WeakKeyDictionary[nn.Module, T] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The present state; which object its module was means nothing in another process."""
+        return {"value": self.value, "new": self._new}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the present state."""
+        self.__init__(state["new"])  # type: ignore[misc]
+        self.value = state["value"]
+
+    def begin(self, module: nn.Module) -> None:
+        """Make the state of a module the present one."""
+        bound = None if self._module is None else self._module()
+        if bound is module:
+            return
+        if bound is not None:
+            self._others[bound] = self.value
+        if self._module is not None:
+            self.value = self._others.pop(module) if module in self._others else self._new()
+        self._module = weakref.ref(module)
+
+    def reset(self) -> None:
+        """Begin anew with the same module."""
+        self.value = self._new()
 
 
 @dataclass(frozen=True)
