@@ -21,6 +21,7 @@ from lit_prune.callbacks.runs import PruningRun, Runs
 from lit_prune.callbacks.schedule import (
     CubicSchedule,
     Stage,
+    begin_epoch_anew,
     check_reachable,
     check_stages,
     due_stage,
@@ -264,6 +265,7 @@ class StructuredPruning(Callback):
         # a sharded model is loaded after on_fit_start
         self.runs.bind(self.model(pl_module), self.config.limits.blocks)
         check_reachable(trainer, pl_module, self.stages[self.stages_done :])
+        begin_epoch_anew(trainer)
         if self.runs.current.unfinished:
             finish_stage(self, trainer, pl_module)
         if skips_epoch_start(trainer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import uuid
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -223,6 +223,15 @@ class _Teaching:
     copy: str | None = None
 
 
+def _fingerprint(model: nn.Module) -> str:
+    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and sum of squares."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.double()
+        digest.update(f"{name} {tuple(tensor.shape)} {values.sum().item()} {values.square().sum().item()}\n".encode())
+    return digest.hexdigest()
+
+
 class Distillation(Callback):
     """Let the pruned model learn from the dense one, beside the module's own loss.
 
@@ -315,7 +324,7 @@ class Distillation(Callback):
         if copied or self.teacher is not None or pruning.dry_run:
             return
         self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
-        self._held = trainer.strategy.broadcast(uuid.uuid4().hex)
+        self._held = _fingerprint(self._model)
         self._state.value = _Teaching(copy=self._held)
         if self._file is not None and trainer.is_global_zero:
             with warn_if_unwritten("the copy that a resumed run needs", self._file), replacing(self._file) as name:
@@ -354,8 +363,8 @@ class Distillation(Callback):
             found = (file.metadata() or {}).get("copy")
         if wanted != found:
             raise PruningError(
-                f"The copy of the dense model at {self._file} is that of another run than the checkpoint's (a later one has"
-                " written over it). Give Distillation a directory of its own for every run, or teacher= to load one."
+                f"The copy of the dense model at {self._file} is of another model than that of the checkpoint's run (a later"
+                " run has written over it). Give Distillation a directory of its own for every run, or teacher= to load one."
             )
         model = pruning.model(pl_module)
         state = checkpoint["callbacks"][pruning.state_key]

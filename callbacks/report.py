@@ -175,7 +175,10 @@ class PruningReport(Callback):
         for stage, metrics in pruning.metrics.items():
             if stage in self.figures:
                 self.figures[stage].update(metrics)
-        for stage in ("dense", "pruned"):
+        # a run that was stopped in the middle of this comes here twice
+        new = self._state.value.noted != pruning.stages_done
+        self._state.value.noted = pruning.stages_done
+        for stage in ("dense", "pruned") if new else ():
             if pruning.metrics.get(stage) and not (stage == "dense" and self._seen_dense()):
                 self._note(trainer, stage, pruning.metrics[stage])
         flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
@@ -193,10 +196,7 @@ class PruningReport(Callback):
         return any(point["stage"] == "pruned" for point in self.timeline)
 
     def _note(self, trainer: pl.Trainer, stage: str, metrics: Mapping[str, float]) -> None:
-        point = {"step": trainer.global_step, "stage": stage, **metrics}
-        # a run that was stopped just after the cut notes it again when it is resumed
-        if point not in self.timeline:
-            self.timeline.append(point)
+        self.timeline.append({"step": trainer.global_step, "stage": stage, **metrics})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note what the validation measured."""
@@ -237,6 +237,7 @@ class PruningReport(Callback):
         return {
             "figures": {stage: dict(values) for stage, values in self.figures.items()},
             "timeline": [dict(point) for point in self.timeline],
+            "noted": self._state.value.noted,
             "wandb_run": self.run_id,
         }
 
@@ -245,6 +246,7 @@ class PruningReport(Callback):
         self._state.value = _Reported(
             figures={stage: dict(values) for stage, values in state_dict["figures"].items()},
             timeline=[dict(point) for point in state_dict["timeline"]],
+            noted=state_dict.get("noted", 0),
             run_id=state_dict["wandb_run"],
         )
 
@@ -335,6 +337,7 @@ class _Reported:
 
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     timeline: list[dict[str, Any]] = field(default_factory=list)
+    noted: int = 0
     run_id: str | None = None
     validated: dict[str, float] = field(default_factory=dict)
 

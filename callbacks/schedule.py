@@ -125,6 +125,17 @@ def skips_epoch_start(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end)
 
 
+def begin_epoch_anew(trainer: pl.Trainer) -> None:
+    """Let a fit that is resumed from a checkpoint of an epoch's start, where stages are cut, run that epoch.
+
+    Lightning counts the batches of the epoch before as batches of this one, and so runs none.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_start:
+        loop.epoch_loop.restarting = False
+        loop.epoch_progress.current.ready = loop.epoch_progress.current.started + 1
+
+
 def check_reachable(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
     """Refuse stages that the fit ends before, as far as its length is known.
 
