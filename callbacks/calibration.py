@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError, RankMismatchError
 from lit_prune.plan import PruningPlan
+from lit_prune.statistics import check_repeatable
 
 
 def calibration_batches(trainer: pl.Trainer, dataloader: Iterable[Any] | None, limit: int) -> Iterator[Any]:
@@ -199,7 +200,7 @@ def untouched(trainer: pl.Trainer) -> Iterator[None]:
     module = trainer.lightning_module
     connector = trainer._logger_connector
     generators = {id(g): (g, g.get_state()) for loader in _loaders(trainer) for g in _generators(loader)}
-    attributes_of = [(loader, dict(vars(loader))) for loader in _loaders(trainer)]
+    attributes_of = [(loader, dict(vars(loader))) for loader in _loaders(trainer) if hasattr(loader, "__dict__")]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     metrics = [(m, copy.deepcopy(m.__getstate__())) for m in module.modules() if isinstance(m, Metric)]
     values = {
@@ -278,11 +279,14 @@ def check_same_on_all_ranks(trainer: pl.Trainer, plan: PruningPlan) -> None:
 
 
 def check_calibration_loader(dataloader: Iterable[Any] | None) -> None:
-    """Refuse an empty calibration dataloader.
+    """Refuse a calibration dataloader that is empty, or that can be iterated only once.
 
     Raises:
         CalibrationError: If it has a length of 0.
+        TypeError: If it is an iterator.
     """
+    if dataloader is not None:
+        check_repeatable(dataloader, "calibration_dataloader")
     if dataloader is not None and _sized(_Fresh(dataloader)) and len(dataloader) == 0:  # type: ignore[arg-type]
         raise CalibrationError("The calibration dataloader is empty; expected at least one batch.")
 

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from lit_prune.callbacks.pruning import StructuredPruning
 
 
-def prune_stage(
-    pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int
-) -> None:
+def prune_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
     """Calibrate, plan and, unless it is a dry run, cut; :meth:`StructuredPruning.prune` without its defaults."""
     model = pruning.model(pl_module)
     check_references(trainer, pl_module, model)

@@ -224,11 +224,12 @@ class _Teaching:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and sum of squares."""
+    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and norm."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = tensor.double()
-        digest.update(f"{name} {tuple(tensor.shape)} {values.sum().item()} {values.square().sum().item()}\n".encode())
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        total, norm = tensor.sum(dtype=dtype).item(), torch.linalg.vector_norm(tensor, dtype=dtype).item()
+        digest.update(f"{name} {tuple(tensor.shape)} {total} {norm}\n".encode())
     return digest.hexdigest()
 
 

@@ -274,7 +274,9 @@ class PruningReport(Callback):
         drawn: dict[str, Figure] = {}
         with warn_if_unwritten("the report", folder):
             # the table is None in a run that was resumed after the last cut
-            drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer))
+            drawn = write_report(
+                folder, self.figures, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
+            )
         if self.save_model and not pruning.dry_run:
             try:
                 with warn_if_unwritten("the pruned model", folder / "model"):

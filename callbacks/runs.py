@@ -14,7 +14,6 @@ from lit_prune.checkpoint import plan_digest
 from lit_prune.errors import PruningError
 from lit_prune.table import GroupTable
 
-
 T = TypeVar("T")
 
 

@@ -22,7 +22,13 @@ from lit_prune.importance import Term, check_normalization, get_criterion, group
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import REPAIRS, bias_fold, least_squares, unexplained_shares
 from lit_prune.selection import Limits, check_ratio, parameter_budget, select
-from lit_prune.statistics import Statistics, check_gathering, collect_statistics, evaluation_mode
+from lit_prune.statistics import (
+    Statistics,
+    check_gathering,
+    check_repeatable,
+    collect_statistics,
+    evaluation_mode,
+)
 from lit_prune.surgery import cut, get_plan
 from lit_prune.table import GroupTable
 
@@ -327,11 +333,13 @@ def prune(
     Raises:
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
+        TypeError: If the batches are an iterator.
 
     Example::
 
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
+    check_repeatable(batches, "batches")
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 

@@ -295,6 +295,23 @@ def check_gathering(mode: str, gradient_dtype: str) -> None:
         raise ValueError(f"Unknown gradient_dtype {gradient_dtype!r}; expected one of {', '.join(GRADIENT_DTYPES)}.")
 
 
+def check_repeatable(batches: Iterable[Any], name: str) -> None:
+    """Refuse calibration batches that can be iterated only once.
+
+    Args:
+        batches: The batches.
+        name: The argument that they were given as.
+
+    Raises:
+        TypeError: If they are an iterator, a generator for instance.
+    """
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"{name} is iterated several times, so it must not be an iterator; found a {type(batches).__name__}. Give a"
+            " DataLoader or a list: list(...) makes one of a generator."
+        )
+
+
 def _everywhere(flag: bool, ranks: Ranks | None) -> bool:
     return flag if ranks is None else ranks.all(flag)
 

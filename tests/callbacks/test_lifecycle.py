@@ -7,13 +7,22 @@ import pickle
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
+from lightning.pytorch.tuner import Tuner
 from test_pruning import corpus, pruning
 from test_resume import MidEpoch, quiet
 from torch.utils.data import DataLoader
 
 from conftest import tiny
-from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
+from lit_prune import PruningConfig, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan, prune
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, PruningReport, Stage
 
 
@@ -127,7 +136,9 @@ def test_a_run_that_stops_just_after_a_cut_goes_on_from_its_checkpoint(tmp_path,
     quiet(*whole, max_epochs=3).fit(expected := Small())
     stopped = callbacks("stopped")
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-        quiet(*stopped, Stops(where, number, error), saver(tmp_path), max_epochs=3, enable_checkpointing=True).fit(Watched())
+        quiet(*stopped, Stops(where, number, error), saver(tmp_path), max_epochs=3, enable_checkpointing=True).fit(
+            Watched()
+        )
     state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["callbacks"][stopped[0].state_key]
     assert state["plan"] is not None and state["stages_done"] == number
     resumed = callbacks("resumed")
@@ -340,3 +351,185 @@ def test_a_teacher_of_another_run_is_refused(tmp_path):
     trainer = quiet(small(epoch=0), Distillation(directory=tmp_path / "teacher"), max_epochs=2)
     with pytest.raises(PruningError, match="of another model than that of the checkpoint's run"):
         trainer.fit(Fold(0), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+
+
+# what a fit cannot do is said before it begins
+
+
+class Observed(Small):
+    """Counts what it was asked for, and how often validation ran before training."""
+
+    def training_step(self, batch, batch_idx):
+        self.steps_run = getattr(self, "steps_run", 0) + 1
+        return super().training_step(batch, batch_idx)
+
+
+UNREACHABLE = {
+    "the default epoch": ({}, {"max_epochs": 1}),
+    "an epoch": ({"epoch": 3}, {"max_epochs": 3}),
+    "a dry run": ({"dry_run": True}, {"max_epochs": 1}),
+    "an epoch, by steps": ({"epoch": 2}, {"max_steps": 12, "max_epochs": -1}),
+    "an epoch, by accumulated steps": ({"epoch": 2}, {"max_steps": 6, "max_epochs": -1, "accumulate_grad_batches": 2}),
+    "a step": ({"step": 12}, {"max_steps": 12, "max_epochs": -1}),
+    "a step, by epochs": ({"step": 12}, {"max_epochs": 2}),
+    "a step, by accumulated epochs": ({"step": 4}, {"max_epochs": 2, "accumulate_grad_batches": 4}),
+    "a step, by few batches": ({"step": 4}, {"max_epochs": 2, "limit_train_batches": 2}),
+    "a step, by a fraction": ({"step": 6}, {"max_epochs": 2, "limit_train_batches": 0.5}),
+    "a step, by overfitting": ({"step": 4}, {"max_epochs": 2, "overfit_batches": 2}),
+    "a late stage": ({"schedule": SCHEDULE}, {"max_epochs": 2}),
+    "steps and epochs": ({"step": 5}, {"max_steps": 5, "max_epochs": 9}),
+}
+
+
+@pytest.mark.parametrize("name", UNREACHABLE)
+def test_a_stage_that_cannot_come_is_refused_before_training(name):
+    options, limits = UNREACHABLE[name]
+    module = Observed()
+    with pytest.raises(ValueError, match=r"is to prune at (epoch|step) \d+ .*this fit ends before it: max_epochs="):
+        quiet(small(**options), **limits).fit(module)
+    assert not hasattr(module, "steps_run")
+
+
+class Endless(Observed):
+    def train_dataloader(self):
+        return DataLoader(Lengthless(0, 24), batch_size=4)
+
+
+class Lengthless(torch.utils.data.IterableDataset):
+    def __init__(self, seed, sequences):
+        self.ids = corpus(sequences, seed)
+
+    def __iter__(self):
+        return iter(self.ids)
+
+
+REACHABLE = {
+    "the last epoch": ({"epoch": 1}, {"max_epochs": 2}),
+    "the last step": ({"step": 11}, {"max_epochs": 2}),
+    "the last accumulated step": ({"step": 3}, {"max_epochs": 2, "accumulate_grad_batches": 4}),
+    "the last step of max_steps": ({"step": 7}, {"max_steps": 8, "max_epochs": -1}),
+    "no limit but steps": ({"epoch": 1}, {"max_steps": 7, "max_epochs": -1}),
+    "uneven accumulation": ({"step": 6}, {"max_epochs": 2, "callbacks": {0: 4, 1: 1}}),
+}
+
+
+@pytest.mark.parametrize("name", REACHABLE)
+def test_a_stage_that_just_comes_does(name):
+    options, limits = REACHABLE[name]
+    callback, limits = small(**options), dict(limits)
+    accumulate = [GradientAccumulationScheduler(limits.pop("callbacks"))] if "callbacks" in limits else []
+    quiet(callback, *accumulate, **limits).fit(Small())
+    assert callback.stages_done == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "limits"),
+    [
+        (Endless, {"step": 40}, {"max_epochs": 2}),
+        (Small, {"epoch": 9}, {"max_epochs": 99, "max_time": {"milliseconds": 200}}),
+        (Small, {}, {"fast_dev_run": True}),
+        (Small, {"step": 5}, {"fast_dev_run": 2}),
+    ],
+)
+def test_what_cannot_be_known_is_warned_of_at_the_end(module, options, limits):
+    with pytest.warns(UserWarning, match=r"was scheduled for .*, but training ended"):
+        quiet(small(**options), **limits).fit(module())
+
+
+def test_a_resumed_run_needs_only_the_stages_that_are_left(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    quiet(small(epoch=0), saver, max_epochs=1, enable_checkpointing=True).fit(Small())
+    callback = small(epoch=0)
+    quiet(callback, max_epochs=2).fit(module := Small(), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+    assert size(module) < dense_size() and len(module.losses) == 9
+    # a fit that is over has nothing to do, and nothing to refuse
+    quiet(small(epoch=1), max_epochs=0).fit(Small())
+
+
+@pytest.mark.parametrize("finder", ["lr", "batch size"])
+def test_a_tuner_runs_its_few_steps_and_the_fit_prunes(tmp_path, finder):
+    class Tuned(Small):
+        def __init__(self):
+            super().__init__()
+            self.lr, self.batch_size = 1e-3, 2
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+        def train_dataloader(self):
+            return DataLoader(corpus(24, 0), batch_size=self.batch_size)
+
+    for as_callback in (False, True):
+        callback, module = small(epoch=2), Tuned()
+        if as_callback:
+            tuner = LearningRateFinder(num_training_steps=3) if finder == "lr" else BatchSizeFinder(max_trials=1)
+            trainer = quiet(tuner, callback, max_epochs=3, default_root_dir=tmp_path)
+        else:
+            trainer = quiet(callback, max_epochs=3, default_root_dir=tmp_path)
+            if finder == "lr":
+                Tuner(trainer).lr_find(module, num_training=3)
+            else:
+                Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=1)
+        trainer.fit(module)
+        assert callback.stages_done == 1 and size(module) < dense_size()
+
+
+# what cannot be written
+
+
+def unwritable(folder, kind):
+    if kind == "a file":
+        (folder / "taken").write_text("")
+        return folder / "taken"
+    if kind == "in a file":
+        (folder / "taken").write_text("")
+        return folder / "taken" / "deeper"
+    return "/proc/nothing/here"
+
+
+@pytest.mark.parametrize("kind", ["a file", "in a file", "no such place"])
+@pytest.mark.parametrize("which", ["pruning", "report", "teacher"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, kind, which):
+    folder, module = unwritable(tmp_path, kind), Observed()
+    callbacks = {
+        "pruning": lambda: [small(epoch=1, output_dir=folder)],
+        "report": lambda: [small(epoch=1), PruningReport(folder)],
+        "teacher": lambda: [small(epoch=1), Distillation(directory=folder)],
+    }[which]()
+    with pytest.raises(PruningError, match=r"Cannot write to the folder '.*(taken|proc)"):
+        quiet(*callbacks, max_epochs=2).fit(module)
+    assert not hasattr(module, "steps_run")
+
+
+def test_what_cannot_be_written_later_is_warned_of_and_nothing_is_lost(tmp_path):
+    """The folder turns into a file when training has begun, as good as a full disk."""
+
+    class Blocked(Small):
+        def on_train_start(self):
+            (tmp_path / "out").write_text("")
+
+    callbacks = [
+        small(epoch=1, output_dir=tmp_path / "out"),
+        PruningReport(tmp_path / "out"),
+        Distillation(directory=tmp_path / "out"),
+    ]
+    saver = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    with pytest.warns(UserWarning) as caught:
+        quiet(*callbacks, saver, max_epochs=3, enable_checkpointing=True).fit(module := Blocked())
+    text = " ".join(str(w.message) for w in caught)
+    for what in ("plan and group table", "the report", "the pruned model", "the copy that a resumed run needs"):
+        assert f"Could not write {what} to" in text
+    assert len(module.losses) == 18 and size(module) < dense_size()
+    quiet(small(epoch=1), max_epochs=3).validate(Small(), ckpt_path=tmp_path / "kept" / "epoch=2.ckpt", verbose=False)
+
+
+# batches that can be read only once
+
+
+@pytest.mark.parametrize("once", [lambda b: (x for x in b), iter, lambda b: map(torch.clone, b), lambda b: zip(b, b)])
+def test_batches_that_can_be_read_only_once_are_refused_before_any_work(once):
+    batches = [corpus(4, 0), corpus(4, 1)]
+    with pytest.raises(TypeError, match=r"calibration_dataloader is iterated several times.*found a "):
+        small(calibration_dataloader=once(batches))
+    with pytest.raises(TypeError, match=r"batches is iterated several times.*found a "):
+        prune(tiny("llama"), once(batches), lambda _: pytest.fail("a batch was run"), PruningConfig())
