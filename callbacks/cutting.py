@@ -41,7 +41,7 @@ def prune_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.L
     model = pruning.model(pl_module)
     check_references(trainer, pl_module, model)
     pruning.notify(trainer, pl_module, "on_pruning_start")
-    if "dense" not in pruning.metrics:
+    if pruning.stages_done == 0:
         _measure(pruning, trainer, "dense")
     pruning.costs.clear()
     _, plan = pipeline.prune_with(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,12 @@ class StructuredPruning(Callback):
     ``trainer.validate`` prunes, too, without any training, if epoch or step is 0: what it measures is the pruned model.
 
     Every checkpoint written later carries the plan in this callback's state, and ``ckpt_path=`` rebuilds the smaller model
-    from it before weights load.
+    from it before weights load. A checkpoint written just after the cut (on an error, for instance) does, too; the resumed
+    run then does what was left to be done.
+
+    One callback may be used for several fits. A fit with a model that it has not seen (the next fold, the next run of a
+    sweep) prunes that one from the beginning; a fit with one that it has pruned trains it on. The attributes below are of
+    the model given last.
 
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
@@ -95,7 +101,8 @@ class StructuredPruning(Callback):
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
             ``metrics["dense"]`` and ``metrics["pruned"]``.
-        output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``.
+        output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``. A folder that cannot
+            be written to is refused before training; if writing fails later, there is a warning and the run goes on.
         seed: Seed of ``importance="random"``.
         compensation: Whether importance takes into account what the repair ``"least_squares"`` will make up for (two more
             forward passes over the calibration batches).
@@ -107,7 +114,9 @@ class StructuredPruning(Callback):
         table: The group table of the last stage.
         stages: The schedule.
         stages_done: How many of its stages are done.
-        metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one).
+        metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one); empty
+            if the fit has nothing to validate.
+        runs: State of the run of every model that the callback was given.
         costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
 
     Raises:
@@ -227,14 +236,13 @@ class StructuredPruning(Callback):
         Raises:
             UnsupportedStrategyError: If the strategy keeps the parameters in a way that cannot be cut.
         """
-        del stage
         check_strategy(trainer.strategy)
         rebuild_on_load(trainer, pl_module, self)
-        try:
-            model = self.model(pl_module)
-        except UnsupportedModelError:
+        model = None
+        if stage == "fit":
             # configure_model may make it later; on_fit_start raises if it does not
-            model = None
+            with contextlib.suppress(UnsupportedModelError):
+                model = self.model(pl_module)
         self.runs.begin(model)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

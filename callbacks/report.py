@@ -142,7 +142,7 @@ class PruningReport(Callback):
         """Go on with the report of a run that was cut before its checkpoint was written, or begin a new one."""
         callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
         done = [c for c in callbacks if c.stages_done]
-        if not done and self._seen_dense():
+        if not done and self._state.value.noted:
             self._state.value = _Reported(run_id=self.run_id)
         self._pruning = done[0] if done and "dense" in self.figures else None
 

@@ -139,10 +139,10 @@ class Runs:
         self.current, self._made = state["current"], set(state["made"])
 
     def begin(self, model: nn.Module | None) -> None:
-        """Choose the run of a model, at the beginning of a fit or another function of the Trainer.
+        """Choose the run of a model, at the beginning of a fit.
 
         Args:
-            model: The model; ``None`` if it does not exist yet (``configure_model``).
+            model: The model; ``None`` if it does not exist yet (``configure_model``), or if this is no fit.
         """
         self._loaded = False
         if model is not None:
@@ -152,7 +152,9 @@ class Runs:
         """Take over the run of a checkpoint, in place of the one chosen; :meth:`bind` checks that it fits the model."""
         if run.now == self.current.now and run.stages_done == self.current.stages_done:
             run = replace(run, table=self.current.table)
-        self.current, self._model, self._loaded = run, None, True
+        self._put_aside()
+        self._model, self._loaded = None, True
+        self.commit(run)
 
     def bind(self, model: nn.Module, blocks: bool) -> None:
         """Tie the current run to a model.
@@ -197,12 +199,16 @@ class Runs:
             return
         found = plan_digest(model)
         unbound = self._model is None and self.current.reference is not None
-        if bound is not None:
-            self._others[bound] = self.current
+        self._put_aside()
         if model in self._others:
             self.current, self._model = self._others.pop(model), weakref.ref(model)
         elif not (unbound and found == self.current.now != self.current.start):
             self.current, self._model = PruningRun(start=found, now=found), None
+
+    def _put_aside(self) -> None:
+        bound = None if self._model is None else self._model()
+        if bound is not None:
+            self._others[bound] = self.current
 
 
 def _short(digest: str | None) -> str:
