@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import resource
 import sys
 import time
@@ -26,11 +25,9 @@ from tqdm.auto import tqdm
 from lit_prune import sharding
 from lit_prune.callbacks.manual_optimization import nothing, replaced
 from lit_prune.callbacks.packages import is_a
-from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
 from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
 from lit_prune.callbacks.write_guard import WriteGuard
-from lit_prune.distributed import unguarded
 from lit_prune.errors import CalibrationError
 
 _TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictionary()
@@ -252,26 +249,6 @@ def silent_logging(module: pl.LightningModule) -> Iterator[None]:
                 for name in ("log", "log_dict"):
                     stack.enter_context(replaced(inner, name, nothing))
         yield
-
-
-def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """Run the trainer's own validation loop in the middle of a fit and return what it would have logged."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    progress, restarting = copy.deepcopy(loop.batch_progress.state_dict()), loop._restarting
-    first = trainer._logger_connector._first_loop_iter
-    with unguarded(ranks_of(trainer)), untouched(trainer):
-        trainer._logger_connector._callback_metrics = {}
-        trainer.validating = True
-        try:
-            with torch.no_grad():
-                loop.run()
-            metrics = trainer.callback_metrics
-        finally:
-            trainer.training = True
-            trainer._logger_connector._first_loop_iter = first
-            loop.batch_progress.load_state_dict(progress)
-            loop._restarting = restarting
-    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
 
 
 def check_calibration_loader(dataloader: Iterable[Any] | None) -> None:

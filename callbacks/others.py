@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
@@ -9,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_prune import PruningPlan, apply_plan, find_model
+from lit_prune import PruningPlan, find_model
 from lit_prune.callbacks.packages import is_a
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
 from lit_prune.references import attributes, items, stale_copies
+from lit_prune.surgery import cut
 
 
 def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
@@ -86,13 +89,21 @@ def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
     ]
 
 
-def cut_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan, path: str | None) -> None:
-    """Cut averaged copies of the module likewise and let the average start again from the pruned weights.
+def cut_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> None:
+    """Cut averaged copies of the module as the module was, all or none.
 
-    An average of weights from before the cut and repaired ones from after it would be neither.
+    :func:`restart_averages` has to follow: an average of weights from before the cut and repaired ones from after it would
+    be neither.
     """
+    with contextlib.ExitStack() as undos:
+        for _, module in averages(trainer):
+            undos.callback(cut(find_model(module, path)[1], plan))
+        undos.pop_all()
+
+
+def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Start the averages again from the module's present weights."""
     for callback, module in averages(trainer):
-        apply_plan(find_model(module, path)[1], plan)
         module.load_state_dict(pl_module.state_dict())
         callback._average_model.n_averaged.zero_()  # type: ignore[union-attr]
 

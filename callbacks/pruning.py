@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,38 +12,31 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_prune import (
-    PruningConfig,
-    PruningPlan,
-    find_group_sets,
-    find_model,
-    pipeline,
-    sharding,
-)
+from lit_prune import PruningConfig, PruningPlan, find_group_sets, find_model, sharding
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
-from lit_prune.callbacks.calibration import (
-    calibration,
-    check_calibration_loader,
-    measured,
-    progress_bar,
-    validation_metrics,
-)
-from lit_prune.callbacks.others import check_references, cut_averages, start_over
-from lit_prune.callbacks.ranks import check_same_on_all_ranks, on_all_ranks, ranks_of
+from lit_prune.callbacks.calibration import check_calibration_loader
+from lit_prune.callbacks.cutting import finish_stage, prune_stage
+from lit_prune.callbacks.output import check_output
+from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
 from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
-from lit_prune.callbacks.schedule import CubicSchedule, Stage, check_stages
-from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, renew_wrapper, stop_rebuilding
-from lit_prune.checkpoint import plan_digest
-from lit_prune.errors import ArgumentValueError
+from lit_prune.callbacks.runs import PruningRun, Runs
+from lit_prune.callbacks.schedule import (
+    CubicSchedule,
+    Stage,
+    begin_epoch_anew,
+    check_reachable,
+    check_stages,
+    due_stage,
+    skips_epoch_start,
+)
+from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
+from lit_prune.errors import ArgumentValueError, UnsupportedModelError
 from lit_prune.module_checks import check_parameters
 from lit_prune.plan import FORMAT
-from lit_prune.selection import Limits, parameter_budget
+from lit_prune.selection import Limits
 from lit_prune.table import GroupTable
-from lit_prune.text_escape import one_line
-
-log = logging.getLogger(__name__)
 
 
 class StructuredPruning(Callback):
@@ -60,7 +52,12 @@ class StructuredPruning(Callback):
 
     Every checkpoint written later carries the plan beside the weights, in every save mode (``save_weights_only=True``
     among them), and ``ckpt_path=`` rebuilds the smaller model from it before weights load. A run may be resumed with another
-    schedule: what is gone counts towards its ratios, and the stages that ask for more prune on.
+    schedule: what is gone counts towards its ratios, and the stages that ask for more prune on. A checkpoint written just
+    after the cut (on an error, for instance) carries the plan, too; the resumed run then does what was left to be done.
+
+    One callback may be used for several fits. A fit with a model that it has not seen (the next fold, the next run of a
+    sweep) prunes that one from the beginning; a fit with one that it has pruned trains it on. The attributes below are of
+    the model given last.
 
     Another callback may define ``on_pruning_start(trainer, pl_module, pruning)``, called with the dense model before
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
@@ -109,7 +106,8 @@ class StructuredPruning(Callback):
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
             ``metrics["dense"]`` and ``metrics["pruned"]``.
-        output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``.
+        output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``. A folder that cannot
+            be written to is refused before training; if writing fails later, there is a warning and the run goes on.
         seed: Seed of ``importance="random"``.
         compensation: Whether importance takes into account what the repair ``"least_squares"`` will make up for (two more
             forward passes over the calibration batches).
@@ -121,7 +119,9 @@ class StructuredPruning(Callback):
         table: The group table of the last stage.
         stages: The schedule.
         stages_done: How many of its stages are done.
-        metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one).
+        metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one); empty
+            if the fit has nothing to validate.
+        runs: State of the run of every model that the callback was given.
         costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
 
     Raises:
@@ -210,30 +210,49 @@ class StructuredPruning(Callback):
         self.dry_run = FLAG.check("dry_run", dry_run)
         self.validate = FLAG.check("validate", validate)
         self.output_dir = optional(PATH).check("output_dir", output_dir)
-        self.plan: PruningPlan | None = None
-        self.table: GroupTable | None = None
-        self.stages_done = 0
-        self.metrics: dict[str, dict[str, float]] = {}
         self.costs: dict[str, float] = {}
-        self._reference: tuple[int, int] | None = None
-        self._digests: dict[str, str | None] = {"start": None, "now": None}
-        self._reached_before = 0
+        self.runs = Runs()
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The plan from the model that the run began with to the model as it is."""
+        return self.runs.current.plan
+
+    @property
+    def table(self) -> GroupTable | None:
+        """The group table of the last stage; ``None`` in a run that was resumed after it."""
+        return self.runs.current.table
+
+    @property
+    def stages_done(self) -> int:
+        """How many stages of the schedule are done."""
+        return self.runs.current.stages_done
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Validation metrics of the model before the first cut (``"dense"``) and after the last one (``"pruned"``)."""
+        return {stage: dict(values) for stage, values in self.runs.current.metrics.items()}
 
     def model(self, pl_module: pl.LightningModule) -> torch.nn.Module:
         """The model inside the LightningModule that is pruned."""
         return find_model(pl_module, self.model_path)[1]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the strategy, and arrange that a checkpoint's plan is applied before its weights load.
+        """Check the strategy, begin or continue the run of this model, and apply a checkpoint's plan before it loads.
 
         Raises:
             UnsupportedStrategyError: If the strategy keeps the parameters in a way that cannot be cut.
         """
-        del pl_module, stage
         check_strategy(trainer.strategy)
         # a group of processes is made by all of them at the same point
         ranks_of(trainer)
         follow_checkpoints(trainer, self)
+        model = None
+        if stage == "fit":
+            # configure_model may make it later; on_fit_start raises if it does not
+            with contextlib.suppress(UnsupportedModelError):
+                model = self.model(pl_module)
+        self.runs.begin(model)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undo :meth:`setup`."""
@@ -242,38 +261,52 @@ class StructuredPruning(Callback):
 
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the model and the budget before any work is done."""
+        """Check the model, the budget and the output folder before any work is done."""
+        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
         if self.stages_done < len(self.stages):
-            self._check(pl_module)
+            self._check(trainer, pl_module)
 
-    def _check(self, pl_module: pl.LightningModule) -> None:
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.output_dir is not None:
+            check_output(trainer, self.output_dir)
         model = self.model(pl_module)
         group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         sharding.check_layout(model, group_sets)
         check_parameters(model, group_sets, pl_module)
-        if self._reference is None:
-            self._reference = pipeline.model_size(model, group_sets)
-            self._digests = {"start": plan_digest(model), "now": plan_digest(model)}
-        self._config().check(model, group_sets)
+        self.stage_config().check(model, group_sets)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that every stage can come; in a resumed fit, do what its checkpoint left to be done.
+
+        Raises:
+            ValueError: If the fit ends before a stage.
+        """
+        # a sharded model is loaded after on_fit_start
+        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
+        check_reachable(trainer, pl_module, self.stages[self.stages_done :])
+        begin_epoch_anew(trainer)
+        if self.runs.current.unfinished:
+            self._finish(trainer, pl_module)
+        if skips_epoch_start(trainer):
+            self._prune_if_due(trainer, pl_module, epoch=trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune if a stage is due at this epoch."""
-        self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+        self._prune_if_due(trainer, pl_module, epoch=trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prune if a stage is due at this step."""
+        """Prune if a stage is due at this step, or was at this epoch."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+            self._prune_if_due(trainer, pl_module, epoch=trainer.current_epoch, step=trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune under ``trainer.validate``, without any training, if a stage is due at epoch or step 0."""
-        due = [k for k, s in enumerate(self.stages) if 0 in (s.epoch, s.step)]
-        if trainer.state.fn == TrainerFn.VALIDATING and due and due[-1] >= self.stages_done:
+        if trainer.state.fn == TrainerFn.VALIDATING and any(0 in (s.epoch, s.step) for s in self.stages):
             with torch.inference_mode(False), torch.enable_grad():
-                self._check(pl_module)
-                self.prune(trainer, pl_module, due[-1])
+                self.on_fit_start(trainer, pl_module)
+                self._prune_if_due(trainer, pl_module, epoch=0, step=0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run ended before the whole schedule was done."""
@@ -284,13 +317,14 @@ class StructuredPruning(Callback):
                 " were done."
             )
 
-    def _prune_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str, now: int) -> None:
-        due = [k for k, s in enumerate(self.stages) if (point := getattr(s, unit)) is not None and point <= now]
-        if due and due[-1] >= self.stages_done:
-            self.prune(trainer, pl_module, due[-1])
+    @on_all_ranks("what comes after a cut")
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        finish_stage(self, trainer, pl_module)
 
-    def _config(self, stage: int = -1) -> PruningConfig:
-        return replace(self.config, pruning_ratio=self.stages[stage].ratio, reference=self._reference)
+    def _prune_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **now: int) -> None:
+        stage = due_stage(self.stages, self.stages_done, **now)
+        if stage is not None:
+            self.prune(trainer, pl_module, stage)
 
     @on_all_ranks("pruning")
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int = -1) -> None:
@@ -306,52 +340,11 @@ class StructuredPruning(Callback):
             BudgetError: If the ratio cannot be reached.
             UnsupportedCallbackError: If another callback holds parts of the model that would be stale.
         """
-        model = self.model(pl_module)
-        check_references(trainer, pl_module, model)
-        self.notify(trainer, pl_module, "on_pruning_start")
-        measure_around = self.validate and trainer.state.fn == TrainerFn.FITTING
-        if measure_around and "dense" not in self.metrics:
-            self.metrics["dense"] = validation_metrics(trainer)
-        self.costs.clear()
-        self.table, plan = pipeline.prune_with(
-            model,
-            lambda purpose: self._batches(trainer, purpose),
-            self._config(stage),
-            trainer.optimizers,
-            root=pl_module,
-            ranks=ranks_of(trainer),
-            agree=lambda plan: check_same_on_all_ranks(trainer, plan),
-            progress=progress_bar(trainer, "Blocks"),
-            dry_run=self.dry_run,
-        )
-        if not self.dry_run:
-            cut_averages(trainer, pl_module, plan, self.model_path)
-            start_over(trainer)
-        renew_wrapper(trainer)
-        if measure_around and not self.dry_run:
-            self.metrics["pruned"] = validation_metrics(trainer)
-        self.plan = plan if self.plan is None or self.dry_run else self.plan.then(plan)
-        self.stages_done = stage % len(self.stages) + 1
-        self._digests["now"] = plan_digest(model)
-        before, after = plan.info["parameters_before"], plan.info["parameters_after"]
-        skipped = plan.info.get("skipped_batches", 0)
-        rank_zero_info(
-            f"{'Would remove' if self.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
-            f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
-            + (f" {skipped} calibration batches had no loss and were skipped." if skipped else "")
-        )
-        self._write()
-        self.notify(trainer, pl_module, "on_pruning_end")
+        prune_stage(self, trainer, pl_module, stage % len(self.stages))
 
-    @contextlib.contextmanager
-    def _batches(self, trainer: pl.Trainer, purpose: str) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
-        """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-        module = trainer.lightning_module
-        with contextlib.ExitStack() as stack:
-            if purpose == pipeline.CALIBRATION:
-                stack.enter_context(measured(self.costs, module.device))
-            run = calibration(trainer, self.model(module), self.calibration_dataloader, self.calibration_batches)
-            yield stack.enter_context(run)
+    def stage_config(self, stage: int = -1) -> PruningConfig:
+        """The configuration of a stage of the schedule: its ratio, of the model that the run began with."""
+        return replace(self.config, pruning_ratio=self.stages[stage].ratio, reference=self.runs.current.reference)
 
     def notify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str, *arguments: Any) -> None:
         """Call a hook around pruning on every callback that defines it."""
@@ -359,40 +352,16 @@ class StructuredPruning(Callback):
             if callable(function := getattr(callback, hook, None)):
                 function(trainer, pl_module, self, *arguments)
 
-    @rank_zero_only
-    def _write(self) -> None:
-        if self.output_dir is not None and self.plan is not None and self.table is not None:
-            try:
-                self.plan.save(self.output_dir / "plan.json")
-                self.table.to_csv(self.output_dir / "group_table.csv")
-            except OSError as error:
-                # the model is cut, and checkpoints hold the plan: the run goes on
-                rank_zero_warn(f"Plan and group table were not written to {self.output_dir}: {error}")
-
     # every checkpoint has it, those of weights alone too: see callbacks/strategies.py
     state_beside_weights = True
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, how far the schedule has come, and the metrics, as plain data."""
-        plan = None if self.plan is None or self.dry_run else self.plan
-        done = 0 if self.dry_run else self.stages_done
-        return {
-            "format": FORMAT,
-            "model_path": self.model_path,
-            "plan": None if plan is None else plan.to_dict(),
-            "stages_done": done,
-            **schedule_state(self.stages, self.config.ratio_of, self._reached(done)),
-            "reference": None if self._reference is None else list(self._reference),
-            "digests": {**self._digests, "plan": None if plan is None else plan.digest()},
-            "metrics": {stage: dict(values) for stage, values in self.metrics.items()},
-        }
-
-    def _reached(self, done: int) -> int:
-        """Parameters that the stages done, and those before a checkpoint that this run resumed from, were to remove."""
-        if not done or self._reference is None:
-            return self._reached_before
-        ratio = self.stages[done - 1].ratio
-        return max(self._reached_before, parameter_budget(ratio, self.config.ratio_of, *self._reference))
+        run = self.runs.current
+        if self.dry_run:
+            run = replace(run, plan=None, stages_done=0, unfinished=False)
+        schedule = schedule_state(self.stages, self.config.ratio_of, run.reached)
+        return {"format": FORMAT, "model_path": self.model_path, **run.state_dict(), **schedule}
 
     @property
     def state_key(self) -> str:
@@ -414,10 +383,6 @@ class StructuredPruning(Callback):
         The schedule may be another than that of the run which wrote the checkpoint: stages that ask for no more than is gone
         are done, and the others prune on, against the model that the first run began with.
         """
-        plan = state_dict["plan"]
-        self.plan = None if plan is None else PruningPlan.from_dict(plan)
-        self.stages_done = stages_behind(self.stages, self.config.ratio_of, state_dict)
-        self._reached_before = budget_reached(state_dict)
-        self._reference = None if state_dict["reference"] is None else tuple(state_dict["reference"])
-        self._digests = {name: state_dict["digests"][name] for name in ("start", "now")}
-        self.metrics = {stage: dict(values) for stage, values in state_dict["metrics"].items()}
+        done = stages_behind(self.stages, self.config.ratio_of, state_dict)
+        run = PruningRun.from_state_dict(state_dict)
+        self.runs.load(replace(run, stages_done=done, reached=budget_reached(state_dict)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
@@ -35,8 +38,10 @@ from lit_prune.arguments import (
     optional,
     sequence_of,
 )
+from lit_prune.callbacks.output import check_output, warn_if_unwritten
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.checkpoint import ADAPTERS, ADAPTERS_FORMAT, plan_digest
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedCallbackError, UnsupportedStrategyError
@@ -48,6 +53,19 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WEIGHT: Rule[float] = Rule("a number above 0, at most 1", Annotated[float, Field(gt=0, le=1)])
 _DROPOUT: Rule[float] = Rule("a number from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
 _NAMES = sequence_of("a list of at least one name of a linear layer", TEXT, empty=False)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _pruning_callbacks(trainer: pl.Trainer) -> list[StructuredPruning]:
+    return [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
+
+
+def _any_cut(trainer: pl.Trainer) -> bool:
+    """Whether the run of this model has had its first cut."""
+    return any(callback.stages_done and not callback.dry_run for callback in _pruning_callbacks(trainer))
 
 
 class LearningRateRewarmup(Callback):
@@ -74,9 +92,15 @@ class LearningRateRewarmup(Callback):
         super().__init__()
         self.steps = COUNT.check("steps", steps)
         self.start_factor = FRACTION.check("start_factor", start_factor)
-        self._since_cut: list[int] | None = None
+        self._since_cut: PerModule[list[int] | None] = PerModule(_nothing)
         self._hooked: list[Optimizer] = []
         self._handles: list[Any] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take up the state of this module, and let go of the optimizers of a fit that an error ended."""
+        del trainer, stage
+        self._release()
+        self._since_cut.begin(pl_module)
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by at the given step after the cut, the first of which is 1."""
@@ -86,7 +110,7 @@ class LearningRateRewarmup(Callback):
         """Start over."""
         del pl_module
         if not pruning.dry_run:
-            self._since_cut = [0] * len(trainer.optimizers)
+            self._since_cut.value = [0] * len(trainer.optimizers)
             self._take_hold(trainer.optimizers)
 
     def on_optimizers_renewed(
@@ -99,10 +123,12 @@ class LearningRateRewarmup(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on in the middle of a warm-up, in a resumed run."""
         del pl_module
+        if not _any_cut(trainer):
+            self._since_cut.reset()
         self._take_hold(trainer.optimizers)
 
     def _take_hold(self, optimizers: Sequence[Optimizer]) -> None:
-        if self._since_cut is None or [id(o) for o in optimizers] == [id(o) for o in self._hooked]:
+        if self._since_cut.value is None or [id(o) for o in optimizers] == [id(o) for o in self._hooked]:
             return
         self._release()
         self._hooked = list(optimizers)
@@ -123,12 +149,13 @@ class LearningRateRewarmup(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps ago the cut was, by optimizer."""
-        return {"since_cut": None if self._since_cut is None else list(self._since_cut)}
+        since = self._since_cut.value
+        return {"since_cut": None if since is None else list(since)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of a warm-up."""
         since = state_dict["since_cut"]
-        self._since_cut = None if since is None else list(since)
+        self._since_cut.value = None if since is None else list(since)
 
 
 class _Warmed:
@@ -144,8 +171,8 @@ class _Warmed:
     def before(self, optimizer: Optimizer, *_: Any) -> None:
         self._depth += 1
         if self._depth == 1:
-            assert self._owner._since_cut is not None
-            factor = self._owner.factor(self._owner._since_cut[self._number] + 1)
+            assert self._owner._since_cut.value is not None
+            factor = self._owner.factor(self._owner._since_cut.value[self._number] + 1)
             self._rates = [group["lr"] for group in optimizer.param_groups]
             if factor < 1:
                 for group in optimizer.param_groups:
@@ -154,8 +181,8 @@ class _Warmed:
     def after(self, optimizer: Optimizer, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            assert self._owner._since_cut is not None
-            self._owner._since_cut[self._number] += 1
+            assert self._owner._since_cut.value is not None
+            self._owner._since_cut.value[self._number] += 1
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate
 
@@ -214,6 +241,24 @@ def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
+@dataclass(frozen=True)
+class _Teaching:
+    """Whether the cut, and with it the teaching, has begun, and which copy of the dense model teaches."""
+
+    active: bool = False
+    copy: str | None = None
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and norm."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        total, norm = tensor.sum(dtype=dtype).item(), torch.linalg.vector_norm(tensor, dtype=dtype).item()
+        digest.update(f"{name} {tuple(tensor.shape)} {total} {norm}\n".encode())
+    return digest.hexdigest()
+
+
 class Distillation(Callback):
     """Let the pruned model learn from the dense one, beside the module's own loss.
 
@@ -264,8 +309,9 @@ class Distillation(Callback):
             )
         name = optional(choice(*_DTYPES)).check("dtype", dtype)
         self.dtype = None if name is None else getattr(torch, name)
+        self._state: PerModule[_Teaching] = PerModule(_Teaching)
         self._model: nn.Module | None = None
-        self._active = False
+        self._held: str | None = None
         self._terms: list[tuple[Tensor, Tensor | None]] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -275,6 +321,9 @@ class Distillation(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that the Trainer leaves room for another loss."""
+        # an error ends a fit without teardown
+        self._detach()
+        self._state.begin(pl_module)
         if stage != "fit":
             return
         if is_a(trainer.strategy, ModelParallelStrategy):
@@ -288,21 +337,30 @@ class Distillation(Callback):
                 " hand (automatic_optimization=False). Call lit_prune.callbacks.recovery.distillation_loss in its step."
             )
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the copy can be written."""
+        if self.directory is not None:
+            check_output(trainer, self.directory)
+
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Copy the dense model, before the first cut."""
-        if self._model is None and self.teacher is None and not pruning.dry_run:
-            self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
-            if self._file is not None and trainer.is_global_zero:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(self._file) as name:
-                    save_weights(self._model, name)
+        copied = pruning.stages_done > 0 and self._state.value.copy is not None
+        if copied or self.teacher is not None or pruning.dry_run:
+            return
+        self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
+        self._held = _fingerprint(self._model)
+        self._state.value = _Teaching(copy=self._held)
+        if self._file is not None and trainer.is_global_zero:
+            with warn_if_unwritten("the copy that a resumed run needs", self._file), replacing(self._file) as name:
+                save_weights(self._model, name, metadata={"copy": self._held})
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Begin to teach."""
         del trainer
-        if not pruning.dry_run and not self._active:
-            self._active = True
-            self._attach(pl_module, pruning.model(pl_module))
+        if not pruning.dry_run:
+            self._state.value = replace(self._state.value, active=True)
+            if not self._undo:
+                self._attach(pl_module, pruning.model(pl_module))
 
     def on_pruning_load_start(
         self,
@@ -312,13 +370,25 @@ class Distillation(Callback):
         checkpoint: Mapping[str, Any],
     ) -> None:
         """Take the copy of a run that is being resumed from disk, while the model still has the dense one's shapes."""
-        active = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("active", False)
-        if not active or self.teacher is not None or not trainer.training:
+        states = checkpoint.get("callbacks", {})
+        teaching = states.get(self.state_key, {})
+        cut = states.get(pruning.state_key, {}).get("stages_done", 0) > 0
+        wanted = teaching.get("copy")
+        if not (cut and (wanted or teaching.get("active"))) or self.teacher is not None or not trainer.training:
+            return
+        if wanted is not None and wanted == self._held:
             return
         if self._file is None or not self._file.exists():
             raise PruningError(
                 f"The checkpoint is of a run that learns from a copy of the dense model, which is not at {self._file}. Give"
                 " Distillation the directory that the run wrote it to, or teacher= to load one."
+            )
+        with safe_open(str(self._file), "pt") as file:
+            found = (file.metadata() or {}).get("copy")
+        if wanted != found:
+            raise PruningError(
+                f"The copy of the dense model at {self._file} is of another model than that of the checkpoint's run (a later"
+                " run has written over it). Give Distillation a directory of its own for every run, or teacher= to load one."
             )
         model = pruning.model(pl_module)
         state = checkpoint["callbacks"][pruning.state_key]
@@ -329,17 +399,21 @@ class Distillation(Callback):
         self._model = copy.deepcopy(model)
         load_weights(self._model, str(self._file))
         self._frozen(self._model, pl_module)
+        self._held = wanted
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on teaching in a resumed run."""
-        if self._active and not self._undo:
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            pruning = next(c for c in callbacks if isinstance(c, StructuredPruning))
-            self._attach(pl_module, pruning.model(pl_module))
+        if not _any_cut(trainer):
+            self._state.reset()
+        elif self._state.value.active and not self._undo:
+            self._attach(pl_module, _pruning_callbacks(trainer)[0].model(pl_module))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         del trainer, pl_module, stage
+        self._detach()
+
+    def _detach(self) -> None:
         while self._undo:
             self._undo.pop()()
 
@@ -349,6 +423,11 @@ class Distillation(Callback):
         return model.requires_grad_(False).eval().to(device=pl_module.device, dtype=self.dtype)
 
     def _attach(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        if self.teacher is None and (self._model is None or self._held != self._state.value.copy):
+            raise PruningError(
+                "Distillation does not hold the copy of the dense model that this run learns from: it has copied another"
+                " model since. Use one Distillation for each run, or resume from a checkpoint with directory=."
+            )
         if self._model is None:
             assert self.teacher is not None
             dtype = self.dtype or next(model.parameters()).dtype
@@ -429,11 +508,20 @@ class Distillation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the cut, and with it the teaching, has begun."""
-        return {"active": self._active}
+        return asdict(self._state.value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on."""
-        self._active = state_dict["active"]
+        self._state.value = _Teaching(state_dict["active"], state_dict.get("copy"))
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """Where the healing stands, the modules whose weights are transposed, and what was trained before."""
+
+    phase: str = "waiting"
+    transposed: Sequence[str] = ()
+    flags: Sequence[tuple[nn.Parameter, bool]] = ()
 
 
 class LoRARecovery(Callback):
@@ -489,9 +577,7 @@ class LoRARecovery(Callback):
             import peft  # noqa: F401
         except ImportError as error:
             raise ImportError("LoRARecovery needs peft: pip install 'lit_prune[lora]'.") from error
-        self._phase = "waiting"
-        self._transposed: list[str] = []
-        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._state: PerModule[_Adapters] = PerModule(_Adapters)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that shard the model, and averages of it.
@@ -500,7 +586,8 @@ class LoRARecovery(Callback):
             UnsupportedStrategyError: Under ``ModelParallelStrategy``.
             UnsupportedCallbackError: Beside ``WeightAveraging``.
         """
-        del pl_module, stage
+        del stage
+        self._state.begin(pl_module)
         averaging = next((c for c in trainer.callbacks if is_a(c, WeightAveraging)), None)  # type: ignore[attr-defined]
         if averaging is not None:
             raise UnsupportedCallbackError(
@@ -515,7 +602,7 @@ class LoRARecovery(Callback):
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Put the adapters in, after the last cut."""
-        if pruning.dry_run or pruning.stages_done < len(pruning.stages):
+        if pruning.dry_run or pruning.stages_done < len(pruning.stages) or _adapted(pl_module):
             return
         self._inject(pruning.model(pl_module))
         if trainer.optimizers:
@@ -533,7 +620,7 @@ class LoRARecovery(Callback):
         """Put the adapters in before a checkpoint that has some loads."""
         del trainer
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        if state.get("phase") == ADAPTERS:
+        if state.get("phase") == ADAPTERS and not _adapted(pl_module):
             self._inject(pruning.model(pl_module))
 
     def _inject(self, model: nn.Module) -> None:
@@ -543,36 +630,41 @@ class LoRARecovery(Callback):
         if targets is None:
             names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
             targets = sorted(names)
-        self._flags += [(p, p.requires_grad) for p in model.parameters()]
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
         with isolate_rng():
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        self._transposed += [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
-        self._phase = ADAPTERS
+        transposed = [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
+        self._state.value = _Adapters(ADAPTERS, transposed, flags)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the first cut of a new run; train what an earlier fit merged as any other weights."""
+        if not _any_cut(trainer) or self._state.value.phase == "merged":
+            self._state.reset()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Merge the adapters."""
         del trainer, stage
-        if self._phase != ADAPTERS or not self.merge:
+        state = self._state.value
+        if state.phase != ADAPTERS or not self.merge:
             return
         for name, layer in list(_adapted(pl_module)):
             layer.merge()
             owner, _, attribute = name.rpartition(".")
             setattr(pl_module.get_submodule(owner), attribute, layer.get_base_layer())
-        for parameter, requires_grad in self._flags:
+        for parameter, requires_grad in state.flags:
             parameter.requires_grad_(requires_grad)
-        self._flags.clear()
-        self._phase = "merged"
+        self._state.value = _Adapters("merged", state.transposed)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave the adapters' optimizer state out of a checkpoint that has no adapters any more."""
         del trainer, pl_module
-        if self._phase == "merged" and "optimizer_states" in checkpoint:
+        if self._state.value.phase == "merged" and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = []
 
     # what merging the adapters in a checkpoint needs to know
@@ -582,15 +674,16 @@ class LoRARecovery(Callback):
         """Where the healing stands, and what merging needs to know."""
         return {
             "format": ADAPTERS_FORMAT,
-            "phase": self._phase,
+            "phase": self._state.value.phase,
             "scaling": self.alpha / self.r,
-            "transposed": list(self._transposed),
+            "transposed": list(self._state.value.transposed),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on."""
-        self._phase = state_dict["phase"]
-        self._transposed = list(state_dict["transposed"])
+        self._state.value = replace(
+            self._state.value, phase=state_dict["phase"], transposed=list(state_dict["transposed"])
+        )
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:

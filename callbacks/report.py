@@ -8,7 +8,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch import nn
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.runs import PerModule
+from lit_prune.callbacks.validation import missing_validation
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned
 from lit_prune.files import check_writable
@@ -97,22 +99,36 @@ class PruningReport(Callback):
         self.dense_artifact = optional(TEXT).check("dense_artifact", dense_artifact)
         if log_model and not save_model:
             raise ArgumentValueError("log_model=True logs the model that was saved; found save_model=False.")
-        self.figures: dict[str, dict[str, float]] = {}
-        self.timeline: list[dict[str, Any]] = []
-        # by kind of group, over all stages
-        self.lost: dict[str, dict[str, int]] = {}
-        self.run_id: str | None = None
+        self._state: PerModule[_Reported] = PerModule(_Reported)
         self._dense: nn.Module | None = None
         self._pruning: StructuredPruning | None = None
-        self._validated: dict[str, float] = {}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Figures of the run by stage (``"dense"``, ``"pruned"``, ``"healed"``, ``"planned"``) and name."""
+        return self._state.value.figures
+
+    @property
+    def timeline(self) -> list[dict[str, Any]]:
+        """What validation measured, one point a validation."""
+        return self._state.value.timeline
+
+    @property
+    def run_id(self) -> str | None:
+        """The Weights & Biases run that the report is logged to."""
+        return self._state.value.run_id
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take up the report of this module."""
+        del trainer, stage
+        self._state.begin(pl_module)
+        self._dense = self._pruning = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the options; go on with the report of a run that was cut before its checkpoint was written."""
+        """Check that the report can be written, and log the options."""
         callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
         if callbacks:
             self._check_output(trainer, dry_run=all(c.dry_run for c in callbacks))
-        done = [c for c in callbacks if c.plan is not None]
-        self._pruning = done[0] if done and "dense" in self.figures else None
         for logger in trainer.loggers:
             if callbacks:
                 logger.log_hyperparams({"pruning": _options(callbacks[0])})
@@ -123,7 +139,7 @@ class PruningReport(Callback):
                         f"The checkpoint belongs to the Weights & Biases run {self.run_id!r}, and the logger started"
                         f" {found!r}. To continue the run: WandbLogger(**lit_prune.callbacks.wandb_run(checkpoint))."
                     )
-                self.run_id = found
+                self._state.value.run_id = found
                 if self.dense_artifact is not None and logger.experiment.offline:
                     rank_zero_warn(
                         f"Weights & Biases is offline, so {self.dense_artifact!r} is not noted as an input of the run; the"
@@ -131,6 +147,14 @@ class PruningReport(Callback):
                     )
                 elif self.dense_artifact is not None:
                     logger.use_artifact(self.dense_artifact)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the report of a run that was cut before its checkpoint was written, or begin a new one."""
+        callbacks = [c for c in trainer.callbacks if isinstance(c, StructuredPruning)]  # type: ignore[attr-defined]
+        done = [c for c in callbacks if c.plan is not None]
+        if not done and self._state.value.noted:
+            self._state.value = _Reported(run_id=self.run_id)
+        self._pruning = done[0] if done and "dense" in self.figures else None
 
     def _check_output(self, trainer: pl.Trainer, dry_run: bool) -> None:
         """Refuse, on all processes, what could not be written at the end of the run.
@@ -150,16 +174,13 @@ class PruningReport(Callback):
         if (problem := trainer.strategy.broadcast(problem)) is not None:
             raise PruningError(f"PruningReport could not write its files at the end of the run. {problem}")
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return self.output_dir or Path(trainer.default_root_dir) / "pruning"
-
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
         if pruning.plan is not None:
             return
-        self.lost = {}
+        self._state.value.lost = {}
         model = pruning.model(pl_module)
-        self.figures = {"dense": _size(model)}
+        self._state.value.figures = {"dense": _size(model)}
         if self.measure_speed and trainer.is_global_zero:
             gradients = {p: p.grad for p in model.parameters()}
             for parameter in gradients:
@@ -175,7 +196,7 @@ class PruningReport(Callback):
         if "dense" not in self.figures:
             return
         self._pruning = pruning
-        self._validated = {}
+        self._state.value.validated = {}
         if pruning.dry_run and pruning.plan is not None:
             self.figures["planned"] = {"parameters": float(pruning.plan.info["parameters_after"])}
         else:
@@ -183,14 +204,22 @@ class PruningReport(Callback):
         for stage, metrics in pruning.metrics.items():
             if stage in self.figures:
                 self.figures[stage].update(metrics)
-        for stage in ("dense", "pruned"):
+        # a run that was stopped in the middle of this comes here twice
+        new = self._state.value.noted != pruning.stages_done
+        self._state.value.noted = pruning.stages_done
+        for stage in ("dense", "pruned") if new else ():
             if pruning.metrics.get(stage) and not (stage == "dense" and self._seen_dense()):
                 self._note(trainer, stage, pruning.metrics[stage])
         flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
         if pruning.table is not None:
             self._count(pruning.table)
-            flat |= {f"pruning/removed_parameters/{k}": float(lost["parameters"]) for k, lost in self.lost.items()}
-            flat |= {f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self.lost.items()}
+            flat |= {
+                f"pruning/removed_parameters/{k}": float(lost["parameters"])
+                for k, lost in self._state.value.lost.items()
+            }
+            flat |= {
+                f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self._state.value.lost.items()
+            }
         flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
         parameters = [values["parameters"] for values in self.figures.values()]
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
@@ -203,7 +232,7 @@ class PruningReport(Callback):
         """Add to what each kind of group lost: parameters, those that left with a whole block apart, and groups."""
         for kind in dict.fromkeys(kind for _, kind in table.keys):
             mine = table.kind_of_row == kind
-            lost = self.lost.setdefault(kind, {"parameters": 0, "groups": 0, "of": int(mine.sum())})
+            lost = self._state.value.lost.setdefault(kind, {"parameters": 0, "groups": 0, "of": int(mine.sum())})
             lost["parameters"] += int(table.cost[mine & table.leaving].sum())
             lost["groups"] += int((mine & ~table.kept).sum())
 
@@ -220,8 +249,8 @@ class PruningReport(Callback):
         measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val")}
         if self._pruning is not None:
             seen = self.figures["dense"]
-            self._validated = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
-            measured = self._validated
+            measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
+            self._state.value.validated = measured
         if measured:
             self._note(trainer, "dense" if self._pruning is None else "healing", measured)
 
@@ -231,7 +260,7 @@ class PruningReport(Callback):
             return
         model = self._pruning.model(pl_module)
         if not self._pruning.dry_run:
-            self.figures["healed"] = {**_size(model), **self._validated}
+            self.figures["healed"] = {**_size(model), **self._state.value.validated}
             if self._dense is not None:
                 with _warning("The speed was not measured"):
                     self._measure(model)
@@ -246,25 +275,29 @@ class PruningReport(Callback):
                     for name, figure in drawn.items():
                         logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
                 if is_a(logger, WandbLogger):
-                    self._log_files(logger, drawn, trainer.global_step)
-        self._print()
+                    self._log_files(logger, self._folder(trainer), drawn, trainer.global_step)
+        self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far, as plain data."""
         return {
             "figures": {stage: dict(values) for stage, values in self.figures.items()},
             "timeline": [dict(point) for point in self.timeline],
-            "lost": {kind: dict(values) for kind, values in self.lost.items()},
+            "lost": {kind: dict(values) for kind, values in self._state.value.lost.items()},
+            "noted": self._state.value.noted,
             "wandb_run": self.run_id,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the figures of a checkpoint."""
-        self.figures = {stage: dict(values) for stage, values in state_dict["figures"].items()}
-        self.timeline = [dict(point) for point in state_dict["timeline"]]
-        # older checkpoints have none
-        self.lost = {kind: dict(values) for kind, values in state_dict.get("lost", {}).items()}
-        self.run_id = state_dict["wandb_run"]
+        self._state.value = _Reported(
+            figures={stage: dict(values) for stage, values in state_dict["figures"].items()},
+            timeline=[dict(point) for point in state_dict["timeline"]],
+            # older checkpoints have none
+            lost={kind: dict(values) for kind, values in state_dict.get("lost", {}).items()},
+            noted=state_dict.get("noted", 0),
+            run_id=state_dict["wandb_run"],
+        )
 
     def _measure(self, model: nn.Module) -> None:
         assert self._dense is not None
@@ -279,15 +312,20 @@ class PruningReport(Callback):
         ratios = [h / d for d, h in zip(measured["dense"], measured["healed"], strict=True)]
         self.figures["healed"]["speedup"] = statistics.median(ratios)
 
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return self.output_dir or Path(trainer.default_root_dir) / "pruning"
+
     def _write(self, trainer: pl.Trainer, model: nn.Module) -> dict[str, Figure]:
         pruning = self._pruning
         if pruning is None or pruning.plan is None:
             return {}
-        folder = self.output_dir = self._folder(trainer)
+        folder = self._folder(trainer)
         drawn: dict[str, Figure] = {}
         with _warning(f"The report was not written to {folder}"):
             # the table is None in a run that was resumed after the last cut
-            drawn = write_report(folder, self.figures, pruning.plan, pruning.table, self.timeline)
+            drawn = write_report(
+                folder, self.figures, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
+            )
         if self.save_model and not pruning.dry_run:
             tokenizer = None
             with _warning("The tokenizer was not saved with the model"):
@@ -302,11 +340,11 @@ class PruningReport(Callback):
         source = self.tokenizer or getattr(getattr(trainer.datamodule, "hparams", None), "tokenizer", None)  # type: ignore[attr-defined]
         return None if source is None else load_tokenizer(source)
 
-    def _log_files(self, logger: WandbLogger, drawn: Mapping[str, Figure], step: int) -> None:
+    def _log_files(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Figure], step: int) -> None:
         """The pictures, the plan and, if asked for, the model; the model's metadata say which plan it was cut by."""
         import wandb
 
-        assert self._pruning is not None and self._pruning.plan is not None and self.output_dir is not None
+        assert self._pruning is not None and self._pruning.plan is not None
         images = {f"pruning/{name}": wandb.Image(figure) for name, figure in drawn.items()}
         if images:
             logger.log_metrics(images, step=step)  # type: ignore[arg-type]
@@ -314,20 +352,30 @@ class PruningReport(Callback):
         described = {"digest": plan.digest(), "dense_model": self.dense_artifact, **plan.info}
         artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
         for name in ("plan.json", "group_table.csv", "report.html"):
-            if (self.output_dir / name).exists():
-                artifact.add_file(str(self.output_dir / name))
+            if (folder / name).exists():
+                artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
-        if self.log_model and (self.output_dir / "model").is_dir():
+        if self.log_model and (folder / "model").is_dir():
             origin = {"plan": artifact.name, "plan_digest": plan.digest(), "dense_model": self.dense_artifact}
             model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "figures": self.figures})
-            model.add_dir(str(self.output_dir / "model"))
+            model.add_dir(str(folder / "model"))
             run.log_artifact(model)
 
+    def _note_on_metrics(self, trainer: pl.Trainer) -> str:
+        if self._pruning is None or self._pruning.metrics:
+            return ""
+        reason = missing_validation(trainer) or "validation_step logged none"
+        if not self._pruning.validate:
+            reason = "StructuredPruning has validate=False"
+        return f"No validation metrics: {reason}."
+
     @rank_zero_only
-    def _print(self) -> None:
+    def _print(self, trainer: pl.Trainer) -> None:
         console = Console()
         console.print(report_table(self.figures))
-        console.print(for_console(f"Written to {self.output_dir}"), soft_wrap=True)
+        if note := self._note_on_metrics(trainer):
+            console.print(for_console(note), soft_wrap=True)
+        console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -337,6 +385,19 @@ def _warning(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         rank_zero_warn(one_line(f"{what}: {type(error).__name__}: {error}"))
+
+
+@dataclass
+class _Reported:
+    """What is known of one run."""
+
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    timeline: list[dict[str, Any]] = field(default_factory=list)
+    # by kind of group, over all stages
+    lost: dict[str, dict[str, int]] = field(default_factory=dict)
+    noted: int = 0
+    run_id: str | None = None
+    validated: dict[str, float] = field(default_factory=dict)
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:

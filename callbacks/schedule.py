@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_prune.arguments import MOST_CUTS, NATURAL, RATIO, check_fields, choice, count, instance, optional, sequence_of
 from lit_prune.errors import ArgumentValueError
@@ -101,3 +106,90 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
             f"The stages of a schedule must rise in point and ratio, all by epoch or all by step; found {list(stages)}."
         )
     return stages
+
+
+def due_stage(stages: Sequence[Stage], done: int, *, epoch: int | None = None, step: int | None = None) -> int | None:
+    """Return the index of the last stage that is due and not done, or ``None``.
+
+    Args:
+        stages: The schedule.
+        done: How many of its stages are done.
+        epoch: The epoch now; stages by epoch are left out if ``None``.
+        step: Optimizer steps so far; stages by step are left out if ``None``.
+    """
+    due = [
+        index
+        for index, stage in enumerate(stages)
+        if (epoch is not None and stage.epoch is not None and stage.epoch <= epoch)
+        or (step is not None and stage.step is not None and stage.step <= step)
+    ]
+    return due[-1] if due and due[-1] >= done else None
+
+
+def skips_epoch_start(trainer: pl.Trainer) -> bool:
+    """Whether a resumed fit, about to train, continues an epoch without calling ``on_train_epoch_start`` for it.
+
+    Lightning does so for a checkpoint from the middle of an epoch, and for one from its last batch: then for the epoch after.
+    """
+    return bool(trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end)
+
+
+def begin_epoch_anew(trainer: pl.Trainer) -> None:
+    """Let a fit that is resumed from a checkpoint of an epoch's start, where stages are cut, run that epoch.
+
+    Lightning counts the batches of the epoch before as batches of this one, and so runs none.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_start:
+        loop.epoch_loop.restarting = False
+        loop.epoch_progress.current.ready = loop.epoch_progress.current.started + 1
+
+
+def check_reachable(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
+    """Refuse stages that the fit ends before, as far as its length is known.
+
+    Nothing is refused because of what may end a fit early (a time limit, early stopping), where the number of batches or of
+    optimizer steps a batch is not known, or under ``fast_dev_run``.
+
+    Args:
+        trainer: The trainer, about to train, with its dataloaders set up.
+        pl_module: The module.
+        stages: The stages still to come.
+
+    Raises:
+        ValueError: Naming the first stage that cannot come.
+    """
+    if trainer.fast_dev_run:
+        return
+    epochs, steps = (math.inf if n in (None, -1) else n for n in (trainer.max_epochs, trainer.max_steps))
+    fewest, most = _steps_per_epoch(trainer, pl_module)
+    reached = min(steps, trainer.global_step + (epochs - trainer.current_epoch) * most)
+    whole = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0)
+    for stage in stages:
+        if stage.step is not None:
+            possible = stage.step <= trainer.global_step or stage.step < reached
+        else:
+            assert stage.epoch is not None
+            before = trainer.global_step + max(0, stage.epoch - whole) * fewest
+            possible = stage.epoch <= trainer.current_epoch or (stage.epoch < epochs and before < steps)
+        if not possible:
+            limits = f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
+            batches = f", {trainer.num_training_batches} batches an epoch" if math.isfinite(most) else ""
+            raise ValueError(
+                f"StructuredPruning is to prune at {stage} (both count from 0), but this fit ends before it: {limits}{batches}."
+                " Choose an earlier epoch or step, or train longer."
+            )
+
+
+def _steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, float]:
+    """The fewest and the most optimizer steps that an epoch may have."""
+    batches = trainer.num_training_batches
+    varies = not pl_module.automatic_optimization or trainer.reload_dataloaders_every_n_epochs
+    if varies or not math.isfinite(batches):
+        return 0, math.inf
+    factors = [trainer.accumulate_grad_batches]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            factors += callback.scheduling.values()
+    skips = is_overridden("on_train_batch_start", pl_module)
+    return 0 if skips else math.ceil(batches / max(factors)), math.ceil(batches / min(factors))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_prune import sharding
 from lit_prune.callbacks.manual_optimization import RecordedOptimization
+from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.statistics import SKIPPED
 

@@ -216,6 +216,7 @@ def prune(
         ArgumentError: If the batches are an iterator, which can be read only once.
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
+        TypeError: If the batches are an iterator.
 
     Example::
 
@@ -240,6 +241,7 @@ def prune_with(
     ranks: Ranks | None = None,
     agree: Callable[[PruningPlan], None] = lambda plan: None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    record: Callable[[GroupTable, PruningPlan], None] = lambda table, plan: None,
     dry_run: bool = False,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
@@ -256,6 +258,7 @@ def prune_with(
         ranks: The processes of a distributed run.
         agree: Called with every plan before it is carried out; raises if another process has a different one.
         progress: Wraps the sequence of blocks that are repaired.
+        record: Called with the result right after the last cut; if it raises, all cuts are undone.
         dry_run: Plan, in one iteration, and cut nothing.
     """
     total = None if ranks is None else ranks.sum
@@ -321,6 +324,10 @@ def prune_with(
                     undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
             made = plan if made is None else _composed(made, plan, number + 1)
+        assert table is not None
+        assert made is not None
+        with together(ranks, "taking over the result"):
+            record(table, made)
     except BaseException:
         try:
             with together(ranks, "pruning"):
@@ -330,8 +337,6 @@ def prune_with(
             if ranks is None or ranks.mean_gradients or not ranks.lost:
                 for undo in reversed(undos):
                     undo()
-    assert table is not None
-    assert made is not None
     return table, made
 
 

@@ -218,6 +218,7 @@ def html_report(
     plan: PruningPlan,
     images: Mapping[str, bytes],
     title: str = "Pruning report",
+    note: str = "",
 ) -> str:
     """One page with the figures, the pictures and how the plan came about; it holds everything and asks for nothing.
 
@@ -226,6 +227,7 @@ def html_report(
         plan: The plan.
         images: The pictures by name (see :func:`pictures`), as PNG.
         title: Heading of the page.
+        note: A sentence below the figures.
     """
     rows = figure_rows(figures)
     head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
@@ -257,6 +259,7 @@ img {{ width: 100%; height: auto; }}
 <body>
 <h1>{for_html(title)}</h1>
 <table id="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+<p>{for_html(note)}</p>
 {sections}
 <h2>How the plan came about</h2>
 <table class="info" id="plan">{info}<tr><td>digest</td><td>{plan.digest()}</td></tr></table>
@@ -271,6 +274,7 @@ def write_report(
     plan: PruningPlan,
     table: GroupTable | None = None,
     timeline: Sequence[Mapping[str, Any]] = (),
+    note: str = "",
 ) -> dict[str, Figure]:
     """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``: all or none.
 
@@ -280,6 +284,7 @@ def write_report(
         plan: The plan.
         table: The group table, if it is at hand.
         timeline: As for :func:`timeline_figure`.
+        note: A sentence for the page, below the figures.
 
     Returns:
         The pictures by name.
@@ -292,7 +297,7 @@ def write_report(
             table.to_csv(temporary / "group_table.csv")
         for name, image in images.items():
             (temporary / f"{name}.png").write_bytes(image)
-        write_text(temporary / "report.html", html_report(figures, plan, images))
+        write_text(temporary / "report.html", html_report(figures, plan, images, note=note))
         write_text(temporary / "report.json", json.dumps(dict(figures), indent=1) + "\n")
     return drawn
 

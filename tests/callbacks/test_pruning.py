@@ -325,6 +325,13 @@ def test_frozen_parameters_are_refused_with_a_gradient_criterion(tmp_path):
     assert callback.table.removed_cost > 0
 
 
+class StopsEarly(Module):
+    """Asks the Trainer to stop after its first epoch, which nobody can know before."""
+
+    def on_train_epoch_end(self):
+        self.trainer.should_stop = True
+
+
 def test_a_point_that_is_never_reached_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="scheduled for epoch 9, but training ended after epoch 3"):
-        fit(tmp_path, pruning(epoch=9))
+    with pytest.warns(UserWarning, match="scheduled for epoch 2, but training ended after epoch 1"):
+        fit(tmp_path, pruning(epoch=2), module=StopsEarly())

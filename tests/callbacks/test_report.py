@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from local_assets import write_tokenizer
-from test_pruning import fit, pruning
+from test_pruning import StopsEarly, fit, pruning
 from test_schedule import Saved
 
 from conftest import tiny
@@ -57,7 +57,7 @@ def test_everything_is_written_and_agrees(tmp_path, capsys):
 
 def test_without_a_cut_there_is_no_report(tmp_path, capsys):
     with pytest.warns(UserWarning, match="0 of 1 stages"):
-        fit(tmp_path, pruning(epoch=9), PruningReport(tmp_path / "out"))
+        fit(tmp_path, pruning(epoch=2), PruningReport(tmp_path / "out"), module=StopsEarly())
     assert not (tmp_path / "out").exists()
     assert "Structured pruning" not in capsys.readouterr().out
 

@@ -1,0 +1,133 @@
+"""One stage of a pruning run inside a fit: calibration, the cut, and what follows it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from lit_prune import PruningPlan, pipeline
+from lit_prune.callbacks.calibration import calibration, measured, progress_bar
+from lit_prune.callbacks.others import check_references, cut_averages, restart_averages, start_over
+from lit_prune.callbacks.output import warn_if_unwritten
+from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
+from lit_prune.callbacks.strategies import renew_wrapper
+from lit_prune.callbacks.validation import missing_validation, validation_metrics
+from lit_prune.checkpoint import plan_digest
+from lit_prune.selection import parameter_budget
+from lit_prune.table import GroupTable
+from lit_prune.text_escape import one_line
+
+if TYPE_CHECKING:
+    from lit_prune.callbacks.pruning import StructuredPruning
+
+
+def prune_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
+    """Calibrate, plan and, unless it is a dry run, cut; :meth:`StructuredPruning.prune` without its defaults."""
+    model = pruning.model(pl_module)
+    check_references(trainer, pl_module, model)
+    pruning.notify(trainer, pl_module, "on_pruning_start")
+    if pruning.stages_done == 0:
+        _measure(pruning, trainer, "dense")
+    pruning.costs.clear()
+    _, plan = pipeline.prune_with(
+        model,
+        lambda purpose: _batches(pruning, trainer, purpose),
+        pruning.stage_config(stage),
+        trainer.optimizers,
+        root=pl_module,
+        ranks=ranks_of(trainer),
+        agree=lambda plan: check_same_on_all_ranks(trainer, plan),
+        progress=progress_bar(trainer, "Blocks"),
+        record=lambda table, plan: _record(pruning, trainer, model, stage, table, plan),
+        dry_run=pruning.dry_run,
+    )
+    before, after = plan.info["parameters_before"], plan.info["parameters_after"]
+    skipped = plan.info.get("skipped_batches", 0)
+    rank_zero_info(
+        f"{'Would remove' if pruning.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
+        f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
+        + (f" {skipped} calibration batches had no loss and were skipped." if skipped else "")
+    )
+    finish_stage(pruning, trainer, pl_module)
+
+
+def _record(
+    pruning: StructuredPruning,
+    trainer: pl.Trainer,
+    model: torch.nn.Module,
+    stage: int,
+    table: GroupTable,
+    plan: PruningPlan,
+) -> None:
+    """Take over the result of a stage right after its cut, so that no checkpoint has the one without the other."""
+    before, known = pruning.runs.current, pruning.plan
+    reached = before.reached
+    if not pruning.dry_run:
+        assert before.reference is not None
+        ratio, ratio_of = pruning.stages[stage].ratio, pruning.config.ratio_of
+        reached = max(reached, parameter_budget(ratio, ratio_of, *before.reference))
+    run = replace(
+        before.measured("pruned", {}),
+        now=plan_digest(model),
+        plan=plan if known is None or pruning.dry_run else known.then(plan),
+        table=table,
+        stages_done=stage + 1,
+        reached=reached,
+        unfinished=True,
+    )
+    if not pruning.dry_run:
+        cut_averages(trainer, plan, pruning.model_path)
+    pruning.runs.commit(run)
+
+
+def finish_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Do what comes after the cut. A run that was stopped in the middle of this does all of it when it is resumed."""
+    if not pruning.dry_run:
+        restart_averages(trainer, pl_module)
+        start_over(trainer)
+    renew_wrapper(trainer)
+    _write(pruning)
+    if not pruning.dry_run:
+        _measure(pruning, trainer, "pruned")
+    pruning.notify(trainer, pl_module, "on_pruning_end")
+    pruning.runs.commit(replace(pruning.runs.current, unfinished=False))
+
+
+def _measure(pruning: StructuredPruning, trainer: pl.Trainer, stage: str) -> None:
+    if pruning.validate and trainer.state.fn == TrainerFn.FITTING:
+        metrics = validation_metrics(trainer)
+        if not metrics:
+            reason = missing_validation(trainer) or "validation_step logged none"
+            rank_zero_info(f"No validation metrics of the {stage} model: {reason}.")
+        pruning.runs.commit(pruning.runs.current.measured(stage, metrics))
+
+
+@rank_zero_only
+def _write(pruning: StructuredPruning) -> None:
+    folder = pruning.output_dir
+    if folder is not None and pruning.plan is not None:
+        with warn_if_unwritten("plan and group table", folder):
+            pruning.plan.save(folder / "plan.json")
+            # a resumed run has no table of the stages before
+            if pruning.table is not None:
+                pruning.table.to_csv(folder / "group_table.csv")
+
+
+@contextlib.contextmanager
+def _batches(
+    pruning: StructuredPruning, trainer: pl.Trainer, purpose: str
+) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
+    """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
+    module = trainer.lightning_module
+    with contextlib.ExitStack() as stack:
+        if purpose == pipeline.CALIBRATION:
+            stack.enter_context(measured(pruning.costs, module.device))
+        run = calibration(trainer, pruning.model(module), pruning.calibration_dataloader, pruning.calibration_batches)
+        yield stack.enter_context(run)

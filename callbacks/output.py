@@ -1,0 +1,39 @@
+"""Folders that a run writes to: checked before any work, and no reason to end the run later."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_prune.errors import PruningError
+from lit_prune.files import check_writable
+
+
+def check_output(trainer: pl.Trainer, folder: Path) -> None:
+    """Raise on every rank if rank zero cannot write to a folder.
+
+    Raises:
+        PruningError: With the folder and the reason.
+    """
+    message: str | None = None
+    if trainer.is_global_zero:
+        try:
+            check_writable(folder)
+        except PruningError as error:
+            message = str(error)
+    message = trainer.strategy.broadcast(message)
+    if message is not None:
+        raise PruningError(message)
+
+
+@contextlib.contextmanager
+def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
+    """Turn an error of the file system into a warning: a full disk is no reason to lose the run."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"Could not write {what} to {str(folder)!r}: {error}. The run goes on.")
