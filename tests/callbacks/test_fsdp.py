@@ -83,6 +83,8 @@ class Watch(pl.Callback):
                 # before calibration's own, which takes the gradient away
                 parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
                 self.handles.append(handle)
+            # the cut puts new parameters in the place of sharded ones
+            self.parameters = []
 
     def look(self, parameter):
         assert isinstance(parameter.grad, DTensor)
