@@ -449,7 +449,7 @@ def test_validate_without_training_prunes_and_measures_the_pruned_model(tmp_path
     fit(tmp_path, again, module=Base(), max_epochs=1)
     assert again.plan == callback.plan
     # and it trains on from there
-    quiet(pruning(epoch=7), max_epochs=1).fit(module)
+    quiet(callback, max_epochs=1).fit(module)
 
     other = pruning(step=0, calibration_dataloader=DataLoader(corpus(24, 0), batch_size=4))
     quiet(other).validate(OnlyValidation(), verbose=False)
