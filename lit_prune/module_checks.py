@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.evaluation import evaluation_mode
 from lit_prune.groups import GroupSet
-from lit_prune.statistics import evaluation_mode
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ADD_UP = (nn.Linear, Conv1D, *CONVOLUTIONS)

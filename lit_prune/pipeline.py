@@ -28,6 +28,7 @@ from lit_prune.errors import (
     UnsupportedModelError,
     UnsupportedStrategyError,
 )
+from lit_prune.evaluation import evaluation_mode
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
 from lit_prune.module_checks import check_computation, check_parameters
@@ -35,7 +36,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.references import suspended_hooks
 from lit_prune.repair import bias_fold, least_squares, unexplained_shares
 from lit_prune.selection import select
-from lit_prune.statistics import Statistics, collect_statistics, evaluation_mode
+from lit_prune.statistics import Statistics, collect_statistics
 from lit_prune.surgery import check_holders, cut, touched_parameters
 from lit_prune.table import GroupTable
 

@@ -29,11 +29,12 @@ from transformers import Cache
 from lit_prune import sharding
 from lit_prune.blocks import hidden_output
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
+from lit_prune.evaluation import evaluation_mode
 from lit_prune.expert_equations import Reached, expert_equations
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.module_checks import filled, relative_difference, tolerance
 from lit_prune.plan import AFTER, PruningPlan
-from lit_prune.statistics import SKIPPED, Statistics, evaluation_mode
+from lit_prune.statistics import SKIPPED, Statistics
 from lit_prune.surgery import cut_block, parameter_cuts
 from lit_prune.token_masks import TokenMasks
 

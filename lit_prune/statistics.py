@@ -24,6 +24,7 @@ from lit_prune import sharding
 from lit_prune.activations import ACTIVATION, SUMS, ActivationObserver, ActivationStatistics, observed_modules
 from lit_prune.distributed import Ranks
 from lit_prune.errors import CalibrationError
+from lit_prune.evaluation import evaluation_mode
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
 from lit_prune.masks import MaskCollector, observable, watch_block
 from lit_prune.reduction import add_line, product_lines
@@ -314,23 +315,6 @@ def _checked_loss(loss: Any, number: int, ranks: Ranks | None) -> Tensor:
         f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
         " unknown. Was it detached, or computed under no_grad?"
     )
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off; modules that checkpoint activations keep the flag that makes them do so."""
-    modes = [(module, module.training) for module in model.modules()]
-    # torch.nn's transformers have one that packs padded batches and calls no modules
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, training in modes:
-            module.training = training and bool(getattr(module, "gradient_checkpointing", False))
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
 
 
 class _Accumulator:
