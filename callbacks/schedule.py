@@ -142,7 +142,7 @@ def begin_epoch_anew(trainer: pl.Trainer) -> None:
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_start:
         loop.epoch_loop.restarting = False
-        loop.epoch_progress.current.ready = loop.epoch_progress.current.started + 1
+        loop.epoch_progress.current.ready = loop.epoch_progress.current.started + 1  # type: ignore[attr-defined]
 
 
 def check_reachable(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
@@ -159,7 +159,7 @@ def check_reachable(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: 
     Raises:
         ValueError: Naming the first stage that cannot come.
     """
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     epochs, steps = (math.inf if n in (None, -1) else n for n in (trainer.max_epochs, trainer.max_steps))
     fewest, most = _steps_per_epoch(trainer, pl_module)
@@ -184,7 +184,7 @@ def check_reachable(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: 
 def _steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, float]:
     """The fewest and the most optimizer steps that an epoch may have."""
     batches = trainer.num_training_batches
-    varies = not pl_module.automatic_optimization or trainer.reload_dataloaders_every_n_epochs
+    varies = not pl_module.automatic_optimization or trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
     if varies or not math.isfinite(batches):
         return 0, math.inf
     factors = [trainer.accumulate_grad_batches]

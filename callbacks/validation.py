@@ -66,7 +66,7 @@ def _loop_state(trainer: pl.Trainer) -> Iterator[None]:
         trainer.state.stage = stage
         connector._first_loop_iter = first
         if validated is not None:
-            trainer._last_val_time = validated
+            trainer._last_val_time = validated  # type: ignore[attr-defined]
         vars(loop).update(attributes)
         loop.batch_progress.load_state_dict(progress)
         loop._seen_batches_per_dataloader = seen
