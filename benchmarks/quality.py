@@ -190,7 +190,7 @@ class Setting:
             self.group_sets,
             own,
             config,
-            measure=lambda p: masked_loss(self.model, self.group_sets, p, self.batches, self.loss, config),
+            measure=lambda p: masked_loss(self.model, self.group_sets, p, self.batches, self.loss, config.holds_back),
         )
         base: Any = self.model.base_model
         plan, weights = repair(

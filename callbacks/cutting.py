@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +16,7 @@ from lit_prune import PruningPlan, pipeline
 from lit_prune.callbacks.calibration import calibration, measured, progress_bar
 from lit_prune.callbacks.others import check_references, cut_averages, restart_averages, start_over
 from lit_prune.callbacks.output import warn_if_unwritten
+from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.callbacks.validation import missing_validation, validation_metrics
@@ -24,11 +25,8 @@ from lit_prune.selection import parameter_budget
 from lit_prune.table import GroupTable
 from lit_prune.text_escape import one_line
 
-if TYPE_CHECKING:
-    from lit_prune.callbacks.pruning import StructuredPruning
 
-
-def prune_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
+def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
     """Calibrate, plan and, unless it is a dry run, cut; :meth:`StructuredPruning.prune` without its defaults."""
     model = pruning.model(pl_module)
     check_references(trainer, pl_module, model)
@@ -59,7 +57,7 @@ def prune_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.L
 
 
 def _record(
-    pruning: StructuredPruning,
+    pruning: Pruning,
     trainer: pl.Trainer,
     model: torch.nn.Module,
     stage: int,
@@ -87,7 +85,7 @@ def _record(
     pruning.runs.commit(run)
 
 
-def finish_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def finish_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Do what comes after the cut. A run that was stopped in the middle of this does all of it when it is resumed."""
     if not pruning.dry_run:
         restart_averages(trainer, pl_module)
@@ -100,7 +98,7 @@ def finish_stage(pruning: StructuredPruning, trainer: pl.Trainer, pl_module: pl.
     pruning.runs.commit(replace(pruning.runs.current, unfinished=False))
 
 
-def _measure(pruning: StructuredPruning, trainer: pl.Trainer, stage: str) -> None:
+def _measure(pruning: Pruning, trainer: pl.Trainer, stage: str) -> None:
     if pruning.validate and trainer.state.fn == TrainerFn.FITTING:
         metrics = validation_metrics(trainer)
         if not metrics:
@@ -110,7 +108,7 @@ def _measure(pruning: StructuredPruning, trainer: pl.Trainer, stage: str) -> Non
 
 
 @rank_zero_only
-def _write(pruning: StructuredPruning) -> None:
+def _write(pruning: Pruning) -> None:
     folder = pruning.output_dir
     if folder is not None and pruning.plan is not None:
         with warn_if_unwritten("plan and group table", folder):
@@ -122,7 +120,7 @@ def _write(pruning: StructuredPruning) -> None:
 
 @contextlib.contextmanager
 def _batches(
-    pruning: StructuredPruning, trainer: pl.Trainer, purpose: str
+    pruning: Pruning, trainer: pl.Trainer, purpose: str
 ) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
     """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
     module = trainer.lightning_module

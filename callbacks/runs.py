@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from lit_prune import PruningPlan, find_group_sets, pipeline
+from lit_prune import PruningPlan, find_group_sets
 from lit_prune.checkpoint import plan_digest
+from lit_prune.config import model_size
 from lit_prune.errors import PruningError
 from lit_prune.table import GroupTable
 
@@ -183,7 +184,7 @@ class Runs:
                 " its checkpoint: trainer.fit(module, ckpt_path=...). To prune it further, use a new StructuredPruning."
             )
         if self.current.reference is None:
-            size = pipeline.model_size(model, find_group_sets(model, blocks=blocks))
+            size = model_size(model, find_group_sets(model, blocks=blocks))
             self.current = replace(self.current, start=found, now=found, reference=size)
         elif found != self.current.now:
             raise PruningError(

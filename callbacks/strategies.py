@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,14 +23,12 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lit_prune.architectures import find_model
 from lit_prune.callbacks.others import averages
 from lit_prune.callbacks.packages import is_a
+from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
 from lit_prune.distributed import together, unguarded
 from lit_prune.errors import UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.plan import FORMAT
-
-if TYPE_CHECKING:
-    from lit_prune.callbacks.pruning import StructuredPruning
 
 _SHARDED = (
     "Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with torch.distributed.fsdp.fully_shard in"
@@ -79,7 +77,7 @@ def renew_wrapper(trainer: pl.Trainer) -> None:
             strategy.configure_ddp()
 
 
-def follow_checkpoints(trainer: pl.Trainer, callback: StructuredPruning) -> None:
+def follow_checkpoints(trainer: pl.Trainer, callback: Pruning) -> None:
     """Let the strategy write what the weights need into every checkpoint, and cut the model before one of them loads.
 
     Callbacks are not asked when weights alone are saved (``save_weights_only=True``); the strategy saves in every mode, and
@@ -107,7 +105,7 @@ class _Saving:
     """A strategy's ``save_checkpoint``, which adds the states of callbacks that have to do with the weights."""
 
     def __init__(self, trainer: pl.Trainer, save: Callable[..., None]) -> None:
-        self.callbacks: list[StructuredPruning] = []
+        self.callbacks: list[Pruning] = []
         self._trainer = trainer
         self._save = save
 
@@ -137,7 +135,7 @@ class _Loading:
     """A strategy's ``load_checkpoint``, which makes the model fit before anything loads."""
 
     def __init__(self, trainer: pl.Trainer, load: Callable[..., dict[str, Any]]) -> None:
-        self.callbacks: list[StructuredPruning] = []
+        self.callbacks: list[Pruning] = []
         self._trainer = trainer
         self._load = load
 
@@ -180,14 +178,14 @@ class _Loading:
             callback.notify(trainer, module, "on_pruning_load_end", checkpoint)
         merge_adapters(module, checkpoint)
 
-    def _states(self, checkpoint: Mapping[str, Any]) -> list[tuple[StructuredPruning, dict[str, Any]]]:
+    def _states(self, checkpoint: Mapping[str, Any]) -> list[tuple[Pruning, dict[str, Any]]]:
         """The state of each callback: the one that is of the same model, whatever path it was given by."""
         module = self._trainer.lightning_module
         saved = [(find_model(module, s.model_path)[1], s.state) for s in saved_prunings(checkpoint)]
         return [(c, dict(state)) for c in self.callbacks for model, state in saved if c.model(module) is model]
 
 
-def _hand_over(checkpoint: dict[str, Any], states: Sequence[tuple[StructuredPruning, dict[str, Any]]]) -> None:
+def _hand_over(checkpoint: dict[str, Any], states: Sequence[tuple[Pruning, dict[str, Any]]]) -> None:
     """Put each state where the Trainer looks for that of the callback, whose key may have been another."""
     if "callbacks" in checkpoint and states:
         others = {k: s for k, s in checkpoint["callbacks"].items() if not _is_pruning(s)}

@@ -5,18 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import CalibrationError
+from lit_prune.groups import GroupSet
 from lit_prune.reduction import piece_size, pieces
 from lit_prune.token_masks import TokenMasks, recomputing
-
-if TYPE_CHECKING:
-    from lit_prune.groups import GroupSet
 
 ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
 # the sums over tokens that a statistic of activations is made of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_prune import modeling_pruned
+from lit_prune import modeling_pruned, saving
 from lit_prune.architectures import find_group_sets
 from lit_prune.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.errors import PruningError, UnsupportedModelError
@@ -292,3 +292,6 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
             if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
                 return False
     return True
+
+
+saving.to_pretrained = to_pretrained

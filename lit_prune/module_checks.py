@@ -32,7 +32,7 @@ from lit_prune.evaluation import evaluation_mode
 from lit_prune.groups import GroupSet
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ADD_UP = (nn.Linear, Conv1D, *CONVOLUTIONS)
+LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS)
 # batches to look at until one reaches the model: a training step may skip some
 _ATTEMPTS = 8
 # units in the last place of 16-bit results that another order of summation may change
@@ -69,7 +69,7 @@ def check_plain(module: nn.Module, path: str) -> None:
         raise UnsupportedModelError(
             f"{what}: its weight is {found} and cannot be cut. Call torch.nn.utils.{remedy} on it before pruning."
         )
-    if isinstance(module, _ADD_UP) and (names := _tensors_beside_weight(module)):
+    if isinstance(module, LINEAR) and (names := _tensors_beside_weight(module)):
         raise UnsupportedModelError(
             f"{what} has tensors beside its weight and bias: {names}. A cut would leave them at their old sizes. Merge them into"
             " the weight, and put a plain module of the same class of torch in its place before pruning."
@@ -279,7 +279,7 @@ class _CacheWatch:
 
 def _has_formula(module: nn.Module) -> bool:
     """Whether the module can be computed once more by itself: it has no parts with weights that another call would change."""
-    if isinstance(module, (*_ADD_UP, nn.MultiheadAttention)):
+    if isinstance(module, (*LINEAR, nn.MultiheadAttention)):
         return True
     return all(next(child.parameters(), None) is None for child in module.children())
 
@@ -297,11 +297,11 @@ class _Watch:
         self.called = False
         self.problem: str | None = None
         self._path, self._module = path, module
-        self._linear = linear and isinstance(module, _ADD_UP)
+        self._linear = linear and isinstance(module, LINEAR)
         self._given: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._hooks = [_name(h) for h in module._forward_hooks.values()]
-        self._pre_hooks = [_name(h) for h in module._forward_pre_hooks.values()]
+        self._hooks = [hook_name(h) for h in module._forward_hooks.values()]
+        self._pre_hooks = [hook_name(h) for h in module._forward_pre_hooks.values()]
 
     def start(self) -> None:
         """Put the hooks on, around those that are there."""
@@ -335,7 +335,7 @@ class _Watch:
             )
             return
         try:
-            expected = _product(module, first) if self._linear else _own_forward(module)(*args, **kwargs)
+            expected = _product(module, first) if self._linear else class_forward(module)(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
@@ -363,10 +363,11 @@ class _Watch:
         if self._linear:
             what = "the convolution of its input with its weight" if isinstance(module, CONVOLUTIONS) else "x W^T + b"
             return "x W + b" if isinstance(module, Conv1D) else what
-        return f"what the forward of {_own_forward(module).func.__qualname__.partition('.')[0]} does"
+        return f"what the forward of {class_forward(module).func.__qualname__.partition('.')[0]} does"
 
 
-def _name(hook: Any) -> str:
+def hook_name(hook: Any) -> str:
+    """The name of a hook, for a message."""
     return getattr(hook, "__qualname__", type(hook).__qualname__)
 
 
@@ -390,7 +391,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return difference if difference > tolerance(found.dtype, expected.dtype) or difference != difference else 0.0
 
 
-def _own_forward(module: nn.Module) -> partial[Any]:
+def class_forward(module: nn.Module) -> partial[Any]:
     """What a module does by its class alone; a subclass of ``nn.MultiheadAttention`` what that does, as it will after a cut."""
     kind: Any = type(module)
     cut_before = any("forward" in vars(mixin) for mixin in getattr(kind, "adapted_by", ()))

@@ -35,7 +35,7 @@ from lit_prune.module_checks import check_computation, check_parameters
 from lit_prune.plan import PruningPlan
 from lit_prune.references import suspended_hooks
 from lit_prune.repair import bias_fold, least_squares, unexplained_shares
-from lit_prune.selection import select
+from lit_prune.selection import Limits, select
 from lit_prune.statistics import Statistics, collect_statistics
 from lit_prune.surgery import check_holders, cut, touched_parameters
 from lit_prune.table import GroupTable
@@ -43,16 +43,17 @@ from lit_prune.table import GroupTable
 _ROUNDS = 20
 
 
-def _select(model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, config: PruningConfig) -> int:
+def select_in_model(
+    model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, budget: int, limits: Limits
+) -> int:
     """Mark in the table which groups stay, and give the number of parameters that leave.
 
     Groups of different sets may share weights (a channel of all experts and a whole expert), which leave once but are in
     the cost of both: as many groups more leave as that leaves short of the budget.
     """
-    budget = config.budget(model, group_sets)
     asked, best, chosen = budget, -1, table.kept
     for _ in range(_ROUNDS):
-        table.kept = select(table, asked, config.limits, original_sizes(model))
+        table.kept = select(table, asked, limits, original_sizes(model))
         removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
             best, chosen = removed, table.kept
@@ -156,7 +157,7 @@ def make_plan(
         if statistics is not None and statistics.unexplained:
             total = _discounted(total, group_sets, statistics.unexplained)
         table = group_table(model, group_sets, total)
-        removed = _select(model, group_sets, table, config)
+        removed = select_in_model(model, group_sets, table, config.budget(model, group_sets), config.limits)
         info = {
             "importance": label,
             "weights": dict(weights),
@@ -300,7 +301,7 @@ def prune_with(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
             ) -> float:
                 with data(COMPARISON) as (batches, loss):
-                    value = masked_loss(model, sets, candidate, batches, loss, step, root=root)
+                    value = masked_loss(model, sets, candidate, batches, loss, step.holds_back, root=root)
                 return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
 
             ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
@@ -400,11 +401,20 @@ def masked_loss(
     plan: PruningPlan,
     batches: Iterable[Any],
     loss_fn: Callable[[Any], Tensor | None],
-    config: PruningConfig,
+    held_back: Callable[[int], bool],
     *,
     root: nn.Module | None = None,
 ) -> float:
     """Mean loss of the model, cut as planned, over the calibration batches that were held back (all, if none were).
+
+    Args:
+        model: The model; masked meanwhile.
+        group_sets: Its group sets.
+        plan: The plan.
+        batches: The calibration batches.
+        loss_fn: Runs one batch through the model and returns its loss.
+        held_back: Tells by its number whether a batch was held back.
+        root: The module that holds the model, if ``loss_fn`` runs more than the model.
 
     Raises:
         CalibrationError: If there is no batch.
@@ -415,9 +425,9 @@ def masked_loss(
         held = False
         # one after the other, as a batch may come with state of the module that is of this batch only
         for number, batch in enumerate(batches):
-            if config.holds_back(number) and not held:
+            if held_back(number) and not held:
                 held, losses = True, []
-            if held and not config.holds_back(number):
+            if held and not held_back(number):
                 continue
             loss = loss_fn(batch)
             if isinstance(loss, Tensor):

@@ -12,6 +12,8 @@ from lit_prune.modeling_pruned import local_name
 from lit_prune.plan import get_plan, plan_from_config
 
 _METHOD = "save_pretrained"
+# set by the module that writes folders, which is above this one: building what is to be saved takes a cut itself
+to_pretrained: Callable[..., PreTrainedModel] | None = None
 
 
 def save_with_plan(model: nn.Module) -> Callable[[], None]:
@@ -46,14 +48,12 @@ class _SavePretrained:
         Raises:
             UnsupportedModelError: If the model cannot be saved as a transformers model.
         """
-        # imported here as building what is to be saved takes a cut itself
-        from lit_prune.export import to_pretrained
-
         model = self._model
         if not kwargs.get("is_main_process", True):
             return None
         if not _described(model):
             contained = bool(getattr(model.config, "auto_map", None))
+            assert to_pretrained is not None
             model = to_pretrained(model, self_contained=contained, state_dict=kwargs.pop("state_dict", None))
         return getattr(type(model), _METHOD)(model, *args, **kwargs)
 

@@ -71,7 +71,7 @@ def test_auto_takes_the_candidate_whose_masked_model_loses_least_on_held_back_ba
     losses = {}
 
     def measure(plan):
-        losses[plan.info["importance"]] = masked_loss(model, group_sets, plan, data, loss_of(model), config)
+        losses[plan.info["importance"]] = masked_loss(model, group_sets, plan, data, loss_of(model), config.holds_back)
         return losses[plan.info["importance"]]
 
     table, plan = make_plan(model, group_sets, statistics, config, measure=measure)
