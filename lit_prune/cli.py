@@ -37,6 +37,7 @@ from lit_prune.arguments import (
     sequence_of,
 )
 from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
+from lit_prune.config import PruningConfig
 from lit_prune.conversion import convert_checkpoint
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.export import save_pruned, to_pretrained, write_pruned
@@ -45,7 +46,7 @@ from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.importance import criteria
 from lit_prune.loading import load_pruned
 from lit_prune.output_folder import check_replaceable, replacing_folder
-from lit_prune.pipeline import CALIBRATION, PruningConfig, calibrate, prune_with, repair
+from lit_prune.pipeline import CALIBRATION, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.report import report_table, write_report
 from lit_prune.speed import tokens_per_second

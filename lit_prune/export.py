@@ -170,6 +170,9 @@ def to_pretrained(
     return whole.eval()
 
 
+saving.to_pretrained = to_pretrained
+
+
 def _check_self_contained(
     model: PreTrainedModel, base: type[PreTrainedModel], dense_config: PreTrainedConfig, pruning: Mapping[str, Any]
 ) -> None:
@@ -292,6 +295,3 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
             if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
                 return False
     return True
-
-
-saving.to_pretrained = to_pretrained

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_prune import Limits, PruningConfig, pipeline, prune
+from lit_prune import Limits, PruningConfig, prune
 from lit_prune.arguments import COUNT, FLAG, PATH, RATIO, plain, shown
 from lit_prune.callbacks import (
     CubicSchedule,
@@ -305,7 +305,6 @@ def test_a_configuration_is_still_a_frozen_dataclass():
     with pytest.raises(AttributeError):
         config.seed = 1
     assert [f.name for f in fields(config)][:2] == ["importance", "pruning_ratio"]
-    assert pipeline.PruningConfig is PruningConfig
 
 
 def test_defaults_stand_in_one_place():

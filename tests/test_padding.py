@@ -19,9 +19,10 @@ from conftest import SMALL, uneven_kept, unsettled
 from lit_prune import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
 from lit_prune.architectures import Positions, architectures
 from lit_prune.architectures.base import _REGISTRY
+from lit_prune.config import PruningConfig
 from lit_prune.importance import get_criterion, group_importance
 from lit_prune.mask_shapes import seen_positions, visible
-from lit_prune.pipeline import PruningConfig, prune
+from lit_prune.pipeline import prune
 from lit_prune.plan import PruningPlan
 from lit_prune.repair import least_squares, unexplained_shares
 from lit_prune.statistics import collect_statistics

@@ -22,8 +22,9 @@ from lit_prune import (
     prune,
     repair,
 )
+from lit_prune.config import CANDIDATES, model_size
 from lit_prune.importance import get_criterion, group_importance, mixed_importance
-from lit_prune.pipeline import CANDIDATES, masked, masked_loss, model_size
+from lit_prune.pipeline import masked, masked_loss
 
 
 def prune_config(**options) -> PruningConfig:
