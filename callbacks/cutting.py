@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_prune import PruningPlan, pipeline
 from lit_prune.callbacks.calibration import calibration, measured, progress_bar
-from lit_prune.callbacks.others import check_references, cut_averages, restart_averages, start_over
+from lit_prune.callbacks.others import check_references, cut_averages, optimizers_of, restart_averages, start_over
 from lit_prune.callbacks.output import warn_if_unwritten
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
@@ -38,7 +38,7 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
         model,
         lambda purpose: _batches(pruning, trainer, purpose),
         pruning.stage_config(stage),
-        trainer.optimizers,
+        trainer.optimizers if trainer.state.fn == TrainerFn.FITTING else optimizers_of(trainer, pl_module),
         root=pl_module,
         ranks=ranks_of(trainer),
         agree=lambda plan: check_same_on_all_ranks(trainer, plan),
@@ -111,7 +111,7 @@ def _measure(pruning: Pruning, trainer: pl.Trainer, stage: str) -> None:
 def _write(pruning: Pruning) -> None:
     folder = pruning.output_dir
     if folder is not None and pruning.plan is not None:
-        with warn_if_unwritten("plan and group table", folder):
+        with warn_if_unwritten("the plan and group table", folder):
             pruning.plan.save(folder / "plan.json")
             # a resumed run has no table of the stages before
             if pruning.table is not None:

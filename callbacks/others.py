@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_prune import PruningPlan, find_model
@@ -106,6 +107,12 @@ def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
     for callback, module in averages(trainer):
         module.load_state_dict(pl_module.state_dict())
         callback._average_model.n_averaged.zero_()  # type: ignore[union-attr]
+
+
+def optimizers_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Optimizer]:
+    """The trainer's optimizers that are over parameters of a module; it keeps those of an earlier fit with another one."""
+    own = {id(p) for p in pl_module.parameters()}
+    return [o for o in trainer.strategy.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
 
 
 def start_over(trainer: pl.Trainer) -> None:

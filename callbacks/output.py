@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_prune.errors import PruningError
 from lit_prune.files import check_writable
+from lit_prune.text_escape import one_line
 
 
 def check_output(trainer: pl.Trainer, folder: Path) -> None:
@@ -36,4 +37,4 @@ def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rank_zero_warn(f"Could not write {what} to {str(folder)!r}: {error}. The run goes on.")
+        rank_zero_warn(one_line(f"{what.capitalize()} was not written to {folder}: {error}. The run goes on."))

@@ -20,6 +20,17 @@ def is_a(value: object, kind: type[T]) -> TypeGuard[T]:
     return isinstance(value, kind) or any(_full_name(base) == name for base in type(value).__mro__)
 
 
+def is_overridden(name: str, module: object) -> bool:
+    """Whether a LightningModule, of either package, has a method of its own in place of Lightning's.
+
+    Args:
+        name: Name of the method.
+        module: The module.
+    """
+    method = getattr(type(module), name, None)
+    return method is not None and method.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+
+
 def _full_name(kind: type) -> str:
     package, _, rest = kind.__module__.partition(".")
     return f"{_TWINS.get(package, package)}.{rest}.{kind.__qualname__}"

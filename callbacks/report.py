@@ -330,7 +330,7 @@ class PruningReport(Callback):
             tokenizer = None
             with _warning("The tokenizer was not saved with the model"):
                 tokenizer = self._load_tokenizer(trainer)
-            with _warning(f"The pruned model was not saved to {folder / 'model'}"):
+            with _warning(f"The pruned model was not written to {folder / 'model'}"):
                 save_pruned(
                     model, folder / "model", tokenizer, figures=self.figures, self_contained=self.self_contained
                 )

@@ -10,9 +10,9 @@ from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_prune.arguments import MOST_CUTS, NATURAL, RATIO, check_fields, choice, count, instance, optional, sequence_of
+from lit_prune.callbacks.packages import is_overridden
 from lit_prune.errors import ArgumentValueError
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lit_prune.architectures import find_model
-from lit_prune.callbacks.others import averages
+from lit_prune.callbacks.others import averages, optimizers_of
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import ranks_of
@@ -168,7 +168,7 @@ class _Loading:
         _hand_over(checkpoint, states)
         for callback in self.callbacks:
             callback.notify(trainer, module, "on_pruning_load_start", checkpoint)
-        cut_as_saved(module, checkpoint, trainer.strategy.optimizers)
+        cut_as_saved(module, checkpoint, optimizers_of(trainer, module))
         for _, average in averages(trainer):
             cut_as_saved(average, checkpoint)
         # not left to the Trainer, which passes over checkpoints of weights alone

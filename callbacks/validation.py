@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_prune.callbacks.calibration import untouched
+from lit_prune.callbacks.packages import is_overridden
 from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.distributed import unguarded
 

@@ -29,7 +29,7 @@ from lit_prune import sharding
 from lit_prune.distributed import Ranks
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.evaluation import evaluation_mode
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, check_names
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS)
@@ -93,6 +93,7 @@ def check_parameters(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.
     Raises:
         UnsupportedModelError: With what was found at which module, and what to do first.
     """
+    check_names(model, group_sets)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(

@@ -287,7 +287,7 @@ def _refit_experts(
     """Refit every expert, in the pruned stream, to what it gives there with all its channels; the parameter's name."""
     name, (part,) = group_set.block, group_set.consumers
     others = [e for e in plan.entries if e.key in {s.key for s in members} - {group_set.key}]
-    rest = replace(plan, entries=tuple(others))
+    rest = replace(plan, entries=tuple(others), sets=())
     whole = copy.deepcopy(block)
     cut_block(whole, name, rest, members, parameter_cuts(model, rest, members))
     state = smaller.state_dict()

@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -164,13 +165,17 @@ def goes_on_or_stops(folder: str) -> None:
     trainer_of(RANKS, callback, max_epochs=1).fit(module)
     assert callback.plan is not None
 
-    # the folder of one process cannot be written to: the run goes on
+    # the folder of one process cannot be written to any more, once the run has begun: the run goes on
     blocked = Path(folder, f"file-{rank}")
-    blocked.write_text("")
+
+    class Blocks(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            blocked.write_text("")
+
     callback = pruning(output_dir=blocked / "inside", importance="magnitude", repair=None, **options)
-    trainer = trainer_of(RANKS, callback, max_epochs=1)
+    trainer = trainer_of(RANKS, Blocks(), callback, max_epochs=1)
     if rank == 0:
-        with pytest.warns(UserWarning, match="were not written to .*inside"):
+        with pytest.warns(UserWarning, match="was not written to .*inside"):
             trainer.fit(Small())
     else:
         trainer.fit(Small())

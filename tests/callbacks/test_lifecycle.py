@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -502,7 +503,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, ki
         "report": lambda: [small(epoch=1), PruningReport(folder)],
         "teacher": lambda: [small(epoch=1), Distillation(directory=folder)],
     }[which]()
-    with pytest.raises(PruningError, match=r"Cannot write to the folder '.*(taken|proc)"):
+    with pytest.raises(PruningError, match=r"(taken|proc).*(is not a folder|cannot be written)"):
         quiet(*callbacks, max_epochs=2).fit(module)
     assert not hasattr(module, "steps_run")
 
@@ -520,11 +521,11 @@ def test_what_cannot_be_written_later_is_warned_of_and_nothing_is_lost(tmp_path)
         Distillation(directory=tmp_path / "out"),
     ]
     saver = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    with pytest.warns(UserWarning, match="Could not write") as caught:
+    with pytest.warns(UserWarning, match="not written") as caught:
         quiet(*callbacks, saver, max_epochs=3, enable_checkpointing=True).fit(module := Blocked())
     text = " ".join(str(w.message) for w in caught)
     for what in ("plan and group table", "the report", "the pruned model", "the copy that a resumed run needs"):
-        assert f"Could not write {what} to" in text
+        assert re.search(f"{what} was not written to", text, re.IGNORECASE), what
     assert len(module.losses) == 18 and size(module) < dense_size()
     quiet(small(epoch=1), max_epochs=3).validate(Small(), ckpt_path=tmp_path / "kept" / "epoch=2.ckpt", verbose=False)
 
@@ -535,7 +536,7 @@ def test_what_cannot_be_written_later_is_warned_of_and_nothing_is_lost(tmp_path)
 @pytest.mark.parametrize("once", [lambda b: (x for x in b), iter, lambda b: map(torch.clone, b), enumerate])
 def test_batches_that_can_be_read_only_once_are_refused_before_any_work(once):
     batches = [corpus(4, 0), corpus(4, 1)]
-    with pytest.raises(TypeError, match=r"calibration_dataloader is iterated several times.*found a "):
+    with pytest.raises(ValueError, match=r"calibration_dataloader must be an iterable .* read several times"):
         small(calibration_dataloader=once(batches))
-    with pytest.raises(TypeError, match=r"batches is iterated several times.*found a "):
+    with pytest.raises(ValueError, match=r"batches must be an iterable .* read several times"):
         prune(tiny("llama"), once(batches), lambda _: pytest.fail("a batch was run"), PruningConfig())
