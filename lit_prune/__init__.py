@@ -19,9 +19,9 @@ from lit_prune.export import save_pruned
 from lit_prune.importance import criteria, register_criterion
 from lit_prune.loading import load_pruned
 from lit_prune.pipeline import calibrate, make_plan, prune, repair
-from lit_prune.plan import PruningPlan
+from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.selection import Limits
-from lit_prune.surgery import apply_plan, get_plan
+from lit_prune.surgery import apply_plan
 from lit_prune.table import GroupTable
 from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__

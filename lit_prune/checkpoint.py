@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.errors import PlanError, UnsupportedModelError
-from lit_prune.plan import FORMAT, PruningPlan
-from lit_prune.surgery import cut, get_plan
+from lit_prune.plan import FORMAT, PruningPlan, get_plan
+from lit_prune.surgery import cut
 
 # where a checkpoint holds what its weights need, at its top level, in every save mode
 KEY = "lit_prune"

@@ -16,10 +16,7 @@ from lit_prune import sharding
 from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.arguments import BATCHES
 from lit_prune.blocks import passed_over
-from lit_prune.config import AUTO, DEFAULT, PruningConfig, group_table, original_sizes
-from lit_prune.config import CANDIDATES as CANDIDATES
-from lit_prune.config import HELD_BACK as HELD_BACK
-from lit_prune.config import model_size as model_size
+from lit_prune.config import DEFAULT, PruningConfig, group_table, original_sizes
 from lit_prune.distributed import Ranks, together
 from lit_prune.errors import (
     ArgumentValueError,
@@ -380,7 +377,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
                     if sharding.is_sharded(weight) and sharding.sharded_dim(weight) == part.dim:
                         raise UnsupportedStrategyError(
                             f"{part.parameter!r} is sharded along dimension {part.dim}, along which its groups lie, so plans"
-                            f" cannot be compared by masks. Name one criterion in place of importance={AUTO!r}."
+                            f" cannot be compared by masks. Name one criterion in place of importance='auto'."
                         )
                     weight = sharding.local(weight)
                     columns = part.index[removed].flatten().to(weight.device)

@@ -30,7 +30,7 @@ MLPS = (MLP("h.*", ("up",), "down"),)
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """What a test registers is forgotten."""
-    monkeypatch.setattr(base, "_REGISTRY", list(base._REGISTRY))
+    monkeypatch.setattr("lit_prune.architectures.base._REGISTRY", list(base._REGISTRY))
 
 
 class Channels(nn.Module):
