@@ -266,12 +266,12 @@ def prune_with(
     group_sets = find_group_sets(model, blocks=blocks)
     config.check(model, group_sets)
     check_parameters(model, group_sets, root)
-    with data(CHECK) as (batches, loss), together(ranks, "calibration"):
-        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
     if not dry_run:
         touched = touched_parameters(model, group_sets, config.limits.kinds)
         biases = config.repair == "bias"
         check_holders(model, model if root is None else root, list(optimizers), touched, adds_biases=biases)
+    with data(CHECK) as (batches, loss), together(ranks, "calibration"):
+        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None

@@ -121,6 +121,7 @@ def reader(page: Path) -> dict[str, Any]:
         "datamodule": Data(text_rows()),
         "my_datamodule": Data(image_rows() if images else text_rows()),
         "tiny_random_model": MyGPT(64),
+        "MyGPT": MyGPT,
         "tokens": torch.arange(12)[None],
     }
 
@@ -134,8 +135,8 @@ def write_checkpoint(folder: Path) -> L.Trainer:
         return L.Trainer(default_root_dir=folder, callbacks=callbacks, accelerator="cpu", **quiet, **options)
 
     first = trainer(max_epochs=2)
-    first.callbacks[1].run_id = "a-run"
     first.fit(Texts(tiny()), Data(text_rows()))
+    first.callbacks[1].load_state_dict({"figures": {}, "timeline": [], "wandb_run": "a-run"})
     first.save_checkpoint(folder / "last.ckpt")
     return trainer(max_epochs=3)
 

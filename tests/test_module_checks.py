@@ -323,7 +323,7 @@ def test_the_silent_case_is_refused_in_a_fit_before_calibration():
     module.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, __, output: 3 * output)
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.down_proj .*hooks are .*<lambda>: remove"):
         fit(module, StructuredPruning(step=0, calibration_batches=2, validate=False))
-    assert module.steps == 1
+    assert module.global_step == 0
 
 
 FAMILIES = [

@@ -173,24 +173,26 @@ def test_the_sources_are_never_written_to(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("output", ["dense", "dense/../dense", "dense/pruned", ".", "dense/.."])
-def test_the_command_never_destroys_what_it_reads(tmp_path, output, monkeypatch):
+def test_the_command_never_destroys_what_it_reads(tmp_path, output, monkeypatch, capsys):
     dense = write_model(tmp_path / "dense")
     before = state(dense)
     monkeypatch.chdir(tmp_path)
     text = write_text(tmp_path / "text.txt", chains(60))
     for arguments in (["apply", "dense", output, f"--calibration.text={text}"], ["convert", "a.ckpt", "dense", output]):
-        with pytest.raises(SystemExit, match="lit-prune: The output"):
+        with pytest.raises(SystemExit):
             main(arguments)
+        assert "lit-prune: error: The output" in " ".join(capsys.readouterr().err.split())
     assert state(dense) == before
 
 
-def test_the_command_in_the_folder_of_a_model(tmp_path, monkeypatch):
+def test_the_command_in_the_folder_of_a_model(tmp_path, monkeypatch, capsys):
     write_model(tmp_path / "dense")
     folder = save_pruned(pruned(), tmp_path / "model")
     before = state(folder)
     monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit, match="is the working directory"):
+    with pytest.raises(SystemExit):
         main(["apply", "../dense", "."])
+    assert "is the working directory" in " ".join(capsys.readouterr().err.split())
     assert state(folder) == before
 
 

@@ -150,7 +150,7 @@ def test_a_report_that_fails_at_the_end_warns_and_the_run_is_whole(tmp_path):
         warnings.simplefilter("always")
         trainer, module = fit(tmp_path, pruning(epoch=1), Blocking(tmp_path / "out"))
     said = " ".join(str(w.message) for w in caught)
-    assert "The report was not written to" in said and "The pruned model was not saved to" in said
+    assert "The report was not written to" in said and "The pruned model was not written to" in said
     assert trainer.state.finished and trainer.current_epoch == 3
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]

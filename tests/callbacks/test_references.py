@@ -215,12 +215,10 @@ class InBackward(Base):
     def configure_optimizers(self):
         return None
 
-    def training_step(self, batch, batch_idx):
-        return self.inner["lm"](input_ids=batch, labels=batch).loss
+    automatic_optimization = False
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        with torch.enable_grad():
-            self.inner["lm"](input_ids=batch, labels=batch).loss.backward()
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.inner["lm"](input_ids=batch, labels=batch).loss)
 
 
 class AtOnce(Base):
@@ -249,17 +247,17 @@ def test_wandb_watch_keeps_all_its_keys(tmp_path, monkeypatch):
 
     keys: list[set[str]] = []
 
-    class Watched(Base):
-        def on_train_batch_start(self, batch, batch_idx):
+    class Watcher(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             keys.append(set())
 
-    module = Watched()
+    module = Base()
     run = wandb.init(dir=tmp_path, project="watched")
     log = run._log
     monkeypatch.setattr(run, "_log", lambda data, *a, **k: (keys[-1].update(data), log(data, *a, **k)))
     try:
         run.watch(module.inner["lm"], log="all", log_freq=1)
-        fit(tmp_path, pruning(), module=module, limit_val_batches=0, limit_train_batches=2)
+        fit(tmp_path, Watcher(), pruning(), module=module, limit_val_batches=0, limit_train_batches=2)
     finally:
         run.unwatch(module.inner["lm"])
         run.finish()
