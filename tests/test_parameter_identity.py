@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import tiny, uneven_kept, zeroed
 from lit_prune import PruningConfig, PruningPlan, apply_plan, find_group_sets, get_plan, prune
-from lit_prune.errors import OptimizerStateError, ReferenceHeldError
+from lit_prune.errors import OptimizerStateError, ReferenceHeldError, UnsupportedModelError
 from lit_prune.surgery import cut
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -205,8 +205,10 @@ def test_optimizers_that_modules_hold_are_cut_along(batches, loss_of):
 def test_a_weight_that_a_module_beside_the_model_uses_is_refused(batches):
     whole = nn.ModuleDict({"lm": tiny("llama"), "head": nn.Linear(32, 24, bias=False)})
     whole["head"].weight = whole["lm"].get_parameter(GATE)
-    with pytest.raises(ReferenceHeldError, match=rf"'{GATE}' of the model is tied to 'head.weight'"):
+    with pytest.raises(UnsupportedModelError, match=rf"'{GATE}' shares its values with 'weight' of head"):
         prune(whole, batches, lambda ids: 1 / 0, PruningConfig(pruning_ratio=0.2))
+    with pytest.raises(ReferenceHeldError, match=rf"'{GATE}' of the model is tied to 'head.weight'"):
+        apply_plan(whole, plan_of(whole["lm"]))
     # what no plan cuts may be tied: embeddings
     whole["head"].weight = whole["lm"].model.embed_tokens.weight
     apply_plan(whole, plan_of(whole["lm"]))

@@ -77,8 +77,8 @@ def on_rank_1(patched: str, error: Exception):
 
 
 CASES = {
-    # where the error comes (of two batches each to calibrate, for what repair can make up for, and to repair), what it is,
-    # what it is raised as, and what the message says
+    # where the error comes (of one batch to check modules by, and two each to calibrate, for what repair can make up for, and
+    # to repair), what it is, what it is raised as, and what the message says
     "first batch": ({"calls": (1,)}, Boom("bad batch"), RankError, "in calibration: Boom: bad batch"),
     "second batch": (
         {"calls": (2,)},
@@ -87,7 +87,7 @@ CASES = {
         "in calibration: CalibrationError: odd",
     ),
     "forward only": ({"calls": (2,), "importance": "wanda"}, Boom("late"), RankError, "in calibration: Boom: late"),
-    "compensation": ({"calls": (3,)}, Boom("far"), RankError, "in measuring what repair can .*: Boom: far"),
+    "compensation": ({"calls": (4,)}, Boom("far"), RankError, "in measuring what repair can .*: Boom: far"),
     "repair": ({"calls": (6,)}, Boom("farther"), RankError, "in repair: Boom: farther"),
     "dataloader": ({"loader": True}, Boom("no file"), RankError, "in calibration: Boom: no file"),
     "on_pruning_start": ({"hook": True}, Boom("mine"), RankError, "in pruning: Boom: mine"),
