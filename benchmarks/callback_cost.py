@@ -28,8 +28,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lit_prune._files import write_text
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.files import write_text
 from lit_prune.groups import count_parameters
 
 WARM_UP = 5

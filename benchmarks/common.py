@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lit_prune.calibration.collect import collect_statistics
 from lit_prune.groups import GroupSet
-from lit_prune.importance import get_criterion
-from lit_prune.statistics import collect_statistics
+from lit_prune.ranking.registry import get_criterion
 
 # hidden size, MLP width, layers, heads, key/value heads, vocabulary; 135M is SmolLM2's shape, the large ones are Llama 3's
 SHAPES = {

@@ -35,7 +35,7 @@ from cost_pruning import WHOLE, pruning, report_pruning
 from cost_speed import RATIOS, depth, report_depth, report_speed, speed
 from cost_widths import report_widths, widths
 
-from lit_prune.files import write_text
+from lit_prune._files import write_text
 
 
 def arguments() -> argparse.Namespace:

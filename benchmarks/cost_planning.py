@@ -19,10 +19,10 @@ from common import (
 )
 
 from lit_prune import PruningConfig, apply_plan, find_group_sets, make_plan
+from lit_prune.calibration.statistics import Statistics
 from lit_prune.groups import GroupSet, count_bytes, count_parameters
-from lit_prune.importance import get_criterion
 from lit_prune.plan import PruningPlan
-from lit_prune.statistics import Statistics
+from lit_prune.ranking.registry import get_criterion
 
 
 def random_statistics(group_sets: Sequence[GroupSet]) -> Statistics:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune
 from lit_prune.groups import count_parameters
-from lit_prune.selection import Limits
+from lit_prune.ranking.selection import Limits
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 

@@ -25,8 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_prune.files import write_text
-from lit_prune.training.loading import load_model, load_tokenizer
+from lit_prune._files import write_text
+from lit_prune.io.sources import load_model, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from llama_cpp import LlamaCpp

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from lit_prune import Limits, PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan, prune
 from lit_prune.groups import count_parameters
-from lit_prune.importance import criteria, register_criterion
+from lit_prune.ranking.registry import criteria, register_criterion
 
 TOLERANCE = 0.002
 

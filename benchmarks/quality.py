@@ -26,13 +26,14 @@ from peers import flap, torch_pruning, wanda_sp
 from torch import Tensor, nn
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune, repair
-from lit_prune.files import replacing, write_text
+from lit_prune._files import replacing, write_text
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.calibration.statistics import Statistics
 from lit_prune.groups import count_parameters
-from lit_prune.importance import get_criterion
-from lit_prune.pipeline import masked_loss
-from lit_prune.selection import Limits
-from lit_prune.statistics import Statistics, collect_statistics
-from lit_prune.training.loading import load_model, load_tokenizer
+from lit_prune.io.sources import load_model, load_tokenizer
+from lit_prune.ranking.candidates import masked_loss
+from lit_prune.ranking.registry import get_criterion
+from lit_prune.ranking.selection import Limits
 
 ANY_WIDTH = Limits(multiple_of={})
 # one cut by one criterion, so that criteria alone are compared

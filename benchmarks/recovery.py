@@ -20,11 +20,11 @@ import torch
 from quality import Results, calibration_sequences, perplexity
 from torch.utils.data import DataLoader
 
+from lit_prune._files import write_text
 from lit_prune.callbacks import Distillation, LoRARecovery, StructuredPruning
-from lit_prune.files import write_text
 from lit_prune.groups import count_parameters
+from lit_prune.io.sources import load_tokenizer
 from lit_prune.training import CausalLMModule
-from lit_prune.training.loading import load_tokenizer
 
 STARTS: dict[str, dict[str, Any]] = {
     "taylor, no repair": {"importance": "taylor", "repair": None, "iterations": 1},

@@ -1,8 +1,10 @@
 """Lightning adapters of lit_prune: when to prune, not how."""
 
+from lit_prune.callbacks.distillation import Distillation
+from lit_prune.callbacks.lora import LoRARecovery
 from lit_prune.callbacks.pruning import StructuredPruning
-from lit_prune.callbacks.recovery import Distillation, LearningRateRewarmup, LoRARecovery
 from lit_prune.callbacks.report import PruningReport, wandb_run
+from lit_prune.callbacks.rewarmup import LearningRateRewarmup
 from lit_prune.callbacks.schedule import CubicSchedule, Stage
 
 __all__ = [

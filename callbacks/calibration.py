@@ -22,13 +22,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lit_prune import sharding
+from lit_prune._moved import moved_names
 from lit_prune.callbacks.manual_optimization import nothing, replaced
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
 from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
 from lit_prune.callbacks.write_guard import WriteGuard
+from lit_prune.distributed import shards
 from lit_prune.errors import CalibrationError
+
+__getattr__ = moved_names("lit_prune.callbacks.calibration")
 
 _TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictionary()
 
@@ -197,7 +200,7 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
     """
     module = trainer.lightning_module
     connector = trainer._logger_connector
-    sharding.reshard(module)
+    shards.reshard(module)
     snapshot = Snapshot(
         [
             ("module", module),
@@ -225,7 +228,7 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
         trainer.should_stop = should_stop
         for name, value in values.items():
             setattr(connector, name, value)
-        sharding.reshard(module)
+        shards.reshard(module)
         snapshot.restore()
         _warn_of_traces(trainer, snapshot.lost)
 

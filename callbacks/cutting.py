@@ -12,17 +12,24 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lit_prune import PruningPlan, pipeline
 from lit_prune.callbacks.calibration import calibration, measured, progress_bar
-from lit_prune.callbacks.others import check_references, cut_averages, optimizers_of, restart_averages, start_over
+from lit_prune.callbacks.compatibility import (
+    check_references,
+    cut_averages,
+    optimizers_of,
+    restart_averages,
+    start_over,
+)
 from lit_prune.callbacks.output import warn_if_unwritten
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.callbacks.validation import missing_validation, validation_metrics
-from lit_prune.checkpoint import plan_digest
-from lit_prune.selection import parameter_budget
-from lit_prune.table import GroupTable
+from lit_prune.io.lightning_checkpoint import plan_digest
+from lit_prune.pipeline import CALIBRATION, prune_with
+from lit_prune.plan import PruningPlan
+from lit_prune.ranking.selection import parameter_budget
+from lit_prune.ranking.table import GroupTable
 from lit_prune.text_escape import one_line
 
 
@@ -34,7 +41,7 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
     if pruning.stages_done == 0:
         _measure(pruning, trainer, "dense")
     pruning.costs.clear()
-    _, plan = pipeline.prune_with(
+    _, plan = prune_with(
         model,
         lambda purpose: _batches(pruning, trainer, purpose),
         pruning.stage_config(stage),
@@ -125,7 +132,7 @@ def _batches(
     """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
     module = trainer.lightning_module
     with contextlib.ExitStack() as stack:
-        if purpose == pipeline.CALIBRATION:
+        if purpose == CALIBRATION:
             stack.enter_context(measured(pruning.costs, module.device))
         run = calibration(trainer, pruning.model(module), pruning.calibration_dataloader, pruning.calibration_batches)
         yield stack.enter_context(run)

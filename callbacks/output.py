@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lit_prune._files import check_writable
 from lit_prune.errors import PruningError
-from lit_prune.files import check_writable
 from lit_prune.text_escape import one_line
 
 

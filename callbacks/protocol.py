@@ -13,7 +13,7 @@ from lit_prune.callbacks.runs import Runs
 from lit_prune.callbacks.schedule import Stage
 from lit_prune.config import PruningConfig
 from lit_prune.plan import PruningPlan
-from lit_prune.table import GroupTable
+from lit_prune.ranking.table import GroupTable
 
 
 class Pruning(Protocol):

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_prune import PruningConfig, PruningPlan, find_group_sets, find_model, sharding
+from lit_prune.architectures.registry import find_group_sets, find_model
+from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage
@@ -32,11 +33,12 @@ from lit_prune.callbacks.schedule import (
     skips_epoch_start,
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
+from lit_prune.config import PruningConfig
+from lit_prune.distributed import shards
 from lit_prune.errors import ArgumentValueError, UnsupportedModelError
-from lit_prune.module_checks import check_parameters
-from lit_prune.plan import FORMAT
-from lit_prune.selection import Limits
-from lit_prune.table import GroupTable
+from lit_prune.plan import FORMAT, PruningPlan
+from lit_prune.ranking.selection import Limits
+from lit_prune.ranking.table import GroupTable
 
 
 class StructuredPruning(Callback):
@@ -63,7 +65,7 @@ class StructuredPruning(Callback):
     calibration, and ``on_pruning_end(trainer, pl_module, pruning)``, called after the cut; ``pruning`` is this callback.
     ``on_pruning_load_start(trainer, pl_module, pruning, checkpoint)`` and ``on_pruning_load_end`` (the same arguments) are
     called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load;
-    ``on_optimizers_renewed(trainer, pl_module, pruning)`` after a callback of :mod:`lit_prune.callbacks.recovery` made new
+    ``on_optimizers_renewed(trainer, pl_module, pruning)`` after a callback of :mod:`lit_prune.callbacks.distillation` made new
     optimizers.
 
     Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
@@ -271,7 +273,7 @@ class StructuredPruning(Callback):
             check_output(trainer, self.output_dir)
         model = self.model(pl_module)
         group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
-        sharding.check_layout(model, group_sets)
+        shards.check_layout(model, group_sets)
         check_parameters(model, group_sets, pl_module)
         self.stage_config().check(model, group_sets)
 

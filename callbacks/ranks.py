@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_prune.callbacks.packages import is_a
-from lit_prune.distributed import Ranks, together
+from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import RankMismatchError
 from lit_prune.plan import PruningPlan
 

@@ -21,21 +21,21 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from lit_prune._files import check_writable
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.validation import missing_validation
 from lit_prune.errors import ArgumentValueError, PruningError
-from lit_prune.export import save_pruned
-from lit_prune.files import check_writable
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.output_folder import check_replaceable
-from lit_prune.report import report_table, write_report
-from lit_prune.speed import tokens_per_second
-from lit_prune.table import GroupTable
+from lit_prune.io.huggingface import save_pruned
+from lit_prune.io.output_folder import check_replaceable
+from lit_prune.io.sources import load_tokenizer
+from lit_prune.ranking.table import GroupTable
+from lit_prune.reporting.page import report_table, write_report
+from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.text_escape import for_console, one_line
-from lit_prune.training.loading import load_tokenizer
 
 
 class PruningReport(Callback):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_prune.callbacks.schedule import Stage
 from lit_prune.errors import PlanError
-from lit_prune.selection import parameter_budget
+from lit_prune.ranking.selection import parameter_budget
 
 
 def schedule_state(stages: Sequence[Stage], ratio_of: str, reached: int) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from lit_prune import PruningPlan, find_group_sets
-from lit_prune.checkpoint import plan_digest
-from lit_prune.config import model_size
+from lit_prune.architectures.registry import find_group_sets
 from lit_prune.errors import PruningError
-from lit_prune.table import GroupTable
+from lit_prune.io.lightning_checkpoint import plan_digest
+from lit_prune.plan import PruningPlan
+from lit_prune.ranking.model_table import model_size
+from lit_prune.ranking.table import GroupTable
 
 T = TypeVar("T")
 

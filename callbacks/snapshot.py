@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_prune import sharding
+from lit_prune.distributed import shards
 
 # larger containers are kept without a look at what is in them, and those beyond the second bound only by their length
 _LOOK_INSIDE, _COPY = 1_000, 100_000
@@ -143,7 +143,7 @@ class Snapshot:
             self._restore.append(_parameter(tensor))
             return
         size = tensor.numel() * tensor.element_size()
-        if tensor.is_meta or tensor.is_inference() or sharding.is_sharded(tensor):
+        if tensor.is_meta or tensor.is_inference() or shards.is_sharded(tensor):
             return
         if not self._affordable(size):
             self.large.append((name, tensor))
@@ -275,7 +275,7 @@ def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
     requires_grad, gradient, data = parameter.requires_grad, parameter.grad, parameter.data
 
     def restore() -> None:
-        if not sharding.is_sharded(parameter) and parameter.data_ptr() != data.data_ptr():
+        if not shards.is_sharded(parameter) and parameter.data_ptr() != data.data_ptr():
             parameter.data = data
         parameter.requires_grad_(requires_grad)
         parameter.grad = gradient

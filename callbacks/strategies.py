@@ -21,13 +21,20 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lit_prune.architectures import find_model
-from lit_prune.callbacks.others import averages, optimizers_of
+from lit_prune.callbacks.compatibility import averages, optimizers_of
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import ranks_of
-from lit_prune.checkpoint import check_weights, cut_as_saved, merge_adapters, put_states, saved_prunings, true_to
-from lit_prune.distributed import together, unguarded
+from lit_prune.distributed.ranks import together, unguarded
 from lit_prune.errors import UnsupportedModelError, UnsupportedStrategyError
+from lit_prune.io.lightning_checkpoint import (
+    check_weights,
+    cut_as_saved,
+    merge_adapters,
+    put_states,
+    saved_prunings,
+    true_to,
+)
 from lit_prune.plan import FORMAT
 
 _SHARDED = (

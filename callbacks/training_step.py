@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lit_prune import sharding
+from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.callbacks.manual_optimization import RecordedOptimization
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.write_guard import WriteGuard
-from lit_prune.statistics import SKIPPED
+from lit_prune.distributed import shards
 
 
 class TrainingStep:
@@ -76,7 +76,10 @@ class TrainingStep:
             progress()
 
     def __call__(self, batch: Any) -> Any:
-        """The loss of a batch; :data:`lit_prune.statistics.SKIPPED` if the module skips it, or nothing in it trains the model."""
+        """The loss of a batch.
+
+        :data:`lit_prune.calibration.statistics.SKIPPED` if the module skips it, or nothing in it trains the model.
+        """
         self._number += 1
         try:
             with self._guard.watching(), self._optimization.active(), self._gradients():
@@ -110,7 +113,7 @@ class TrainingStep:
     def _gradients(self) -> Iterator[None]:
         """Let the step differentiate by inputs and other networks, also where nobody asks for gradients of the model."""
         parameters = list(self._model.parameters())
-        if torch.is_grad_enabled() or sharding.any_sharded(parameters) is not None:
+        if torch.is_grad_enabled() or shards.any_sharded(parameters) is not None:
             yield
             return
         flags = [(p, p.requires_grad) for p in parameters]

@@ -13,7 +13,7 @@ import torch
 from lit_prune.callbacks.calibration import untouched
 from lit_prune.callbacks.packages import is_overridden
 from lit_prune.callbacks.ranks import ranks_of
-from lit_prune.distributed import unguarded
+from lit_prune.distributed.ranks import unguarded
 
 
 def missing_validation(trainer: pl.Trainer) -> str | None:

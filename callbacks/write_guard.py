@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_prune import sharding
+from lit_prune.distributed import shards
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,7 +30,7 @@ class WriteGuard(TorchDispatchMode):
         self._named = [(name, tensor) for name, tensor in tensors if not tensor.is_meta]
         self._checksums = [checksum(tensor) for _, tensor in self._named]
         self._guarded: dict[int, list[Tensor]] = {}
-        if sharding.any_sharded(tensor for _, tensor in self._named) is None:
+        if shards.any_sharded(tensor for _, tensor in self._named) is None:
             for _, tensor in self._named:
                 self._guarded.setdefault(_storage(tensor), []).append(tensor)
         # by the tensor's identity: the values before the batch, and by mark those at the mark, with their versions
@@ -94,7 +94,7 @@ class WriteGuard(TorchDispatchMode):
 
 def checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's bits as integers, on its device: a scalar that does not depend on rounding."""
-    values = sharding.local(tensor).detach()
+    values = shards.local(tensor).detach()
     if values.is_complex():
         values = torch.view_as_real(values)
     kind = _INTEGERS.get(values.element_size())

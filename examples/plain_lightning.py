@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_prune.callbacks import PruningReport, StructuredPruning  # lit_prune
+from lit_prune.callbacks import PruningReport, StructuredPruning
 
 
 class LanguageModel(L.LightningModule):

@@ -1,5 +1,6 @@
 """Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too."""
 
+from lit_prune._moved import install
 from lit_prune.architectures import (
     MLP,
     Architecture,
@@ -12,19 +13,21 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
-from lit_prune.checkpoint import rebuild_from_checkpoint
 from lit_prune.config import PruningConfig
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
-from lit_prune.export import save_pruned
-from lit_prune.importance import criteria, register_criterion
-from lit_prune.loading import load_pruned
+from lit_prune.io.huggingface import save_pruned
+from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
+from lit_prune.io.loading import load_pruned
 from lit_prune.pipeline import calibrate, make_plan, prune, repair
 from lit_prune.plan import PruningPlan, get_plan
-from lit_prune.selection import Limits
-from lit_prune.surgery import apply_plan
-from lit_prune.table import GroupTable
+from lit_prune.ranking.registry import criteria, register_criterion
+from lit_prune.ranking.selection import Limits
+from lit_prune.ranking.table import GroupTable
+from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
+
+install()
 
 __all__ = [
     "MLP",

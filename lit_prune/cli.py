@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from lit_prune._files import check_writable, write_text
 from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import (
     BIGGEST,
@@ -36,24 +37,23 @@ from lit_prune.arguments import (
     mapping_of,
     sequence_of,
 )
-from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
+from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
-from lit_prune.conversion import convert_checkpoint
 from lit_prune.errors import ArgumentValueError, PruningError
-from lit_prune.export import save_pruned, to_pretrained, write_pruned
-from lit_prune.files import check_writable, write_text
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.importance import criteria
-from lit_prune.loading import load_pruned
-from lit_prune.output_folder import check_replaceable, replacing_folder
+from lit_prune.io.conversion import convert_checkpoint
+from lit_prune.io.huggingface import save_pruned, to_pretrained, write_pruned
+from lit_prune.io.loading import load_pruned
+from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.pipeline import CALIBRATION, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
-from lit_prune.report import report_table, write_report
-from lit_prune.speed import tokens_per_second
-from lit_prune.statistics import Statistics
-from lit_prune.surgery import apply_plan
-from lit_prune.table import GroupTable
+from lit_prune.ranking.registry import criteria
+from lit_prune.ranking.table import GroupTable
+from lit_prune.reporting.page import report_table, write_report
+from lit_prune.reporting.throughput import tokens_per_second
+from lit_prune.surgery.apply import apply_plan
 from lit_prune.text_escape import for_console
+from lit_prune.user_errors import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
 from lit_prune.version import __version__
 
 PROGRAM = "lit-prune"
@@ -198,7 +198,7 @@ def convert(
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
     """
-    from lit_prune.training.loading import load_model, load_tokenizer
+    from lit_prune.io.sources import load_model, load_tokenizer
 
     check_replaceable(output, [checkpoint, model, *([] if tokenizer is None else [tokenizer])])
     dense: Any = load_model(model)
@@ -232,8 +232,8 @@ def export(
         pre_tokenizer: llama.cpp's name for how the tokenizer splits text; found out if not given.
         verify: Compare the weights with the checksums that were noted when they were saved.
     """
-    from lit_prune.gguf_export import check_output, save_gguf
-    from lit_prune.training.loading import gguf_file, load_tokenizer
+    from lit_prune.io.gguf import check_output, save_gguf
+    from lit_prune.io.sources import gguf_file, load_tokenizer
 
     check_output(output)
     tokenizer: Any = load_tokenizer(str(model)) if vocabulary is None else gguf_file(vocabulary)
@@ -302,7 +302,7 @@ class _Session:
     """A model, its tokenizer and text: what every command begins with."""
 
     def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
-        from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
+        from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
 
         self.device = _device(device)
         wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)

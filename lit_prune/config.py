@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.arguments import (
     CUTS,
@@ -27,17 +27,20 @@ from lit_prune.arguments import (
     pair,
     shown,
 )
+from lit_prune.calibration.statistics import GRADIENT_DTYPES, MODES
+from lit_prune.calibration.terms import Term
 from lit_prune.errors import ArgumentValueError
-from lit_prune.groups import GroupSet, count_parameters, count_removed
-from lit_prune.importance import NORMALIZATIONS, Term, criteria, get_criterion
-from lit_prune.plan import get_plan
-from lit_prune.repair import REPAIRS
-from lit_prune.selection import RATIO_OF, Limits, parameter_budget, select
-from lit_prune.statistics import GRADIENT_DTYPES, MODES
-from lit_prune.table import GroupTable
+from lit_prune.groups import GroupSet
+from lit_prune.ranking.model_table import group_table, model_size, original_sizes
+from lit_prune.ranking.registry import NORMALIZATIONS, criteria, get_criterion
+from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget, select
+from lit_prune.repair.refit import REPAIRS
 
 DEFAULT = "default"
+
+
 AUTO = "auto"
+
 
 # what importance="auto" chooses from; plain taylor is among them, so that it cannot lose to it but by noise
 CANDIDATES: dict[str, dict[str, float]] = {
@@ -46,10 +49,15 @@ CANDIDATES: dict[str, dict[str, float]] = {
     "fisher": {"fisher": 1.0},
     "taylor_batch + output_wanda": {"taylor_batch": 0.75, "output_wanda": 0.25},
 }
+
+
 HELD_BACK = 8
+
 
 # smaller or larger ones would vanish in float32, or be infinite
 _WEIGHT: Rule[float] = Rule("a number from 1e-6 to 1e6", Annotated[float, Field(ge=1e-6, le=1e6)])
+
+
 _RULES: dict[str, Rule] = {
     "importance": either(
         "the name of a criterion, or a mapping of names to positive weights (from 1e-6 to 1e6)",
@@ -88,7 +96,7 @@ class PruningConfig:
         offload_gradients: Accumulate those in CPU memory in place of the model's device.
         limits: Floors, protections and rounding.
         repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
-            :mod:`lit_prune.repair`.
+            :mod:`lit_prune.repair.refit`.
         seed: Seed of the criterion ``random``.
         compensation: Whether importance takes into account what ``"least_squares"`` will make up for: it is multiplied by the
             square root of the share of a group's contribution that the other groups at the same place cannot explain. Two
@@ -184,20 +192,3 @@ class PruningConfig:
         total, prunable = model_size(model, group_sets)
         reference = self.reference or (total, prunable)
         return parameter_budget(self.pruning_ratio, self.ratio_of, *reference) - (reference[0] - total)
-
-
-def model_size(model: nn.Module, group_sets: Sequence[GroupSet]) -> tuple[int, int]:
-    """Parameters of the model, and how many of them belong to groups."""
-    return count_parameters(model), count_removed(model, group_sets, [torch.arange(s.size) for s in group_sets])
-
-
-def group_table(model: nn.Module, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
-    """The group table, by the names and layers that everything had before blocks left in earlier cuts."""
-    plan = get_plan(model)
-    return GroupTable.build(group_sets if plan is None else [plan.original(s) for s in group_sets], importance)
-
-
-def original_sizes(model: nn.Module) -> dict[tuple[str, str], int]:
-    """Sizes of the group sets that earlier cuts made smaller, as they were before, by key."""
-    plan = get_plan(model)
-    return {} if plan is None else {e.key: e.size for e in plan.entries}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,53 +12,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_prune import sharding
+from lit_prune._moved import moved_names
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES
-from lit_prune.blocks import passed_over
-from lit_prune.config import DEFAULT, PruningConfig, group_table, original_sizes
-from lit_prune.distributed import Ranks, together
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.calibration.module_checks import check_computation
+from lit_prune.calibration.statistics import Statistics
+from lit_prune.config import DEFAULT, PruningConfig
+from lit_prune.distributed import shards
+from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
     ArgumentValueError,
-    CalibrationError,
     SmallBudgetError,
     UnsupportedModelError,
-    UnsupportedStrategyError,
 )
-from lit_prune.evaluation import evaluation_mode
-from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
-from lit_prune.importance import get_criterion, group_importance, mixed_importance
-from lit_prune.module_checks import check_computation, check_parameters
+from lit_prune.groups import GroupSet, check_names, count_parameters
 from lit_prune.plan import PruningPlan
-from lit_prune.references import suspended_hooks
-from lit_prune.repair import bias_fold, least_squares, unexplained_shares
-from lit_prune.selection import Limits, select
-from lit_prune.statistics import Statistics, collect_statistics
-from lit_prune.surgery import check_holders, cut, touched_parameters
-from lit_prune.table import GroupTable
+from lit_prune.ranking.candidates import masked_loss
+from lit_prune.ranking.importance import group_importance, mixed_importance
+from lit_prune.ranking.model_table import group_table, select_in_model
+from lit_prune.ranking.registry import get_criterion
+from lit_prune.ranking.table import GroupTable
+from lit_prune.repair.bias import bias_fold
+from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repair.refit import least_squares
+from lit_prune.surgery.apply import check_holders, cut
+from lit_prune.surgery.plan_cuts import touched_parameters
+from lit_prune.surgery.references import suspended_hooks
 
-_ROUNDS = 20
-
-
-def select_in_model(
-    model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, budget: int, limits: Limits
-) -> int:
-    """Mark in the table which groups stay, and give the number of parameters that leave.
-
-    Groups of different sets may share weights (a channel of all experts and a whole expert), which leave once but are in
-    the cost of both: as many groups more leave as that leaves short of the budget.
-    """
-    asked, best, chosen = budget, -1, table.kept
-    for _ in range(_ROUNDS):
-        table.kept = select(table, asked, limits, original_sizes(model))
-        removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
-        if best < removed <= budget:
-            best, chosen = removed, table.kept
-        if nominal == removed or 0 <= budget - removed < table.cost.min():
-            break
-        asked = nominal + budget - removed
-    table.kept = chosen
-    return best
+__getattr__ = moved_names("lit_prune.pipeline")
 
 
 def calibrate(
@@ -71,7 +54,7 @@ def calibrate(
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
-    """Collect what the configured criterion needs; see :func:`lit_prune.statistics.collect_statistics`.
+    """Collect what the configured criterion needs; see :func:`lit_prune.calibration.collect.collect_statistics`.
 
     Hooks of the parameters (``register_hook``, ``register_post_accumulate_grad_hook``) are not called meanwhile.
 
@@ -131,7 +114,7 @@ def make_plan(
         UnsupportedModelError: If the group sets are of another model.
         ValueError: If there are several candidates and no ``measure``.
     """
-    sharding.reshard(model)
+    shards.reshard(model)
     check_names(model, group_sets)
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before = count_parameters(model)
@@ -227,6 +210,8 @@ def prune(
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
+
+
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
 
 
@@ -248,8 +233,8 @@ def prune_with(
     Args:
         model: The model itself.
         data: Called with what the batches are for, ``"check"`` (one batch, see
-            :func:`lit_prune.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a repair could make up
-            for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
+            :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
+            repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
             run, with the batches, the same ones every time, and the loss function.
         config: The configuration.
         optimizers: Optimizers over the model's parameters, cut along.
@@ -360,78 +345,6 @@ def _unexplained(
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
     plan = first.then(later)
     return replace(plan, info={**plan.info, "iterations": iterations})
-
-
-@contextlib.contextmanager
-def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> Iterator[None]:
-    """Let the model compute what it would after the cut: its consumers do not read what is to leave. Undone at the end."""
-    by_key = {s.key: s for s in group_sets}
-    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for entry in plan.group_entries:
-                group_set = by_key[entry.key]
-                removed = group_set.kept_to_removed(entry.kept)
-                for part in group_set.masked:
-                    weight: Tensor = model.get_parameter(part.parameter)
-                    if sharding.is_sharded(weight) and sharding.sharded_dim(weight) == part.dim:
-                        raise UnsupportedStrategyError(
-                            f"{part.parameter!r} is sharded along dimension {part.dim}, along which its groups lie, so plans"
-                            f" cannot be compared by masks. Name one criterion in place of importance='auto'."
-                        )
-                    weight = sharding.local(weight)
-                    columns = part.index[removed].flatten().to(weight.device)
-                    before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
-                    weight.index_fill_(part.dim, columns, 0.0)
-        with passed_over(model, plan.removed_blocks):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, dim, columns, values in before:
-                tensor.index_copy_(dim, columns, values)
-
-
-@torch.no_grad()
-def masked_loss(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    plan: PruningPlan,
-    batches: Iterable[Any],
-    loss_fn: Callable[[Any], Tensor | None],
-    held_back: Callable[[int], bool],
-    *,
-    root: nn.Module | None = None,
-) -> float:
-    """Mean loss of the model, cut as planned, over the calibration batches that were held back (all, if none were).
-
-    Args:
-        model: The model; masked meanwhile.
-        group_sets: Its group sets.
-        plan: The plan.
-        batches: The calibration batches.
-        loss_fn: Runs one batch through the model and returns its loss.
-        held_back: Tells by its number whether a batch was held back.
-        root: The module that holds the model, if ``loss_fn`` runs more than the model.
-
-    Raises:
-        CalibrationError: If there is no batch.
-    """
-    losses: list[Tensor] = []
-    sharding.reshard(model)
-    with evaluation_mode(model if root is None else root), masked(model, group_sets, plan):
-        held = False
-        # one after the other, as a batch may come with state of the module that is of this batch only
-        for number, batch in enumerate(batches):
-            if held_back(number) and not held:
-                held, losses = True, []
-            if held and not held_back(number):
-                continue
-            loss = loss_fn(batch)
-            if isinstance(loss, Tensor):
-                losses.append(loss.float())
-    if not losses:
-        raise CalibrationError("No calibration batch gave a loss to choose a plan by.")
-    return float(torch.stack(losses).mean())
 
 
 def repair(

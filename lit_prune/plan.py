@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lit_prune._files import read_json, write_text
 from lit_prune.arguments import MOST_GROUPS
 from lit_prune.errors import PlanError, PruningError
-from lit_prune.files import read_json, write_text
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
 from lit_prune.modeling_pruned import from_ranges, local_name, to_ranges
@@ -79,7 +79,7 @@ class PruningPlan:
         entries: One for every group set that loses something, and for every list of blocks that does. What is named inside
             a block that leaves is left out.
         biases: Modules that have no bias in the dense model and get one when the plan is applied (see
-            :mod:`lit_prune.repair`).
+            :mod:`lit_prune.repair.refit`).
         info: How the plan came about (criterion, ratio, figures); plain JSON data that nothing depends on.
         sets: Name, kind and size of every group set of the model that the plan is for, by which another model is refused;
             empty if that is not known.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures import find_group_sets, find_model
-from lit_prune.blocks import passed_over
+from lit_prune.architectures.layers import passed_over
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, stack_of
 from lit_prune.plan import PruningPlan
-from lit_prune.surgery import apply_plan
+from lit_prune.surgery.apply import apply_plan
 
 
 @torch.no_grad()

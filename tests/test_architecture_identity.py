@@ -21,7 +21,8 @@ from lit_prune import (
     register_architecture,
     verify_architecture,
 )
-from lit_prune.architectures import architectures, base
+from lit_prune.architectures import architectures
+from lit_prune.architectures.registry import _REGISTRY
 
 CASE = {case.name: case for case in CASES}
 MLPS = (MLP("h.*", ("up",), "down"),)
@@ -30,7 +31,7 @@ MLPS = (MLP("h.*", ("up",), "down"),)
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """What a test registers is forgotten."""
-    monkeypatch.setattr("lit_prune.architectures.base._REGISTRY", list(base._REGISTRY))
+    monkeypatch.setattr("lit_prune.architectures.registry._REGISTRY", list(_REGISTRY))
 
 
 class Channels(nn.Module):
@@ -123,7 +124,7 @@ def test_a_class_is_named_as_an_object_or_by_where_it_is_defined_or_exported(mon
     own, other = model_class("Own"), model_class("Own", module="elsewhere.models")
     package.Own = own
     for reference in (own, "somewhere.models.Own", "somewhere.Own"):
-        base._REGISTRY[:] = [a for a in base._REGISTRY if a.name != "own"]
+        _REGISTRY[:] = [a for a in _REGISTRY if a.name != "own"]
         register_architecture(Architecture("own", (reference,), MLPS))
         assert len(find_group_sets(nn.ModuleList([own()]))) == 2
         with pytest.raises(UnsupportedModelError, match=r"has the name of somewhere\.[\w.]*Own, but is elsewhere"):

@@ -39,8 +39,8 @@ from lit_prune import (
     verify_architecture,
 )
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.export import load_pruned, save_pruned
-from lit_prune.selection import select
+from lit_prune.io.huggingface import load_pruned, save_pruned
+from lit_prune.ranking.selection import select
 
 CASE = {case.name: case for case in CASES}
 

@@ -27,9 +27,10 @@ from lit_prune import (
     repair,
 )
 from lit_prune.groups import BLOCK, count_parameters
-from lit_prune.importance import get_criterion, group_importance
-from lit_prune.pipeline import masked
-from lit_prune.selection import select
+from lit_prune.ranking.candidates import masked
+from lit_prune.ranking.importance import group_importance
+from lit_prune.ranking.registry import get_criterion
+from lit_prune.ranking.selection import select
 
 FAMILIES = {
     "llama": {},

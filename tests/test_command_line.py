@@ -13,12 +13,12 @@ import torch
 from local_assets import chains, write_model, write_text
 
 from lit_prune import PruningPlan, find_group_sets
+from lit_prune._files import write_text as write_file
 from lit_prune.cli import main
-from lit_prune.command_line import errors_as_sentences, reading
 from lit_prune.errors import ArgumentValueError, PruningError
-from lit_prune.files import write_text as write_file
 from lit_prune.training import CausalLMModule, TextDataModule
 from lit_prune.training.command_line import run
+from lit_prune.user_errors import errors_as_sentences, reading
 
 
 @pytest.fixture(scope="module")

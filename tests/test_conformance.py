@@ -28,10 +28,11 @@ from lit_prune import (
     make_plan,
     repair,
 )
-from lit_prune.export import load_pruned, save_pruned
+from lit_prune.calibration.collect import collect_statistics
 from lit_prune.groups import BLOCK
-from lit_prune.importance import get_criterion, group_importance
-from lit_prune.statistics import collect_statistics
+from lit_prune.io.huggingface import load_pruned, save_pruned
+from lit_prune.ranking.importance import group_importance
+from lit_prune.ranking.registry import get_criterion
 
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES]

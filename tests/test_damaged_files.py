@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny, uneven_kept
 from lit_prune import PlanError, PruningError, PruningPlan, UnsupportedModelError, apply_plan, find_group_sets
-from lit_prune.conversion import convert_checkpoint
-from lit_prune.export import save_pruned
-from lit_prune.files import read_json
-from lit_prune.gguf_export import check_output
-from lit_prune.loading import load_pruned
-from lit_prune.manifest import MANIFEST
+from lit_prune._files import read_json
+from lit_prune.io.conversion import convert_checkpoint
+from lit_prune.io.gguf import check_output
+from lit_prune.io.huggingface import save_pruned
+from lit_prune.io.loading import load_pruned
+from lit_prune.io.manifest import MANIFEST
+from lit_prune.io.sources import gguf_file, load_model
 from lit_prune.modeling_pruned import PrunedModelError, from_ranges
 from lit_prune.plan import PlanEntry
-from lit_prune.training.loading import gguf_file, load_model
 
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 100_000
@@ -197,7 +197,7 @@ def test_checksums_tell_other_weights(copy_of, tmp_path):
         load_pruned(folder)
         with pytest.raises(PruningError, match=rf"{file.name} is not the file that was saved: its SHA-256"):
             load_pruned(folder, verify=True)
-    put(folder, MANIFEST, '{"format": "lit_prune.files", "version": 1, "files": {"../x.safetensors": {}}}')
+    put(folder, MANIFEST, '{"format": "lit_prune._files", "version": 1, "files": {"../x.safetensors": {}}}')
     with pytest.raises(PruningError, match=r"names '\.\./x\.safetensors'"):
         load_pruned(folder, verify=True)
     (folder / MANIFEST).unlink()

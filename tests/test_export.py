@@ -47,7 +47,7 @@ from lit_prune import (
     repair,
 )
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.export import convert_checkpoint, load_pruned, save_pruned, to_pretrained
+from lit_prune.io.huggingface import convert_checkpoint, load_pruned, save_pruned, to_pretrained
 from lit_prune.modeling_pruned import PrunedModelError, from_ranges, resize, to_ranges
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_prune import Limits, PruningPlan, apply_plan, find_group_sets
 from lit_prune.groups import count_parameters
-from lit_prune.selection import parameter_budget, select
-from lit_prune.table import GroupTable
+from lit_prune.ranking.selection import parameter_budget, select
+from lit_prune.ranking.table import GroupTable
 
 ROOT = Path(__file__).resolve().parent.parent
 

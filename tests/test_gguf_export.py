@@ -21,9 +21,9 @@ from lit_prune import (
     make_plan,
     repair,
 )
-from lit_prune.gguf_export import save_gguf
+from lit_prune.io.gguf import save_gguf
+from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
 from lit_prune.training.data import EMBEDDED, load_texts
-from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")

@@ -15,18 +15,10 @@ from local_assets import chains, write_model, write_text
 from test_pruning import fit, pruning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune import (
-    GroupTable,
-    PruningConfig,
-    PruningPlan,
-    find_group_sets,
-    get_plan,
-    load_pruned,
-    prune,
-)
+from lit_prune import GroupTable, PruningConfig, PruningPlan, find_group_sets, get_plan, load_pruned, prune
 from lit_prune.cli import main
+from lit_prune.io.sources import load_tokenizer
 from lit_prune.training.data import load_texts, pack
-from lit_prune.training.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -18,20 +18,13 @@ from torch.utils.data import DataLoader
 
 import lit_prune
 from conftest import tiny, uneven_kept, unsettled
-from lit_prune import (
-    Limits,
-    PruningConfig,
-    PruningPlan,
-    UnsupportedModelError,
-    apply_plan,
-    find_group_sets,
-    find_model,
-)
+from lit_prune import Limits, PruningConfig, PruningPlan, UnsupportedModelError, apply_plan, find_group_sets, find_model
+from lit_prune.architectures.weight_checks import check_parameters
+from lit_prune.calibration.module_checks import check_computation
 from lit_prune.callbacks import StructuredPruning
 from lit_prune.errors import PlanError
-from lit_prune.export import load_pruned, save_pruned
-from lit_prune.module_checks import check_computation, check_parameters
-from lit_prune.repair import least_squares
+from lit_prune.io.huggingface import load_pruned, save_pruned
+from lit_prune.repair.refit import least_squares
 
 CASE = {case.name: case for case in CASES}
 BATCHES = [{"input_ids": random_ids(seed), "labels": random_ids(seed)} for seed in range(3)]

@@ -13,9 +13,10 @@ from optimizer_cases import BUILDERS, step
 from conftest import tiny
 from lit_prune import PruningConfig, PruningPlan, apply_plan, find_group_sets, get_plan, prune
 from lit_prune.errors import OptimizerStateError
-from lit_prune.optimizer_search import find_optimizers, states
-from lit_prune.optimizer_state import tensors_in
-from lit_prune.surgery import cut, parameter_cuts
+from lit_prune.surgery.apply import cut
+from lit_prune.surgery.optimizer_search import find_optimizers, states
+from lit_prune.surgery.optimizer_state import tensors_in
+from lit_prune.surgery.plan_cuts import parameter_cuts
 
 # their state is no tensor of the parameter's shape, or cannot be told from one that is not: factors of rows and columns
 # without the other dimension, preconditioners, projectors, flat vectors, quantised blocks, what is kept by name

@@ -18,10 +18,10 @@ from local_assets import chains, write_model, write_text
 from test_export import pruned
 
 from lit_prune import PruningError, load_pruned, save_pruned
+from lit_prune._files import check_writable, replacing, replacing_files
 from lit_prune.cli import main
-from lit_prune.files import check_writable, replacing, replacing_files
-from lit_prune.manifest import MANIFEST
-from lit_prune.output_folder import check_replaceable, is_mount_point, leftover, replacing_folder
+from lit_prune.io.manifest import MANIFEST
+from lit_prune.io.output_folder import check_replaceable, is_mount_point, leftover, replacing_folder
 
 CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 
@@ -91,7 +91,7 @@ def test_what_appears_while_the_model_is_written_is_kept(model):
         {"config.json": "[" * 100_000},
         {"config.json": '{"pruning": {"digest": 5}}'},
         {MANIFEST: "null", "config.json": "{}"},
-        {MANIFEST: '{"format": "lit_prune.files", "version": 1, "files": {"../notes": {}}}'},
+        {MANIFEST: '{"format": "lit_prune._files", "version": 1, "files": {"../notes": {}}}'},
         {"notes.txt": "precious"},
     ],
 )

@@ -18,15 +18,17 @@ from transformers import AutoModelForMultipleChoice, BatchEncoding, BertConfig, 
 from conftest import SMALL, uneven_kept, unsettled
 from lit_prune import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
 from lit_prune.architectures import Positions, architectures
-from lit_prune.architectures.base import _REGISTRY
+from lit_prune.architectures.registry import _REGISTRY
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.calibration.mask_shapes import seen_positions, visible
+from lit_prune.calibration.token_masks import TokenMasks, output_mask
 from lit_prune.config import PruningConfig
-from lit_prune.importance import get_criterion, group_importance
-from lit_prune.mask_shapes import seen_positions, visible
 from lit_prune.pipeline import prune
 from lit_prune.plan import PruningPlan
-from lit_prune.repair import least_squares, unexplained_shares
-from lit_prune.statistics import collect_statistics
-from lit_prune.token_masks import TokenMasks, output_mask
+from lit_prune.ranking.importance import group_importance
+from lit_prune.ranking.registry import get_criterion
+from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repair.refit import least_squares
 
 LENGTHS = torch.tensor([12, 9, 11, 7, 12, 10])
 TARGETS = torch.tensor([8, 12, 5, 9, 11, 12])
@@ -317,7 +319,7 @@ def test_every_architecture_counts_the_real_tokens_of_each_sequence(case):
 
 
 def _arguments(root: nn.Module) -> tuple[str, ...]:
-    from lit_prune.token_masks import _parameters
+    from lit_prune.calibration.token_masks import _parameters
 
     return _parameters(find_model(root)[1])
 

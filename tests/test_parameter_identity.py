@@ -12,7 +12,7 @@ from torch import nn
 from conftest import tiny, uneven_kept, zeroed
 from lit_prune import PruningConfig, PruningPlan, apply_plan, find_group_sets, get_plan, prune
 from lit_prune.errors import OptimizerStateError, ReferenceHeldError, UnsupportedModelError
-from lit_prune.surgery import cut
+from lit_prune.surgery.apply import cut
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

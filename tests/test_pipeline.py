@@ -22,9 +22,11 @@ from lit_prune import (
     prune,
     repair,
 )
-from lit_prune.config import CANDIDATES, model_size
-from lit_prune.importance import get_criterion, group_importance, mixed_importance
-from lit_prune.pipeline import masked, masked_loss
+from lit_prune.config import CANDIDATES
+from lit_prune.ranking.candidates import masked, masked_loss
+from lit_prune.ranking.importance import group_importance, mixed_importance
+from lit_prune.ranking.model_table import model_size
+from lit_prune.ranking.registry import get_criterion
 
 
 def prune_config(**options) -> PruningConfig:

@@ -14,8 +14,8 @@ from torch import nn
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, repair
 from lit_prune.groups import count_parameters
-from lit_prune.selection import Limits
-from lit_prune.training.loading import load_model, load_tokenizer
+from lit_prune.io.sources import load_model, load_tokenizer
+from lit_prune.ranking.selection import Limits
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,8 +10,11 @@ import torch
 
 from conftest import SMALL, tiny, uneven_kept
 from lit_prune import PruningConfig, PruningPlan, apply_plan, calibrate, find_group_sets, make_plan
-from lit_prune.repair import bias_fold, least_squares, ridge, unexplained_share, unexplained_shares
-from lit_prune.statistics import collect_statistics
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.repair.bias import bias_fold
+from lit_prune.repair.redundancy import unexplained_share, unexplained_shares
+from lit_prune.repair.refit import least_squares
+from lit_prune.repair.regression import ridge
 
 
 def data(tokens=200, inputs=12, outputs=5):

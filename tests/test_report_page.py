@@ -12,7 +12,8 @@ from matplotlib.image import imread
 
 from conftest import tiny
 from lit_prune import PruningConfig, find_group_sets, make_plan
-from lit_prune.report import html_report, importance_figure, pictures, score_figure, timeline_figure, write_report
+from lit_prune.reporting.page import html_report, write_report
+from lit_prune.reporting.plots import importance_figure, pictures, score_figure, timeline_figure
 
 FIGURES = {
     "dense": {"parameters": 1000.0, "val_perplexity": 26.0},

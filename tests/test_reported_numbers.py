@@ -16,7 +16,7 @@ from test_pruning import fit, pruning
 from conftest import tiny
 from lit_prune import GroupTable, PruningConfig, PruningPlan, apply_plan, find_group_sets, get_plan, load_pruned, prune
 from lit_prune.callbacks import PruningReport, Stage
-from lit_prune.export import save_pruned
+from lit_prune.io.huggingface import save_pruned
 from lit_prune.plan import AFTER, BEFORE
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5For
 
 from conftest import tiny, uneven_kept
 from lit_prune import PruningPlan, UnsupportedModelError, apply_plan, find_group_sets, load_pruned
-from lit_prune.export import to_pretrained
-from lit_prune.surgery import cut
+from lit_prune.io.huggingface import to_pretrained
+from lit_prune.surgery.apply import cut
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny
 from lit_prune import BudgetError, CalibrationError, GroupTable, Limits, PlanError, PruningPlan, find_group_sets
 from lit_prune.plan import PlanEntry
-from lit_prune.selection import parameter_budget, select
+from lit_prune.ranking.selection import parameter_budget, select
 
 
 def table_of(*sets: tuple[str, int, list[float]], layers=None) -> GroupTable:

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SMALL, tiny
 from lit_prune import CalibrationError, find_group_sets
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.calibration.reduce import pieces, product_lines
 from lit_prune.groups import GroupSet, Slice
-from lit_prune.importance import criteria, get_criterion, group_importance, register_criterion
-from lit_prune.reduction import pieces, product_lines
-from lit_prune.statistics import collect_statistics
+from lit_prune.ranking.importance import group_importance
+from lit_prune.ranking.registry import criteria, get_criterion, register_criterion
 
 GRADIENT = ["taylor", "taylor_2nd", "taylor_batch", "second_order"]
 
@@ -442,7 +443,7 @@ def test_pieces_cover_every_element_once_and_stay_small():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_lines_equal_whole_tensors(monkeypatch, dtype):
-    monkeypatch.setattr("lit_prune.reduction.CPU_PIECE", 64)
+    monkeypatch.setattr("lit_prune.calibration.reduce.CPU_PIECE", 64)
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(3, 5, 40, generator=generator).to(dtype) for _ in range(2))
     lines = {dim: torch.zeros(weight.shape[dim]) for dim in range(3)}

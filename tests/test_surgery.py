@@ -9,7 +9,7 @@ import torch
 
 from conftest import tiny, uneven_kept, zeroed
 from lit_prune import PlanError, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
-from lit_prune.surgery import parameter_cuts
+from lit_prune.surgery.plan_cuts import parameter_cuts
 
 FAMILIES = {
     "llama": {},

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from conftest import tiny
 from lit_prune import GroupTable, PruningConfig, PruningPlan, apply_plan, find_group_sets, make_plan
-from lit_prune.export import model_card, to_pretrained
-from lit_prune.report import report_table, write_report
+from lit_prune.io.huggingface import model_card, to_pretrained
+from lit_prune.reporting.page import report_table, write_report
 from lit_prune.text_escape import for_console, for_html, for_markdown, for_plot, one_line
 
 NASTY = [

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 from lit_prune import find_group_sets  # noqa: E402
-from lit_prune.files import write_text  # noqa: E402
+from lit_prune._files import write_text  # noqa: E402
 
 EMPTY = "test_loses_whole_layers"
 COLUMNS = {

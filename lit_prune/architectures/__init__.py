@@ -1,21 +1,19 @@
 """Finds the groups of a model. Every file but the machinery (base, adapt, traced) is nothing but descriptions."""
 
 # importing a file registers what it describes
-from lit_prune.architectures import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.arguments import Positions
-from lit_prune.architectures.base import (
-    MLP,
+from lit_prune.architectures.components import MLP, Attention, Block
+from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures.families.experts import ExpertChannels, Experts
+from lit_prune.architectures.families.torch_modules import MultiheadAttention
+from lit_prune.architectures.registry import (
     Architecture,
-    Attention,
-    Block,
     architectures,
     find_group_sets,
     find_model,
     register_architecture,
 )
-from lit_prune.architectures.experts import ExpertChannels, Experts
-from lit_prune.architectures.torch_modules import MultiheadAttention
-from lit_prune.architectures.traced import Traced
+from lit_prune.architectures.tracing.traced import Traced
 
 __all__ = [
     "MLP",

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from lit_prune.arguments import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, RATIO, TEXT, count, optional
 from lit_prune.errors import ArgumentValueError
+from lit_prune.io.sources import load_tokenizer
 from lit_prune.training.command_line import PruningCLI, run
 from lit_prune.training.data import FILES, SEED, load_texts
-from lit_prune.training.loading import load_tokenizer
 
 
 class TextClassifierModule(pl.LightningModule):

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.command_line import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences
+from lit_prune.user_errors import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences
 
 
 class PruningCLI(LightningCLI):

@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from lit_prune.arguments import COUNT, FLAG, NATURAL, RATIO, TEXT, Rule, count, either, optional, sequence_of
-from lit_prune.command_line import reading
 from lit_prune.errors import ArgumentValueError
-from lit_prune.training.loading import load_tokenizer
+from lit_prune.io.sources import load_tokenizer
+from lit_prune.user_errors import reading
 
 EMBEDDED = "python-docs"
 _FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}

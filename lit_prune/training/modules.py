@@ -13,20 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
-from lit_prune.arguments import (
-    FLAG,
-    FRACTION,
-    NATURAL,
-    NOT_NEGATIVE,
-    POSITIVE,
-    TEXT,
-    choice,
-    optional,
-    pair,
-)
-from lit_prune.checkpoint import rebuild_from_checkpoint
+from lit_prune.arguments import FLAG, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, TEXT, choice, optional, pair
 from lit_prune.errors import ArgumentValueError
-from lit_prune.training.loading import load_model
+from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
+from lit_prune.io.sources import load_model
 from lit_prune.training.sharded import empty_model, read_shards, shard_model
 
 IGNORED = -100

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from lit_prune._files import replacing
 from lit_prune.architectures import find_group_sets
+from lit_prune.distributed.shards import local_range
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.files import replacing
-from lit_prune.sharding import local_range
 
 
 def empty_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **config: Any) -> nn.Module:

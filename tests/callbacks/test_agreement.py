@@ -17,7 +17,7 @@ from test_pruning import pruning
 
 import lit_prune.pipeline
 from lit_prune import CalibrationError, PruningError
-from lit_prune.distributed import Ranks
+from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import PlanError, RankError
 
 

@@ -15,9 +15,9 @@ from test_schedule import Saved
 from conftest import tiny
 from lit_prune import UnsupportedModelError, get_plan
 from lit_prune.callbacks import Distillation, PruningReport, Stage
-from lit_prune.callbacks.recovery import distillation_loss, hidden_state_loss
-from lit_prune.export import convert_checkpoint, load_pruned
-from lit_prune.report import kept_figure
+from lit_prune.callbacks.distillation import distillation_loss, hidden_state_loss
+from lit_prune.io.huggingface import convert_checkpoint, load_pruned
+from lit_prune.reporting.plots import kept_figure
 
 KINDS = ("attention", "mlp", "block")
 

@@ -29,11 +29,11 @@ from lit_prune import (
     find_group_sets,
     make_plan,
     register_architecture,
-    sharding,
 )
 from lit_prune.callbacks import Stage
+from lit_prune.distributed import shards
+from lit_prune.io.sources import load_model
 from lit_prune.training import CausalLMModule
-from lit_prune.training.loading import load_model
 from lit_prune.training.sharded import consolidate, empty_model, read_shards
 
 
@@ -70,7 +70,7 @@ class Watch(pl.Callback):
     """Sees that parameters stay sharded, and that every gradient reaches calibration as a shard."""
 
     def on_pruning_start(self, trainer, pl_module, pruning):
-        sharding.reshard(pl_module)
+        shards.reshard(pl_module)
         self.seen = 0
         self.parameters = list(pl_module.parameters())
         self.handles = [pl_module.inner["lm"].register_forward_pre_hook(self.take_hold)]
@@ -95,7 +95,7 @@ class Watch(pl.Callback):
         for handle in self.handles:
             handle.remove()
         assert (self.seen > 0) == (pruning.config.importance not in ("wanda", "magnitude"))
-        sharding.reshard(pl_module)
+        shards.reshard(pl_module)
         for name, parameter in pl_module.named_parameters():
             assert isinstance(parameter, DTensor), name
             local = parameter.to_local()
@@ -111,10 +111,10 @@ def whole_state(module: torch.nn.Module) -> dict:
 
 
 def finish(folder: str, name: str, trainer: pl.Trainer, callback, module) -> None:
-    sharding.reshard(module)
+    shards.reshard(module)
     optimizer = trainer.optimizers[0]
     state = {
-        name: {k: sharding.full(v) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+        name: {k: shards.full(v) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
         for name, p in module.named_parameters()
         if p in optimizer.state
     }

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from conftest import tiny, unsettled
 from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, Stage
-from lit_prune.callbacks.recovery import distillation_loss, hidden_state_loss
+from lit_prune.callbacks.distillation import distillation_loss, hidden_state_loss
 from lit_prune.errors import UnsupportedCallbackError
 
 

@@ -19,9 +19,10 @@ from test_schedule import Saved
 from conftest import tiny
 from lit_prune import GroupTable, PruningPlan, find_group_sets
 from lit_prune.callbacks import PruningReport, Stage
-from lit_prune.export import load_pruned
-from lit_prune.report import kept_figure, report_table
-from lit_prune.speed import tokens_per_second
+from lit_prune.io.huggingface import load_pruned
+from lit_prune.reporting.page import report_table
+from lit_prune.reporting.plots import kept_figure
+from lit_prune.reporting.throughput import tokens_per_second
 
 
 def test_everything_is_written_and_agrees(tmp_path, capsys):

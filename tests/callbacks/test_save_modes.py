@@ -18,10 +18,11 @@ from test_resume import Loadable, Tested, quiet
 from torch.distributed.tensor import DTensor
 
 from conftest import tiny, uneven_kept
-from lit_prune import PlanError, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan, sharding
+from lit_prune import PlanError, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
 from lit_prune.callbacks import LoRARecovery, Stage
-from lit_prune.checkpoint import KEY
-from lit_prune.export import convert_checkpoint
+from lit_prune.distributed import shards
+from lit_prune.io.huggingface import convert_checkpoint
+from lit_prune.io.lightning_checkpoint import KEY
 from lit_prune.training.sharded import consolidate
 
 
@@ -303,8 +304,8 @@ def saved_sharded(folder: str) -> None:
             again = type(module)()
             options = {"strategy": strategy()} if name != "ddp" else {}
             trainer_of(RANKS, cut(), **options).validate(again, ckpt_path=path, verbose=False)
-            sharding.reshard(again)
-            sharding.reshard(module)
+            shards.reshard(again)
+            shards.reshard(module)
             for (key, a), b in zip(again.named_parameters(), module.parameters(), strict=True):
                 if isinstance(a, DTensor):
                     a, b = a.full_tensor(), b.full_tensor()

@@ -10,7 +10,7 @@ from local_assets import EOS, write_model
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny
-from lit_prune.training.loading import gguf_file, load_model, load_tokenizer
+from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
 
 
 def test_a_directory_gives_its_weights_and_its_tokenizer(tmp_path, tokens):

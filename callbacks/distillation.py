@@ -1,0 +1,376 @@
+"""Distillation: the dense model teaches the pruned one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lit_prune._files import replacing
+from lit_prune.arguments import (
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    TEXT,
+    Rule,
+    choice,
+    optional,
+)
+from lit_prune.calibration.token_masks import has_decoder, output_mask
+from lit_prune.callbacks.output import check_output, warn_if_unwritten
+from lit_prune.callbacks.packages import is_a
+from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks
+from lit_prune.callbacks.runs import PerModule
+from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedStrategyError
+from lit_prune.io.lightning_checkpoint import plan_digest
+from lit_prune.io.sources import load_model
+from lit_prune.plan import get_plan
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+_WEIGHT: Rule[float] = Rule("a number above 0, at most 1", Annotated[float, Field(gt=0, le=1)])
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    r"""Mean over tokens of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))`.
+
+    Args:
+        student: Logits s, shape ``(..., classes)``.
+        teacher: Logits t, same shape.
+        temperature: T, positive.
+        mask: Tokens that count, of the shape of ``student`` without its last dimension.
+
+    Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    log_student = functional.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _masked_mean(divergence, mask)
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Mean over layers of the squared error of hidden states, relative to the mean square of the teacher's.
+
+    Args:
+        student: Hidden states after each layer, shape ``(batch, tokens, hidden)``; cutting leaves their width as it was.
+        teacher: The same of the teacher.
+        mask: Tokens that count, shape ``(batch, tokens)``.
+    """
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        error = (s.float() - t.float()).square().mean(-1)
+        losses.append(_masked_mean(error, mask) / _masked_mean(t.float().square().mean(-1), mask))
+    return torch.stack(losses).mean()
+
+
+def _taught_layers(student: nn.Module, teacher: nn.Module, layers: int) -> list[int]:
+    """Which of the teacher's layers every layer of the student learns from: the one it was, and the last one the last."""
+    kept = [{e.name: e.kept for e in plan.blocks} if (plan := get_plan(m)) else {} for m in (student, teacher)]
+    if kept[0] == kept[1]:
+        return list(range(layers))
+    ((stack, ours),) = kept[0].items()
+    theirs = kept[1].get(stack, tuple(range(layers)))
+    return [*(theirs.index(layer) for layer in ours[:-1]), layers - 1]
+
+
+def _hidden_states(output: Any) -> Sequence[Tensor]:
+    """The hidden states after each layer, those of the decoder if there are two stacks."""
+    name = "decoder_hidden_states" if hasattr(output, "decoder_hidden_states") else "hidden_states"
+    return getattr(output, name)[1:]
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or mask.shape != values.shape:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """Whether the cut, and with it the teaching, has begun, and which copy of the dense model teaches."""
+
+    active: bool = False
+    copy: str | None = None
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and norm."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        total, norm = tensor.sum(dtype=dtype).item(), torch.linalg.vector_norm(tensor, dtype=dtype).item()
+        digest.update(f"{name} {tuple(tensor.shape)} {total} {norm}\n".encode())
+    return digest.hexdigest()
+
+
+class Distillation(Callback):
+    """Let the pruned model learn from the dense one, beside the module's own loss.
+
+    From the cut on, the loss of every training step is ``(1 - weight) * own loss + weight * distillation_loss
+    + hidden_weight * hidden_state_loss``, logged as ``distillation_loss`` (and ``hidden_state_loss``). Calibration for
+    later cuts runs on the module's own loss alone.
+
+    The teacher is a frozen copy of the model as it was before the first cut, or a model that lies on disk and is loaded
+    once. A copy costs the memory of the dense weights and, for a run that is to be resumed, a ``directory`` to be written
+    to once: checkpoints do not carry it.
+
+    Args:
+        weight: Weight of the distillation loss, in (0, 1].
+        temperature: Temperature of the softmaxes, positive.
+        hidden_weight: Weight of the loss on hidden states; 0 leaves them out.
+        teacher: A directory in Hugging Face format, hub name, GGUF file or ``package:NAME`` to load the teacher from, in
+            place of copying the dense model.
+        directory: Where to keep the copy's weights for resumed runs, as ``teacher.safetensors``.
+        dtype: Data type of the teacher, ``"bfloat16"`` for instance to halve its memory; the model's own if ``None``.
+
+    Raises:
+        ArgumentTypeError: If an argument is of another type.
+        ArgumentValueError: If one is out of its range, or both ``teacher`` and ``directory`` are given.
+
+    Example::
+
+        Trainer(callbacks=[StructuredPruning(), Distillation(weight=0.7, temperature=2.0)])
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.5,
+        temperature: float = 2.0,
+        hidden_weight: float = 0.0,
+        teacher: str | None = None,
+        directory: str | Path | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = _WEIGHT.check("weight", weight)
+        self.temperature = POSITIVE.check("temperature", temperature)
+        self.hidden_weight = NOT_NEGATIVE.check("hidden_weight", hidden_weight)
+        self.teacher = optional(TEXT).check("teacher", teacher)
+        self.directory = optional(PATH).check("directory", directory)
+        if teacher is not None and directory is not None:
+            raise ArgumentValueError(
+                f"A teacher from disk ({teacher!r}) is not copied: leave directory={str(directory)!r} out."
+            )
+        name = optional(choice(*_DTYPES)).check("dtype", dtype)
+        self.dtype = None if name is None else getattr(torch, name)
+        self._state: PerModule[_Teaching] = PerModule(_Teaching)
+        self._model: nn.Module | None = None
+        self._held: str | None = None
+        self._terms: list[tuple[Tensor, Tensor | None]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _file(self) -> Path | None:
+        return None if self.directory is None else self.directory / "teacher.safetensors"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that the Trainer leaves room for another loss."""
+        # an error ends a fit without teardown
+        self._detach()
+        self._state.begin(pl_module)
+        if stage != "fit":
+            return
+        if is_a(trainer.strategy, ModelParallelStrategy):
+            raise UnsupportedStrategyError(
+                "Distillation holds a whole teacher on every process, which ModelParallelStrategy is there to avoid. Use DDP"
+                " or one device, or distil in a run of its own."
+            )
+        if not pl_module.automatic_optimization:
+            raise PruningError(
+                f"Distillation adds to the loss that training_step returns, and {type(pl_module).__name__} optimizes by"
+                " hand (automatic_optimization=False). Call lit_prune.callbacks.distillation.distillation_loss in its step."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the copy can be written."""
+        if self.directory is not None:
+            check_output(trainer, self.directory)
+
+    def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Copy the dense model, before the first cut."""
+        copied = pruning.stages_done > 0 and self._state.value.copy is not None
+        if copied or self.teacher is not None or pruning.dry_run:
+            return
+        self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
+        self._held = _fingerprint(self._model)
+        self._state.value = _Teaching(copy=self._held)
+        if self._file is not None and trainer.is_global_zero:
+            with warn_if_unwritten("the copy that a resumed run needs", self._file), replacing(self._file) as name:
+                save_weights(self._model, name, metadata={"copy": self._held})
+
+    def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        """Begin to teach."""
+        del trainer
+        if not pruning.dry_run:
+            self._state.value = replace(self._state.value, active=True)
+            if not self._undo:
+                self._attach(pl_module, pruning.model(pl_module))
+
+    def on_pruning_load_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        pruning: StructuredPruning,
+        checkpoint: Mapping[str, Any],
+    ) -> None:
+        """Take the copy of a run that is being resumed from disk, while the model still has the dense one's shapes."""
+        states = checkpoint.get("callbacks", {})
+        teaching = states.get(self.state_key, {})
+        cut = states.get(pruning.state_key, {}).get("stages_done", 0) > 0
+        wanted = teaching.get("copy")
+        if not (cut and (wanted or teaching.get("active"))) or self.teacher is not None or not trainer.training:
+            return
+        if wanted is not None and wanted == self._held:
+            return
+        if self._file is None or not self._file.exists():
+            raise PruningError(
+                f"The checkpoint is of a run that learns from a copy of the dense model, which is not at {self._file}. Give"
+                " Distillation the directory that the run wrote it to, or teacher= to load one."
+            )
+        with safe_open(str(self._file), "pt") as file:
+            found = (file.metadata() or {}).get("copy")
+        if wanted != found:
+            raise PruningError(
+                f"The copy of the dense model at {self._file} is of another model than that of the checkpoint's run (a later"
+                " run has written over it). Give Distillation a directory of its own for every run, or teacher= to load one."
+            )
+        model = pruning.model(pl_module)
+        state = checkpoint["callbacks"][pruning.state_key]
+        if plan_digest(model) != state["digests"]["start"]:
+            raise PruningError(
+                "To resume with a teacher, give the module as it was when the run began, not a pruned one."
+            )
+        self._model = copy.deepcopy(model)
+        load_weights(self._model, str(self._file))
+        self._frozen(self._model, pl_module)
+        self._held = wanted
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on teaching in a resumed run."""
+        if not _any_cut(trainer):
+            self._state.reset()
+        elif self._state.value.active and not self._undo:
+            self._attach(pl_module, _pruning_callbacks(trainer)[0].model(pl_module))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        del trainer, pl_module, stage
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _frozen(self, model: nn.Module, pl_module: pl.LightningModule) -> nn.Module:
+        for parameter in model.parameters():
+            parameter.grad = None
+        return model.requires_grad_(False).eval().to(device=pl_module.device, dtype=self.dtype)
+
+    def _attach(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        if self.teacher is None and (self._model is None or self._held != self._state.value.copy):
+            raise PruningError(
+                "Distillation does not hold the copy of the dense model that this run learns from: it has copied another"
+                " model since. Use one Distillation for each run, or resume from a checkpoint with directory=."
+            )
+        if self._model is None:
+            assert self.teacher is not None
+            dtype = self.dtype or next(model.parameters()).dtype
+            self._model = self._frozen(load_model(self.teacher, dtype=dtype), pl_module)
+        self._model.to(pl_module.device)
+        if self.hidden_weight:
+            handle = model.register_forward_pre_hook(self._ask_for_hidden_states(pl_module), with_kwargs=True)
+            self._undo.append(handle.remove)
+        self._undo.append(model.register_forward_hook(self._compare(pl_module), with_kwargs=True).remove)
+        own = pl_module.training_step
+        before = pl_module.__dict__.get("training_step")
+
+        @functools.wraps(own)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._terms.clear()
+            return self._added(pl_module, own(*args, **kwargs))
+
+        def restore() -> None:
+            if before is None:
+                del pl_module.__dict__["training_step"]
+            else:
+                pl_module.__dict__["training_step"] = before
+
+        pl_module.__dict__["training_step"] = training_step
+        self._undo.append(restore)
+
+    def _ask_for_hidden_states(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return (args, {**kwargs, "output_hidden_states": True}) if pl_module.training else None
+
+        return hook
+
+    def _compare(self, pl_module: pl.LightningModule) -> Callable[..., None]:
+        def hook(student: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            # calibration and validation run in eval mode
+            if not pl_module.training:
+                return
+            assert self._model is not None
+            if getattr(output, "logits", None) is None:
+                raise PruningError(
+                    f"Distillation compares logits; the model's output is a {type(output).__name__} without any."
+                )
+            # some decoders read the labels, shifted by one
+            inputs = {name: value for name, value in kwargs.items() if name != "labels" or has_decoder(student)}
+            with torch.no_grad():
+                taught = self._model(*args, **inputs)
+            mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
+            kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
+            hidden = None
+            if self.hidden_weight:
+                states = _hidden_states(taught)
+                states = [states[layer] for layer in _taught_layers(student, self._model, len(states))]
+                mask = output_mask(student, args, kwargs, states[0].shape[:-1])
+                hidden = hidden_state_loss(_hidden_states(output), states, mask)
+            self._terms.append((kl, hidden))
+
+        return hook
+
+    def _added(self, pl_module: pl.LightningModule, output: Any) -> Any:
+        if output is None or not pl_module.training:
+            return output
+        if not self._terms:
+            raise PruningError(
+                "training_step did not run the forward of the model that was pruned (it may call parts of it), so there is"
+                " nothing for Distillation to compare. Call the model itself."
+            )
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        kl = torch.stack([k for k, _ in self._terms]).mean()
+        pl_module.log("distillation_loss", kl.detach())
+        total = (1 - self.weight) * loss + self.weight * kl
+        hidden = [h for _, h in self._terms if h is not None]
+        if hidden:
+            mean = torch.stack(hidden).mean()
+            pl_module.log("hidden_state_loss", mean.detach())
+            total = total + self.hidden_weight * mean
+        self._terms.clear()
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the cut, and with it the teaching, has begun."""
+        return asdict(self._state.value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self._state.value = _Teaching(state_dict["active"], state_dict.get("copy"))

@@ -1,0 +1,317 @@
+"""Which description a model has, and the search that turns description and model into group sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lit_prune.architectures.arguments import POSITIONS, Positions
+from lit_prune.architectures.components import Block
+from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
+from lit_prune.plan import get_plan
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models whose groups one description finds.
+
+    Args:
+        name: Name of the family.
+        models: Classes; a model belongs to the family if its class or one of its base classes is among them. Each is the class
+            itself, or its dotted name (``"my_package.models.MyGPT"``, also of a module that exports it), which imports
+            nothing; or its bare name (``"MyGPT"``), which means any class of that name that the description fits.
+        blocks: The descriptions of the parts that hold groups.
+        check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
+            fit all the same, because of an option in its config for instance.
+        depth: Where a model says how many blocks it has, and anything for each of them, so that it can follow when whole
+            blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
+            list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
+            ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
+        arguments: Names that the forwards in such a model give sequences and their masks, where they are none of
+            :data:`~lit_prune.architectures.arguments.POSITIONS`.
+
+    Example::
+
+        register_architecture(Architecture(
+            name="my-gpt",
+            models=("MyGPT",),
+            blocks=(
+                Attention(path="blocks.*.attn", query="wq", key="wk", value="wv", output="wo"),
+                MLP(path="blocks.*.mlp", inputs=("up",), output="down"),
+            ),
+        ))
+    """
+
+    name: str
+    models: tuple[ClassRef, ...]
+    blocks: tuple[Block, ...]
+    check: Callable[[nn.Module], None] | None = None
+    depth: tuple[str, ...] | None = None
+    arguments: tuple[Positions, ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module's class, or one of its bases, belongs to the family."""
+        return refers_to_any(self.models, module)
+
+    def fits(self, model: nn.Module, *, whole: bool = False) -> bool:
+        """Whether the parts of a model are where the descriptions expect them.
+
+        Args:
+            model: The model.
+            whole: Whether to describe a module of each kind, too, in place of looking only at the names.
+        """
+        if not all(block.optional or block.having or block.places(model) for block in self.blocks):
+            return False
+        if whole:
+            try:
+                for block in self.blocks:
+                    next(iter(block.group_sets(model, _pruned_before(model))), None)
+            except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+                # what a description does with a model that it is not for
+                return False
+        return True
+
+
+_REGISTRY: list[Architecture] = []
+
+
+def register_architecture(architecture: Architecture) -> Architecture:
+    """Make a description known, so that models of its classes can be pruned.
+
+    A later one wins over an earlier one, and takes the place of one with the same name and a class in common. Where classes
+    of one bare name are described several times, each model gets the latest description that fits it.
+
+    Raises:
+        ValueError: If it names no class or no block.
+        TypeError: If ``models`` holds something else than classes and names of classes.
+    """
+    if isinstance(architecture.models, str) or not all(isinstance(m, str | type) for m in architecture.models):
+        raise TypeError(
+            f"Architecture {architecture.name!r} has models={architecture.models!r}; expected a tuple of classes or names of"
+            " classes."
+        )
+    if not architecture.models or not architecture.blocks:
+        raise ValueError(f"Architecture {architecture.name!r} needs at least one class and one block description.")
+    classes = {qualified_name(m) for m in architecture.models}
+    _REGISTRY[:] = [
+        a for a in _REGISTRY if a.name != architecture.name or classes.isdisjoint(map(qualified_name, a.models))
+    ]
+    _REGISTRY.append(architecture)
+    return architecture
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """The registered descriptions, the latest last."""
+    return tuple(_REGISTRY)
+
+
+def _architecture_of(module: nn.Module, *, anyway: bool = False) -> Architecture | None:
+    """The description of a module; one by a bare name counts only if it fits, or ``anyway`` if there is no other."""
+    candidates = [a for a in reversed(_REGISTRY) if a.matches(module)]
+    meant = [matching_class(a.models, module) for a in candidates]
+    for architecture, cls in zip(candidates, meant, strict=True):
+        by_class = refers_to_any(architecture.models, module, bare=False)
+        # where others describe a class of this name, too, the place of its parts may not be enough to tell
+        if by_class or architecture.fits(module, whole=meant.count(cls) > 1):
+            return architecture
+    return candidates[0] if candidates and anyway else None
+
+
+def _outermost_models(module: nn.Module, prefix: str = "", *, anyway: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    if _architecture_of(module, anyway=anyway) is not None:
+        yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from _outermost_models(child, f"{prefix}.{name}" if prefix else name, anyway=anyway)
+
+
+def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+    """Find the one supported model inside a module, a LightningModule for instance, however deep it is nested.
+
+    Args:
+        module: The module to search; it may be the model itself.
+        path: Qualified name of the model within ``module``, for a module that holds several.
+
+    Returns:
+        The model's qualified name within ``module`` (empty if it is ``module``) and the model.
+
+    Raises:
+        UnsupportedModelError: If there is no supported model, or more than one; the message lists what was looked at.
+    """
+    if path is not None:
+        try:
+            module = module.get_submodule(path)
+        except AttributeError as error:
+            children = [name for name, _ in module.named_children()]
+            raise UnsupportedModelError(f"No module at {path!r}. The top-level modules are {children}.") from error
+    # last, one that has the name of a class but not its parts, for an error that names the part
+    found = list(_outermost_models(module)) or list(_outermost_models(module, anyway=True))
+    if len(found) == 1:
+        name, model = found[0]
+        return ".".join(part for part in (path, name) if part), model
+    if not found:
+        looked_at = [
+            f"{name or '(root)'}: {type(m).__name__}" for name, m in module.named_modules() if name.count(".") < 2
+        ]
+        supported = sorted(qualified_name(c) for a in _REGISTRY for c in a.models)
+        raise UnsupportedModelError(
+            f"No supported model found in {type(module).__name__}. Looked at {', '.join(looked_at[:20])}"
+            f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)}{_namesake_hint(module)}"
+            f" Supported are modules of, or derived from: {', '.join(supported)}. Describe"
+            " your own with lit_prune.register_architecture."
+        )
+    listed = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in found)
+    raise UnsupportedModelError(
+        f"{len(found)} supported models found in {type(module).__name__}: {listed}. Say which one to prune by its path."
+    )
+
+
+def _namesake_hint(module: nn.Module) -> str:
+    """Which module has the name, but is not the class, that a description is for."""
+    for name, m in module.named_modules():
+        for architecture in _REGISTRY:
+            if found := namesakes(architecture.models, m):
+                return (
+                    f" {name or '(root)'} has the name of {found[0]}, but is {qualified_name(type(m))}: if its parts are laid"
+                    " out alike, describe it with models=(that class,)."
+                )
+    return ""
+
+
+def _layers_hint(module: nn.Module) -> str:
+    """Where the layers of an unknown model seem to be, and what they consist of."""
+    lists = [
+        (name, m) for name, m in module.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1
+    ]
+    same = [(name, m) for name, m in lists if len({type(child) for child in m}) == 1]
+    if not same:
+        return ""
+    name, layers = max(same, key=lambda item: len(item[1]))
+    children = ", ".join(f"{n}: {type(m).__name__}" for n, m in layers[0].named_children())
+    return (
+        f" Detection stopped at {name + '.0' if name else '0'!r} ({type(layers[0]).__name__}, one of {len(layers)}), which no"
+        f" description covers; it has {{{children}}}."
+    )
+
+
+def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
+    """Find everything in the model that can be pruned. What an earlier cut emptied is left out.
+
+    Args:
+        model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
+        blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
+            others.
+
+    Returns:
+        The group sets in the order of the layers. Names are relative to the model.
+
+    Raises:
+        UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
+            its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
+    """
+    model = find_model(model)[1]
+    architecture = _architecture_of(model, anyway=True)
+    assert architecture is not None
+    if architecture.check is not None:
+        architecture.check(model)
+    pruned = _pruned_before(model)
+    group_sets: list[GroupSet] = []
+    for block in architecture.blocks:
+        found = list(block.group_sets(model, pruned))
+        if not found and not block.optional and block.having is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is described by the architecture {architecture.name!r}, but no module is at"
+                f" {block.path!r}. Its modules are {[name for name, _ in model.named_modules() if name.count('.') < 3][1:20]}."
+            )
+        group_sets.extend(found)
+    _check_alternatives(model, architecture, group_sets)
+    group_sets = [s for s in group_sets if s.size]
+    if blocks:
+        group_sets.extend(_whole_blocks(model, architecture))
+    group_sets.sort(key=lambda s: (s.layer, s.name))
+    check_weights(model, group_sets)
+    return group_sets
+
+
+def _pruned_before(model: nn.Module) -> Collection[tuple[str, str]]:
+    """Keys of the group sets that lost something in earlier cuts."""
+    plan = get_plan(model)
+    return set() if plan is None else plan.afterwards().keys()
+
+
+def depth_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Where the model says how many blocks it has, see :class:`Architecture`."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.depth
+
+
+def arguments_of(model: nn.Module) -> tuple[Positions, ...]:
+    """The names that forwards in the model may give sequences and their masks, those of its description first."""
+    architecture = _architecture_of(model)
+    return POSITIONS if architecture is None else (*architecture.arguments, *POSITIONS)
+
+
+def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[GroupSet]:
+    """A group set for every block of every list of blocks.
+
+    Raises:
+        UnsupportedModelError: If no block may leave, or a block shares weights with another part of the model.
+    """
+    if architecture.depth is None:
+        raise UnsupportedModelError(
+            f"Whole blocks cannot leave {type(model).__name__}: its description (architecture {architecture.name!r}) names no"
+            " depth. Prune other kinds."
+        )
+    stacks = dict.fromkeys(
+        stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit()
+    )
+    places: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), set()).add(name)
+    for stack in stacks:
+        blocks = model.get_submodule(stack)
+        config = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
+        if config is not None and type(config) is not type(model.config):
+            raise UnsupportedModelError(
+                f"Whole blocks cannot leave {stack!r}: it has a config of its own, a {type(config).__name__}, inside the"
+                f" {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
+            )
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{stack} is a {type(blocks).__name__}; expected the blocks in an nn.ModuleList."
+            )
+        for index in range(len(blocks)):
+            name = f"{stack}.{index}"
+            parameters = {f"{name}.{n}": p for n, p in blocks[index].named_parameters(remove_duplicate=False)}
+            unfit = [n for n, p in parameters.items() if p.dim() == 0 or not places[id(p)] <= parameters.keys()]
+            if unfit:
+                raise UnsupportedModelError(
+                    f"Whole blocks cannot leave {type(model).__name__}: {unfit[0]!r} is shared with another part of the model"
+                    " (or is a single number). Prune other kinds."
+                )
+            own = {id(p): (n, p) for n, p in parameters.items()}
+            slices = tuple(Slice(n, 0, torch.arange(len(p)).view(1, -1)) for n, p in own.values())
+            yield GroupSet(name, index, BLOCK, 1, sum(p.numel() for _, p in own.values()), slices, block=name)
+
+
+def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets: list[GroupSet]) -> None:
+    """Refuse a module at a path that only descriptions with conditions have, if none of those applies to it."""
+    described = {s.name for s in group_sets}
+    conditions: dict[str, list[str]] = {}
+    for block in architecture.blocks:
+        if block.having is not None and not block.optional:
+            conditions.setdefault(block.path, []).append(block.having)
+    for path, names in conditions.items():
+        block = next(b for b in architecture.blocks if b.path == path)
+        for name, _, _ in block.places(model):
+            if name not in described:
+                module = model.get_submodule(name)
+                raise UnsupportedModelError(
+                    f"{name} ({type(module).__name__}) was expected to have one of {names}; it has"
+                    f" {[child for child, _ in module.named_children()]}."
+                )

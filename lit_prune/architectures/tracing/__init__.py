@@ -1,0 +1,1 @@
+"""Group sets found by running a model."""

@@ -1,0 +1,1 @@
+"""Calibration: statistics of weights, gradients and activations from calibration batches."""

@@ -1,0 +1,169 @@
+"""Statistics of the inputs of projections, over the real tokens of calibration batches."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_prune.calibration.reduce import piece_size, pieces
+from lit_prune.calibration.token_masks import TokenMasks, recomputing
+from lit_prune.errors import CalibrationError
+from lit_prune.groups import GroupSet
+
+ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
+# the sums over tokens that a statistic of activations is made of
+SUMS = {
+    "activation_mean_abs": ("sum_abs",),
+    "activation_l1": ("sum_abs",),
+    "activation_l2": ("sum_squares",),
+    "activation_variance": ("sum", "sum_squares"),
+}
+
+
+_OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.Tensor.detach,
+    "sum_abs": torch.abs,
+    "sum_squares": torch.square,
+}
+
+
+@dataclass
+class ActivationStatistics:
+    """Sums over the tokens that a projection saw, one number an input feature.
+
+    Args:
+        count: Number of tokens.
+        sums: Those of the sums ``"sum"`` (of the values), ``"sum_abs"`` and ``"sum_squares"`` that were asked for, float64
+            tensors of shape ``(in_features,)``.
+    """
+
+    count: int
+    sums: dict[str, Tensor]
+
+    def _total(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise CalibrationError(
+                f"Calibration kept {sorted(self.sums)} of the inputs, not {name!r}: ask for activations=True."
+            )
+        return self.sums[name]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each feature."""
+        return self._total("sum") / self.count
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean absolute value of each feature."""
+        return self._total("sum_abs") / self.count
+
+    @property
+    def l1(self) -> Tensor:
+        """L1 norm of each feature over all tokens."""
+        return self._total("sum_abs")
+
+    @property
+    def l2(self) -> Tensor:
+        """L2 norm of each feature over all tokens."""
+        return self._total("sum_squares").sqrt()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each feature."""
+        return (self._total("sum_squares") / self.count - self.mean.square()).clamp_min(0)
+
+
+def observed_modules(group_sets: Sequence[GroupSet]) -> list[str]:
+    """Names of the modules of the group sets whose inputs can be observed."""
+    return list(dict.fromkeys(s.module for g in group_sets for s in g.slices if s.observable))
+
+
+class ActivationObserver:
+    """Keeps running sums of every projection's input, by forward hooks.
+
+    What activation checkpointing computes anew in a backward pass is not counted again.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        sums: The sums to keep.
+        token_masks: Tells which positions are real; it has to be entered first, and knows of each batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, group_sets: Sequence[GroupSet], sums: Sequence[str], token_masks: TokenMasks
+    ) -> None:
+        self._modules = {name: model.get_submodule(name) for name in observed_modules(group_sets)}
+        self._sums = sums
+        self._token_masks = token_masks
+        self._handles: list[RemovableHandle] = []
+        self._totals: dict[str, dict[str, Tensor]] = {}
+        # of the batch at hand, which may be skipped in the end
+        self._batch: dict[str, dict[str, Tensor]] = {}
+        # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
+        self._last: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
+
+    def __enter__(self) -> ActivationObserver:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def skip_batch(self) -> None:
+        """Drop what the forward pass of a batch left."""
+        self._batch = {}
+
+    def end_batch(self) -> None:
+        """Add what the batch left to the totals."""
+        for name, sums in self._batch.items():
+            _add_sums(self._totals, name, sums)
+        self._batch = {}
+
+    def finish(self) -> dict[str, ActivationStatistics]:
+        """The statistics of every module that was called."""
+        counts = {name: int(totals.pop("count")) for name, totals in self._totals.items()}
+        return {name: ActivationStatistics(counts[name], totals) for name, totals in self._totals.items()}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        @torch.no_grad()
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if recomputing():
+                return
+            inputs: Tensor = args[0]
+            state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)
+            if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
+                self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
+            _add_sums(self._batch, name, self._last[2])
+
+        return hook
+
+    def _sums_of(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        mask = None if mask is None else mask.reshape(-1, 1)
+        result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
+        for index in pieces(inputs.shape, piece_size(inputs.device)):
+            part = inputs[index].float()
+            if mask is not None:
+                # not by index, which would wait for the device to say how many there are
+                part = torch.where(mask[index], part, 0.0)
+            for key, line in result.items():
+                line += _OF_INPUTS[key](part).sum(dim=0)
+        result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
+        return result
+
+
+def _add_sums(totals: dict[str, dict[str, Tensor]], name: str, sums: Mapping[str, Tensor]) -> None:
+    if name not in totals:
+        totals[name] = {key: value.double() for key, value in sums.items()}
+        return
+    for key, value in sums.items():
+        totals[name][key] += value

@@ -1,0 +1,206 @@
+"""Derivatives of the loss by a mask of the groups, sample by sample, from activations alone: no weight needs a gradient.
+
+A mask, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of the group. Its derivative
+is the sum, over a sample's tokens and the group's features, of activation times gradient, which a backward pass through
+activations gives for every sample of a batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from lit_prune.architectures.layers import hidden_input, hidden_output
+from lit_prune.calibration.terms import Term
+from lit_prune.calibration.token_masks import TokenMasks
+from lit_prune.distributed.ranks import Ranks
+from lit_prune.errors import CalibrationError
+from lit_prune.groups import BLOCK, GroupSet
+
+Key = tuple[str, str]
+
+
+def observable(group_sets: Sequence[GroupSet]) -> bool:
+    """Whether all groups have consumers whose inputs can be seen, so that masks of them can be put there."""
+    return all(s.kind == BLOCK or (s.consumers and len(s.refittable) == len(s.consumers)) for s in group_sets)
+
+
+class _Masked(torch.autograd.Function):
+    """The identity, as if a mask of ones of shape ``(samples, features)`` scaled the features."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mask: Tensor, batch_dim: int) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.samples, ctx.batch_dim = len(mask), batch_dim
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (inputs,) = ctx.saved_tensors
+        product = (inputs * gradient).movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
+        return gradient, product.sum(dim=1, dtype=torch.float32), None
+
+
+def watch_block(
+    block: nn.Module, take: Callable[[Tensor], None], token_masks: TokenMasks | None = None
+) -> RemovableHandle:
+    """Take the derivatives of the loss by a mask of what a block adds to its input, shape ``(samples,)``, at each backward."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        states = hidden_output(output)
+        before, after = hidden_input(args, kwargs).detach(), states.detach()
+        batch_dim = 0 if token_masks is None else token_masks.batch_dim
+
+        def derive(gradient: Tensor) -> None:
+            product = gradient.float() * (after.float() - before.float())
+            take(product.movedim(batch_dim, 0).flatten(1).sum(dim=1) if product.dim() > 2 else product.sum().view(1))
+
+        if torch.is_grad_enabled():
+            # what has nothing scored before it would get no gradient
+            states.requires_grad_().register_hook(derive)
+
+    return block.register_forward_hook(hook, with_kwargs=True)
+
+
+class MaskCollector:
+    """Puts masks on the groups of a model and adds up what terms of whole groups make of their derivatives.
+
+    A sample is an entry along the batch's dimension of what the consumers read; where they do not agree on how many there
+    are (a model that flattens batch and tokens in places), the whole batch is one. The derivative is that of the sample's
+    own loss, taking the loss for the mean over the batch, so that the size of the batches does not matter.
+
+    Padding needs no mask: where the loss does not depend on it the gradient is 0, and where it does, so does the derivative.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets, which have to be :func:`observable`.
+        terms: Terms of whole groups.
+        ranks: The processes of a distributed run.
+        token_masks: Tells which dimension is the batch's; it has to be entered first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group_sets: Sequence[GroupSet],
+        terms: Sequence[Term],
+        ranks: Ranks | None,
+        token_masks: TokenMasks,
+    ) -> None:
+        self._model = model
+        self._token_masks = token_masks
+        self._group_sets = group_sets
+        self._terms = terms
+        self._ranks = ranks
+        self._masks: dict[tuple[Key, int], list[Tensor]] = {}
+        self._blocks: dict[Key, list[Tensor]] = {}
+        self._sums: dict[tuple[Term, Key], Tensor] = {}
+        self._finite: list[Tensor] = []
+        self._samples = 0
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> MaskCollector:
+        for group_set in self._group_sets:
+            if group_set.kind == BLOCK:
+                derivatives = self._blocks.setdefault(group_set.key, [])
+                block = self._model.get_submodule(group_set.name)
+                self._handles.append(watch_block(block, derivatives.append, self._token_masks))
+            for position, part in enumerate(group_set.consumers):
+                masks = self._masks.setdefault((group_set.key, position), [])
+                module = self._model.get_submodule(part.module)
+                self._handles.append(module.register_forward_pre_hook(_mask_inputs(masks, self._token_masks)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def start_backward(self) -> None:
+        """Drop what backward passes within the forward pass (to inputs, for adversarial samples) have left."""
+        for taken in self._blocks.values():
+            taken.clear()
+        for masks in self._masks.values():
+            for mask in masks:
+                mask.grad = None
+
+    def skip_batch(self) -> None:
+        """Drop everything that the forward pass of a batch has left."""
+        for taken in (*self._blocks.values(), *self._masks.values()):
+            taken.clear()
+
+    @torch.no_grad()
+    def end_batch(self) -> list[str]:
+        """Take what the backward pass of a batch has left.
+
+        Returns:
+            Names of the modules that it did not reach.
+        """
+        derivatives: dict[Key, list[Tensor]] = {s.key: [] for s in self._group_sets}
+        for group_set in self._group_sets:
+            derivatives[group_set.key] += [d[:, None] for d in self._blocks.get(group_set.key, ())]
+            for position, part in enumerate(group_set.consumers):
+                masks = self._masks[group_set.key, position]
+                found = [m.grad for m in masks if m.grad is not None]
+                derivatives[group_set.key] += [g[:, part.index.to(g.device)].sum(dim=2) for g in found]
+                masks.clear()
+        for taken in self._blocks.values():
+            taken.clear()
+        missing = [name for (name, _), found in derivatives.items() if not found]
+        if missing:
+            return missing
+        counts = {len(d) for found in derivatives.values() for d in found}
+        samples = counts.pop() if len(counts) == 1 else 1
+        finite = []
+        for key, found in derivatives.items():
+            total = sum(d if samples > 1 else d.sum(dim=0, keepdim=True) for d in found)
+            assert isinstance(total, Tensor)
+            finite.append(total.sum().isfinite())
+            for term in self._terms:
+                value = term.function(total * samples).sum(dim=0)
+                self._sums[term, key] = self._sums[term, key] + value if (term, key) in self._sums else value
+        # read only after the last batch: no synchronisation with the device per batch
+        self._finite.append(torch.stack(finite))
+        self._samples += samples
+        return []
+
+    def finish(self) -> dict[tuple[Term, Key, int], Tensor]:
+        """The means over the samples of all processes, by term and group set, tensors of shape ``(groups,)``.
+
+        Raises:
+            CalibrationError: If a derivative was not finite.
+        """
+        finite, samples = torch.stack(self._finite), self._samples
+        if self._ranks is not None:
+            finite = self._ranks.minimum(finite.int()).bool()
+            samples = int(self._ranks.sum(torch.tensor(samples)))
+        if not bool(finite.all()):
+            batch, position = (int(i) for i in (~finite).nonzero()[0])
+            raise CalibrationError(
+                f"The gradient at {self._group_sets[position].name!r} is not finite in calibration batch {batch}. Nothing was"
+                " pruned."
+            )
+        if self._ranks is not None:
+            sizes = [len(value) for value in self._sums.values()]
+            total = self._ranks.sum(torch.cat(list(self._sums.values())))
+            self._sums = dict(zip(self._sums, total.split(sizes), strict=True))
+        return {(term, key, 0): value / samples for (term, key), value in self._sums.items()}
+
+
+def _mask_inputs(
+    masks: list[Tensor], token_masks: TokenMasks
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs: Tensor = args[0]
+        batch_dim = token_masks.batch_dim if inputs.dim() > 2 else 0
+        samples = inputs.shape[batch_dim] if inputs.dim() > 2 else 1
+        mask = torch.ones(samples, inputs.shape[-1], device=inputs.device, requires_grad=torch.is_grad_enabled())
+        masks.append(mask)
+        return (_Masked.apply(inputs, mask, batch_dim), *args[1:])
+
+    return hook

@@ -1,0 +1,1 @@
+"""Files: Hugging Face folders, GGUF, Lightning checkpoints, models and tokenizers by source."""

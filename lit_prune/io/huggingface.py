@@ -1,0 +1,247 @@
+"""Saving a pruned model so that it loads again wherever transformers is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lit_prune import modeling_pruned
+from lit_prune._files import write_text
+from lit_prune.architectures import find_group_sets
+from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.groups import GroupSet, check_weights
+from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
+from lit_prune.io.loading import load_pruned as load_pruned
+from lit_prune.io.model_card import model_card
+from lit_prune.io.output_folder import check_replaceable, replacing_folder
+from lit_prune.io.stock import _stock_config
+from lit_prune.modeling_pruned import PrunedConfig, to_ranges
+from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
+from lit_prune.surgery import saving
+from lit_prune.surgery.depth import depth_fields
+
+
+def save_pruned(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    figures: Mapping[str, Mapping[str, float]] | None = None,
+    self_contained: bool = False,
+    max_shard_size: int | str = "5GB",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a pruned transformers model to a folder, so that it loads again.
+
+    The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
+    one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
+    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
+    which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
+    ``directory`` at the end. A list of the files, with checksums of the weights, is written, too; see
+    :func:`load_pruned`.
+
+    Args:
+        model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
+        directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
+            otherwise.
+        tokenizer: A tokenizer to save beside the model.
+        figures: Figures for the model card by stage (``"dense"``, ``"pruned"``, ``"healed"``) and name.
+        self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
+            lit_prune is not installed.
+        max_shard_size: Size at which a new weights file begins, bytes or text like ``"2GB"``.
+        state_dict: The whole weights by name, where the model's own parameters are shards of them.
+
+    Returns:
+        The directory.
+
+    Raises:
+        PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
+            directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
+        UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
+    """
+    check_replaceable(directory)
+    whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
+    with replacing_folder(directory) as temporary:
+        write_pruned(
+            whole, temporary, tokenizer, figures=figures, self_contained=self_contained, max_shard_size=max_shard_size
+        )
+    return Path(directory)
+
+
+def write_pruned(
+    whole: PreTrainedModel,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    figures: Mapping[str, Mapping[str, float]] | None = None,
+    self_contained: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the files of a pruned model into an empty folder.
+
+    Args:
+        whole: The model, as :func:`to_pretrained` gives it.
+        folder: The folder.
+        tokenizer: As for :func:`save_pruned`, like the rest.
+        figures: Figures for the model card.
+        self_contained: Whether the modelling code lies beside the weights.
+        max_shard_size: Size at which a new weights file begins.
+
+    Raises:
+        PruningError: If the weights cannot be written, on a full disk for instance.
+    """
+    try:
+        whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise PruningError(f"The weights could not be written to {folder}: {error}.") from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
+
+
+def to_pretrained(
+    model: nn.Module, *, self_contained: bool = False, state_dict: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """The pruned model as an instance of the class that it will load as; it shares its weights with ``model``.
+
+    Its ``save_pretrained`` and ``push_to_hub``, transformers' own, write files that load again.
+
+    Args:
+        model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
+        self_contained: As for :func:`save_pruned`.
+        state_dict: As for :func:`save_pruned`.
+
+    Raises:
+        PruningError: If the model was not pruned.
+        UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Only transformers models can be saved as one; found {type(model).__name__}. Save its state_dict and plan"
+            " yourself."
+        )
+    plan = get_plan(model)
+    if plan is None:
+        raise PruningError("The model was not pruned; save it with its own save_pretrained.")
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    base = _dense_class(type(model))
+    dense_config = _dense_config(model)
+    with torch.device("meta"):
+        dense = base._from_config(dense_config)
+    # those of the dense model: a layer that lost everything has none left
+    group_sets = find_group_sets(dense)
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_weights(model, [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)])
+    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
+    pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
+    stock = _stock_config(model, base, dense_config, plan, shapes, pruned_depth)
+    if stock is not None:
+        config, replaced = stock
+        config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
+        cls = base
+    else:
+        if depth:
+            pruning["dense"] = {name: value for name, (value, _) in depth.items()}
+        fields = {**dense_config.to_dict(), **pruned_depth}
+        fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
+        if self_contained:
+            _check_self_contained(model, base, dense_config, pruning)
+            fields["auto_map"] = modeling_pruned.auto_map()
+        cls = modeling_pruned.pruned_model_class(base, dense_config.model_type)
+        config = PrunedConfig.from_dict(fields)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        whole = cls._from_config(config)
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    if model.can_generate():
+        whole.generation_config = model.generation_config
+    set_plan(whole, plan)
+    return whole.eval()
+
+
+saving.to_pretrained = to_pretrained
+
+
+def _check_self_contained(
+    model: PreTrainedModel, base: type[PreTrainedModel], dense_config: PreTrainedConfig, pruning: Mapping[str, Any]
+) -> None:
+    """Refuse what the code beside the weights cannot rebuild: modules that run on code of lit_prune since the cut.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
+    config: Any = type(dense_config).from_dict(dense_config.to_dict())
+    with torch.device("meta"):
+        rebuilt = base._from_config(config)
+        modeling_pruned.resize(rebuilt, pruning)
+    for (name, found), (_, wanted) in zip(rebuilt.named_modules(), model.named_modules(), strict=True):
+        if name and type(found) is not type(wanted):
+            raise UnsupportedModelError(
+                f"{name!r} became a {type(wanted).__name__} when it lost groups, which is code of lit_prune: the model cannot be"
+                " saved with self_contained=True. Save it without, or keep at least one group there."
+            )
+
+
+def _dense_class(cls: type) -> type[PreTrainedModel]:
+    """The class of transformers that a model's class, or the one it derives from, is."""
+    for base in cls.__mro__:
+        if issubclass(base, PreTrainedModel) and getattr(transformers, base.__name__, None) is base:
+            return base
+    raise UnsupportedModelError(
+        f"{cls.__module__}.{cls.__name__} is not a class of transformers; a model of it cannot be rebuilt from a config. Save"
+        " its state_dict and plan yourself."
+    )
+
+
+def _dense_config(model: nn.Module) -> PreTrainedConfig:
+    """A copy of the model's config as it was when the model was dense."""
+    config: Any = model.config
+    fields = config.to_dict()
+    for key in ("pruning", "auto_map", "architectures"):
+        fields.pop(key, None)
+    model_type = fields.pop("base_model_type", None) or config.model_type
+    fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
+    fields.update((getattr(config, "pruning", None) or {}).get("dense", {}))
+    fields.pop("model_type", None)
+    return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, Any]:
+    by_key = {s.key: s for s in group_sets}
+    groups = []
+    for entry in plan.entries:
+        group_set = by_key.get(entry.key)
+        parameters: dict[str, list[int]] = {}
+        for part in () if group_set is None else group_set.slices:
+            width = part.index.shape[1]
+            dim, before = parameters.get(part.parameter, (part.dim, 0))
+            if dim != part.dim:
+                raise UnsupportedModelError(f"{part.parameter!r} loses groups of {entry.name!r} along two dimensions.")
+            parameters[part.parameter] = [dim, before + width]
+        attributes = () if group_set is None else group_set.attributes
+        groups.append(
+            {
+                "name": entry.name,
+                "kind": entry.kind,
+                "layer": entry.layer,
+                "size": entry.size,
+                "kept": to_ranges(entry.kept),
+                "parameters": parameters,
+                "attributes": {f"{a.module}.{a.name}": a.per_group for a in attributes},
+            }
+        )
+    info = json.loads(json.dumps(dict(plan.info)))
+    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info}

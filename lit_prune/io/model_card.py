@@ -1,0 +1,67 @@
+"""The README of a saved model: what was cut, how, what was measured, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lit_prune import modeling_pruned
+from lit_prune.groups import count_parameters
+from lit_prune.plan import get_plan
+from lit_prune.reporting.metrics import format_figure, label
+from lit_prune.text_escape import for_markdown
+
+
+def model_card(
+    model: PreTrainedModel, figures: Mapping[str, Mapping[str, float]], *, self_contained: bool = False
+) -> str:
+    """The README of a saved model: what was cut, how, the figures, and how to load it.
+
+    Args:
+        model: The model, as :func:`to_pretrained` gives it.
+        figures: Figures by stage and name.
+        self_contained: Whether the modelling code lies beside the weights.
+    """
+    plan = get_plan(model)
+    assert plan is not None
+    config: Any = model.config
+    auto_class = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
+    stock = config.model_type != modeling_pruned.MODEL_TYPE
+    before, after = plan.info.get("parameters_before"), count_parameters(model)
+    lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
+    if model.can_generate():
+        lines.append("pipeline_tag: text-generation")
+    lines += ["---", "", f"# A pruned {for_markdown(config.base_model_type)} model", ""]
+    removed = f", {1 - after / before:.1%} fewer than before" if before else ""
+    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
+    lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
+    lines += ["", "| group set | of | kept |", "|---|---|---|"]
+    lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
+        entries = [e for e in plan.entries if e.kind == kind]
+        kept = [len(e.kept) for e in entries]
+        lines.append(
+            f"| {for_markdown(kind)}, {len(entries)} layers cut | {max(e.size for e in entries)} | {min(kept)} to"
+            f" {max(kept)}, mean {sum(kept) / len(kept):.1f} |"
+        )
+    for key in ("importance", "pruning_ratio", "ratio_of", "repair", "calibration_batches"):
+        if key in plan.info:
+            lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {for_markdown(plan.info[key])}"]
+    names = list(dict.fromkeys(name for values in figures.values() for name in values))
+    if names:
+        lines += ["", "| | " + " | ".join(map(for_markdown, figures)) + " |", "|---" * (1 + len(figures)) + "|"]
+        for name in names:
+            cells = [format_figure(name, values.get(name)) for values in figures.values()]
+            lines.append(f"| {for_markdown(label(name))} | " + " | ".join(cells) + " |")
+    lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
+    trusted = ", trust_remote_code=True" if self_contained and not stock else ""
+    lines += [
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("this folder"{trusted})',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

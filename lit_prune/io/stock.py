@@ -1,0 +1,65 @@
+"""Stock configs of transformers for pruned models whose layers kept the same widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
+from lit_prune.io.loading import load_pruned as load_pruned
+from lit_prune.plan import PruningPlan
+
+_WIDTHS = {"attention": ("num_attention_heads", "num_key_value_heads"), "mlp": ("intermediate_size",)}
+
+
+def _stock_config(
+    model: nn.Module,
+    base: type[PreTrainedModel],
+    dense: PreTrainedConfig,
+    plan: PruningPlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    depth: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]] | None:
+    """A stock config with widths and depth of the pruned model and the dense values of what it changes, or ``None``.
+
+    Whether it does is decided by building the model: every parameter has to come out with the shape that it has, and,
+    where blocks left, every layer with the settings that it has, some of which may follow from its index.
+    """
+    fields, changed = dense.to_dict(), dict(depth)
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
+        shares = {(e.size, len(e.kept)) for e in plan.entries if e.kind == kind}
+        if len(shares) > 1 or kind not in _WIDTHS:
+            return None
+        size, kept = shares.pop()
+        for name in _WIDTHS[kind]:
+            value = getattr(dense, name, None)
+            if isinstance(value, int):
+                changed[dense.attribute_map.get(name, name)] = value * kept // size
+    head_dim = getattr(dense, "head_dim", None)
+    if head_dim is not None:
+        changed["head_dim"] = head_dim
+    try:
+        config: Any = type(dense).from_dict({**fields, **changed})
+        with torch.device("meta"):
+            built = base._from_config(config)
+    except Exception:  # a config class may refuse the widths in whatever way it likes
+        return None
+    if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):
+        return None
+    if plan.blocks and not _same_settings(built, model):
+        return None
+    return config, {name: fields[name] for name in changed}
+
+
+def _same_settings(built: nn.Module, model: nn.Module) -> bool:
+    """Whether every module has the numbers and words (widths of windows, scales, kinds of layers) of its counterpart."""
+    for (_, a), (_, b) in zip(built.named_modules(), model.named_modules(), strict=True):
+        for name in (a.__dict__.keys() & b.__dict__.keys()) - {"training", "gradient_checkpointing"}:
+            value = a.__dict__[name]
+            if isinstance(value, (int, float, str)) and not name.startswith("_") and value != b.__dict__[name]:
+                return False
+    return True

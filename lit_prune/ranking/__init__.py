@@ -1,0 +1,1 @@
+"""Ranking: criteria, the group table, and the selection of groups under a budget."""

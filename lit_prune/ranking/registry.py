@@ -1,0 +1,139 @@
+"""The criteria by name, and how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.calibration.statistics import GROUPWISE, STATISTICS
+from lit_prune.calibration.terms import Term
+from lit_prune.ranking.criteria import (
+    fisher,
+    fluctuation,
+    magnitude,
+    output_wanda,
+    second_order,
+    taylor,
+    wanda,
+)
+
+NORMALIZATIONS = ("mean", "kind", "standard")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to compute the importance of groups.
+
+    Args:
+        name: The name a user gives.
+        terms: The summands.
+        normalize: ``"mean"`` divides the importance of a group by the mean score of its (layer, kind), so that the
+            mean score (importance / cost) is 1 everywhere and a global ranking compares each group with its own kind;
+            ``"kind"`` does so for each kind over all layers; ``"standard"`` subtracts the mean score of its (layer, kind)
+            and divides by the standard deviation, as FLAP does; ``None`` leaves the sums as they are, which is right for
+            the criteria that estimate the loss.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    normalize: str | None = None
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics that calibration has to provide."""
+        return frozenset(t.statistic for t in self.terms if t.statistic is not None)
+
+
+def _half_square(product: Tensor) -> Tensor:
+    return product.square_().mul_(0.5)
+
+
+_FIRST = Term(taylor, "gradient", of_product=torch.abs_)
+
+
+_SECOND = Term(second_order, "squared_gradient", of_product=_half_square)
+
+
+_REGISTRY: dict[str, Criterion] = {
+    c.name: c
+    for c in (
+        Criterion("taylor", (_FIRST,)),
+        Criterion("taylor_2nd", (_FIRST, _SECOND)),
+        Criterion("taylor_batch", (Term(taylor, "absolute_gradient", of_product=torch.abs_),)),
+        Criterion("fisher", (Term(fisher, "mask_gradient", per_group=True),)),
+        Criterion("second_order", (_SECOND,)),
+        Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
+        Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
+        Criterion("flap", (Term(fluctuation, "activation_variance", True, True),), normalize="standard"),
+        Criterion("magnitude", (Term(magnitude),)),
+        Criterion("random", ()),
+    )
+}
+
+
+def register_criterion(
+    name: str,
+    function: Callable[..., Tensor],
+    statistic: str | None = None,
+    *,
+    consumers_only: bool = False,
+    normalize: str | None = None,
+) -> Criterion:
+    """Make a criterion of your own known under a name.
+
+    Args:
+        name: The name, which must be free.
+        function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
+            the parameter's shape.
+        statistic: One of :data:`lit_prune.calibration.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
+            takes that alone, as :func:`fisher` does, and is averaged over the samples. With ``"absolute_gradient"`` and
+            ``"squared_gradient"`` calibration in the mode ``"streaming"`` averages what the function gives for each batch,
+            which is the function of the average only if it is linear in the statistic.
+        consumers_only: Whether only the projections that read the groups count.
+        normalize: See :class:`Criterion`.
+
+    Raises:
+        ValueError: If the name is taken, or the statistic or normalisation is unknown.
+
+    Example::
+
+        register_criterion("variance", lambda w, var: w.square() * var, "activation_variance", consumers_only=True)
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"There is a criterion named {name!r} already.")
+    if statistic is not None and statistic not in STATISTICS:
+        raise ValueError(f"Unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}.")
+    check_normalization(normalize)
+    term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
+    criterion = Criterion(name, (term,), normalize)
+    _REGISTRY[name] = criterion
+    return criterion
+
+
+def criteria() -> tuple[str, ...]:
+    """Names of the known criteria."""
+    return tuple(_REGISTRY)
+
+
+def get_criterion(name: str) -> Criterion:
+    """The criterion of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists the known ones.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"Unknown importance criterion {name!r}; known are {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
+def check_normalization(normalize: str | None) -> None:
+    """Refuse an unknown normalisation.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor one of :data:`NORMALIZATIONS`.
+    """
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        raise ValueError(f"Unknown normalisation {normalize!r}; expected None or one of {', '.join(NORMALIZATIONS)}.")

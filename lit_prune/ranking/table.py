@@ -1,0 +1,227 @@
+"""The global group table: one row for every group of the model, with its importance, cost and score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_prune._files import replacing
+from lit_prune.errors import ArgumentValueError, CalibrationError
+from lit_prune.groups import BLOCK, GroupSet, is_inside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMNS = ("layer", "kind", "name", "group", "importance", "cost", "score", "kept")
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    whole, number, text = pa.int64(), pa.float64(), pa.string()
+    types = (whole, text, text, whole, number, whole, number, pa.bool_())
+    return pa.schema([pa.field(*column, nullable=False) for column in zip(COLUMNS, types, strict=True)])
+
+
+@dataclass(eq=False)
+class GroupTable:
+    """All groups of a model, one row each, in the order of the group sets.
+
+    Args:
+        keys: Name and kind of every group set.
+        layers: Layer of every group set, int array of shape ``(sets,)``.
+        offsets: Row at which each set starts, and the number of rows at the end; int array of shape ``(sets + 1,)``.
+        importance: Estimated damage to the loss from removing the group, float64 array of shape ``(rows,)``.
+        cost: Parameters that leave with the group, int array of shape ``(rows,)``.
+        kept: Whether the group stays, bool array of shape ``(rows,)``.
+        minimum: The fewest groups with which every set still runs, int array of shape ``(sets,)``; 0 for all if ``None``.
+            Not written to files.
+    """
+
+    keys: tuple[tuple[str, str], ...]
+    layers: np.ndarray
+    offsets: np.ndarray
+    importance: np.ndarray
+    cost: np.ndarray
+    kept: np.ndarray
+    minimum: np.ndarray | None = None
+
+    @classmethod
+    def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
+        """Build the table from the group sets and the importance of their groups, tensors of shape ``(groups,)``.
+
+        Raises:
+            CalibrationError: If an importance is not finite.
+        """
+        sizes = np.array([s.size for s in group_sets], dtype=np.int64)
+        values = np.concatenate([i.double().cpu().numpy() for i in importance])
+        table = cls(
+            keys=tuple(s.key for s in group_sets),
+            layers=np.array([s.layer for s in group_sets], dtype=np.int64),
+            offsets=np.concatenate([[0], sizes.cumsum()]),
+            importance=values,
+            cost=np.repeat(np.array([s.cost for s in group_sets], dtype=np.int64), sizes),
+            kept=np.ones(len(values), dtype=bool),
+            minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
+        )
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            name, kind = table.keys[int(table.set_of_row[row])]
+            raise CalibrationError(
+                f"The importance of group {int(table.group[row])} of {name!r} ({kind}) is {values[row]}; expected a finite"
+                " number. Nothing was pruned."
+            )
+        return table
+
+    def __len__(self) -> int:
+        return len(self.importance)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of groups of every set."""
+        return np.diff(self.offsets)
+
+    @property
+    def set_of_row(self) -> np.ndarray:
+        """Index of the group set of every row."""
+        return np.repeat(np.arange(len(self.keys)), self.sizes)
+
+    @property
+    def kind_of_row(self) -> np.ndarray:
+        """Kind of every row's group set."""
+        return np.array([kind for _, kind in self.keys])[self.set_of_row]
+
+    @property
+    def group(self) -> np.ndarray:
+        """Index of every row's group within its set."""
+        return np.arange(len(self)) - np.repeat(self.offsets[:-1], self.sizes)
+
+    @property
+    def score(self) -> np.ndarray:
+        """Importance / cost of every row: the lowest leave first."""
+        return self.importance / self.cost
+
+    @property
+    def block_of_set(self) -> np.ndarray:
+        """Index of the set that is the whole block around every set, -1 where the table has none; a block is around itself."""
+        blocks = [(position, name) for position, (name, kind) in enumerate(self.keys) if kind == BLOCK]
+        around = np.full(len(self.keys), -1, dtype=np.int64)
+        for position, block in blocks:
+            around[[is_inside(name, block) for name, _ in self.keys]] = position
+        return around
+
+    @property
+    def block_of_row(self) -> np.ndarray:
+        """Row of the whole block around every row, -1 where the table has none, and for blocks themselves."""
+        around = self.block_of_set
+        rows = np.where((around < 0) | (around == np.arange(len(around))), -1, self.offsets[:-1][around])
+        return rows[self.set_of_row]
+
+    @property
+    def leaving(self) -> np.ndarray:
+        """Whether every row leaves by itself, and not with the whole block around it, whose cost that of the row is in."""
+        return ~self.kept & ~np.append(~self.kept, False)[self.block_of_row]
+
+    @property
+    def removed_cost(self) -> int:
+        """Parameters of the rows that do not stay."""
+        return int(self.cost[self.leaving].sum())
+
+    def then(self, later: GroupTable) -> GroupTable:
+        """This table, with what one of the same model after this cut says of the groups that were left.
+
+        The groups that this cut took keep the importance they had.
+        """
+        stays = np.flatnonzero(self.kept & np.append(self.kept, True)[self.block_of_row])
+        assert len(stays) == len(later)
+        result = replace(self, importance=self.importance.copy(), cost=self.cost.copy(), kept=np.zeros_like(self.kept))
+        for column in ("importance", "cost", "kept"):
+            getattr(result, column)[stays] = getattr(later, column)
+        return result
+
+    def kept_groups(self) -> list[np.ndarray]:
+        """For every set the indices of the groups that stay."""
+        return [np.flatnonzero(k) for k in np.split(self.kept, self.offsets[1:-1])]
+
+    def removed_groups(self) -> list[Tensor]:
+        """For every set the indices of the groups that leave."""
+        return [torch.from_numpy(np.flatnonzero(~k)) for k in np.split(self.kept, self.offsets[1:-1])]
+
+    def to_arrow(self) -> pa.Table:
+        """The table with the columns :data:`COLUMNS`."""
+        import pyarrow as pa
+
+        rows = pa.array(self.set_of_row)
+        names, kinds = (pa.array(column) for column in zip(*self.keys, strict=True))
+        columns = {
+            "layer": self.layers[self.set_of_row],
+            "kind": pa.DictionaryArray.from_arrays(rows.cast(pa.int32()), kinds).cast(pa.string()),
+            "name": pa.DictionaryArray.from_arrays(rows.cast(pa.int32()), names).cast(pa.string()),
+            "group": self.group,
+            "importance": self.importance,
+            "cost": self.cost,
+            "score": self.score,
+            "kept": self.kept,
+        }
+        return pa.table(columns)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> GroupTable:
+        """The inverse of :meth:`to_arrow`.
+
+        Raises:
+            ArgumentValueError: If a column is missing or of another type, or there is no row.
+        """
+        missing = [c for c in COLUMNS if c not in table.column_names]
+        if missing or not len(table):
+            raise ArgumentValueError(
+                f"A group table must have the columns {', '.join(COLUMNS)} and at least one row; found {len(table)} rows of"
+                f" {', '.join(table.column_names)}."
+            )
+        try:
+            table = table.select(COLUMNS).cast(_schema())
+        except ValueError as error:
+            raise ArgumentValueError(
+                "A group table must hold integers for layer, group and cost, numbers for importance and score, true or false"
+                f" for kept, and nothing empty: {error}."
+            ) from error
+        codes = [table[c].combine_chunks().dictionary_encode().indices.to_numpy() for c in ("name", "kind")]
+        starts = np.flatnonzero(np.any([np.diff(c, prepend=-1) != 0 for c in codes], axis=0))
+        return cls(
+            keys=tuple(zip(*(table[c].take(starts).to_pylist() for c in ("name", "kind")), strict=True)),
+            layers=table["layer"].to_numpy()[starts],
+            offsets=np.array([*starts, len(table)]),
+            importance=table["importance"].to_numpy(),
+            cost=table["cost"].to_numpy(),
+            kept=table["kept"].to_numpy().copy(),
+        )
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as CSV."""
+        import pyarrow.csv
+
+        with replacing(path) as temporary:
+            pyarrow.csv.write_csv(self.to_arrow(), temporary)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as Parquet."""
+        import pyarrow.parquet
+
+        with replacing(path) as temporary:
+            pyarrow.parquet.write_table(self.to_arrow(), temporary)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> GroupTable:
+        """Read a table from a CSV or Parquet file, told by its suffix."""
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        read = pyarrow.parquet.read_table if Path(path).suffix == ".parquet" else pyarrow.csv.read_csv
+        return cls.from_arrow(read(path))

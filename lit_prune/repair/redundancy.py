@@ -1,0 +1,126 @@
+"""Fraction of each group's output that a linear regression on the other groups cannot reconstruct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.distributed import shards
+from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.repair.regression import _relative
+from lit_prune.repair.replay import (
+    _record,
+    _trace,
+)
+
+SHARE_DAMPING = 0.1
+
+
+@torch.no_grad()
+def unexplained_shares(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    *,
+    root: nn.Module | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> dict[tuple[str, str], Tensor]:
+    """What share of a group's contribution to its consumer's output the other groups there cannot make up for.
+
+    It walks through the blocks one by one, as :func:`least_squares` does, and holds the Gram matrices of one block at a time.
+
+    Args:
+        model: The model; it is not changed.
+        group_sets: Its group sets.
+        batches: Calibration batches.
+        forward: Runs one batch through the model.
+        root: The module that holds the model, if ``forward`` runs more than the model.
+        progress: Wraps the sequence of block names.
+        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+
+    Returns:
+        By key of the group set, shares in (0, 1], tensors of shape ``(groups,)``; whole blocks have none. Empty if the
+        consumers of other sets cannot be observed.
+
+    Raises:
+        UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
+    """
+    scored = [s for s in group_sets if s.kind != BLOCK]
+    if not all(s.block and len(s.refittable) == len(s.consumers) == 1 for s in scored):
+        return {}
+    shares: dict[tuple[str, str], Tensor] = {}
+    with evaluation_mode(model if root is None else root):
+        for stream in _record(model, scored, batches, forward):
+            shards.reshard(model)
+            states = stream.inputs
+            for name in progress(stream.blocks):
+                block = shards.plain_copy(model.get_submodule(name))
+                parts = {s.refittable[0].module.removeprefix(f"{name}."): s for s in scored if s.block == name}
+                grams: dict[str, Tensor] = {}
+                tokens = torch.zeros((), device=states[0].device)
+                following = []
+                for x, call, mask in zip(states, stream.calls[name], stream.masks, strict=True):
+                    output, traced = _trace(block, list(parts), x, call, name)
+                    assert output is not None
+                    following.append(output)
+                    if len(following) == 1:
+                        stream.check_replay(name, output)
+                    select = mask if mask is not None else slice(None)
+                    for path, (inputs, _) in traced.items():
+                        a = inputs[select].reshape(-1, inputs.shape[-1])
+                        a = a.to(torch.promote_types(a.dtype, torch.float32))
+                        grams[path] = grams[path] + a.T @ a if path in grams else a.T @ a
+                    tokens += len(a)
+                if total is not None:
+                    grams, tokens = {path: total(gram) for path, gram in grams.items()}, total(tokens)
+                for path, group_set in parts.items():
+                    part = group_set.refittable[0]
+                    weight = block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
+                    relative = _relative(SHARE_DAMPING, grams[path], tokens)
+                    shares[group_set.key] = unexplained_share(grams[path], weight, part.index, relative)
+                states = following
+    return shares
+
+
+def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: float) -> Tensor:
+    r"""The share of what each group of inputs adds to an output that regression on the other inputs cannot explain.
+
+    For one input that is :math:`1/(H_{jj}[H^{-1}]_{jj})`, with :math:`H=X^TX+\lambda I` one minus the squared multiple
+    correlation of input j with the others. For several, :math:`R_g=([H^{-1}]_{gg})^{-1}` is what is left of their Gram
+    matrix, and the share is :math:`\mathrm{tr}(W_gR_gW_g^T)/\mathrm{tr}(W_gH_{gg}W_g^T)`.
+
+    Args:
+        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
+        weight: The consumer's weight, shape ``(outputs, inputs)``.
+        index: The inputs of every group, shape ``(groups, width)``.
+        damping: λ relative to the mean of the diagonal of ``gram``.
+
+    Returns:
+        Tensor of shape ``(groups,)`` in (0, 1]; ones if the inverse cannot be computed.
+
+    Reference: Hassibi & Stork, Optimal Brain Surgeon, NeurIPS 1992, on the inputs of one layer as in Frantar & Alistarh,
+    Optimal Brain Compression, NeurIPS 2022.
+    """
+    system = gram.double()
+    index = index.to(system.device)
+    system.diagonal().add_(max(damping, 1e-9) * float(system.diagonal().mean()))
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0:
+        return torch.ones(len(index), device=gram.device)
+    inverse = torch.cholesky_inverse(factor)
+    within = index[:, :, None], index[:, None, :]
+    # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)
+    factors, failed = torch.linalg.cholesky_ex(inverse[within])
+    left = torch.cholesky_inverse(factors)
+    left[failed != 0] = torch.nan
+    columns = weight.double()[:, index].movedim(0, 1)
+    before = torch.einsum("gow,gwv,gov->g", columns, system[within], columns)
+    after = torch.einsum("gow,gwv,gov->g", columns, left, columns)
+    share = (after / before.clamp_min(torch.finfo(torch.float64).tiny)).clamp(1e-6, 1.0)
+    return torch.where(share.isfinite(), share, 1.0).float()

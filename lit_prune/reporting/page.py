@@ -1,0 +1,137 @@
+"""Reports of a pruning run: a console table, files, and one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from lit_prune._files import replacing_files, write_text
+from lit_prune.plan import PruningPlan
+from lit_prune.ranking.table import GroupTable
+from lit_prune.reporting.metrics import figure_rows
+from lit_prune.reporting.plots import (
+    PALE,
+    pictures,
+)
+from lit_prune.text_escape import for_console, for_html
+
+
+def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+    """The figures by stage as a rich table, a row a figure."""
+    rows = figure_rows(figures)
+    table = Table(title="Structured pruning")
+    for position, heading in enumerate(rows[0]):
+        table.add_column(for_console(heading), justify="right" if position else "left")
+    for row in rows[1:]:
+        table.add_row(*map(for_console, row))
+    return table
+
+
+_TITLES = {
+    "kept": "What each layer kept",
+    "importance": "Importance",
+    "scores": "Where the cut came",
+    "timeline": "Across the cut",
+}
+
+
+def html_report(
+    figures: Mapping[str, Mapping[str, float]],
+    plan: PruningPlan,
+    images: Mapping[str, bytes],
+    title: str = "Pruning report",
+    note: str = "",
+) -> str:
+    """One page with the figures, the pictures and how the plan came about; it holds everything and asks for nothing.
+
+    Args:
+        figures: Figures by stage and name.
+        plan: The plan.
+        images: The pictures by name (see :func:`pictures`), as PNG.
+        title: Heading of the page.
+        note: A sentence below the figures.
+    """
+    rows = figure_rows(figures)
+    head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{for_html(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
+    info = "".join(
+        f"<tr><td>{for_html(k)}</td><td>{for_html(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
+        for k, v in plan.info.items()
+    )
+    sections = "".join(
+        f"<section><h2>{for_html(_TITLES.get(name, name))}</h2>"
+        f'<img alt="{for_html(name)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>'
+        for name, image in images.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{for_html(title)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .25rem .9rem; border-bottom: 1px solid {PALE}; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }} .info td {{ text-align: left; }}
+img {{ width: 100%; height: auto; }}
+</style>
+</head>
+<body>
+<h1>{for_html(title)}</h1>
+<table id="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+<p>{for_html(note)}</p>
+{sections}
+<h2>How the plan came about</h2>
+<table class="info" id="plan">{info}<tr><td>digest</td><td>{plan.digest()}</td></tr></table>
+</body>
+</html>
+"""
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    figures: Mapping[str, Mapping[str, float]],
+    plan: PruningPlan,
+    table: GroupTable | None = None,
+    timeline: Sequence[Mapping[str, Any]] = (),
+    note: str = "",
+) -> dict[str, Figure]:
+    """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``: all or none.
+
+    Args:
+        folder: Where to write.
+        figures: Figures by stage and name.
+        plan: The plan.
+        table: The group table, if it is at hand.
+        timeline: As for :func:`timeline_figure`.
+        note: A sentence for the page, below the figures.
+
+    Returns:
+        The pictures by name.
+    """
+    drawn = pictures(plan, table, timeline)
+    images = {name: _png(figure) for name, figure in drawn.items()}
+    with replacing_files(folder) as temporary:
+        plan.save(temporary / "plan.json")
+        if table is not None:
+            table.to_csv(temporary / "group_table.csv")
+        for name, image in images.items():
+            (temporary / f"{name}.png").write_bytes(image)
+        write_text(temporary / "report.html", html_report(figures, plan, images, note=note))
+        write_text(temporary / "report.json", json.dumps(dict(figures), indent=1) + "\n")
+    return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
