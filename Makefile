@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

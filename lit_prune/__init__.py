@@ -23,6 +23,7 @@ from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.ranking.registry import criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
+from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
@@ -61,5 +62,6 @@ __all__ = [
     "register_criterion",
     "repair",
     "save_pruned",
+    "unexplained_shares",
     "verify_architecture",
 ]
