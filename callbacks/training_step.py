@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lit_prune.calibration.evaluation import unobserved
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.callbacks.manual_optimization import RecordedOptimization
 from lit_prune.callbacks.packages import is_a
@@ -131,7 +132,8 @@ class TrainingStep:
         fetcher = self._fetcher
         shown = batch if fetcher is None else fetcher._batch
         number = self._number if fetcher is None else fetcher._batch_idx
-        response = call._call_lightning_module_hook(self._trainer, "on_train_batch_start", shown, number)
+        with unobserved():
+            response = call._call_lightning_module_hook(self._trainer, "on_train_batch_start", shown, number)
         # Lightning ends the epoch here; calibration goes on to the next batch
         if response == -1:
             return None
@@ -165,7 +167,7 @@ class TrainingStep:
                 fetcher = self._fetcher
                 shown = batch if fetcher is None else fetcher._batch
                 number = self._number if fetcher is None else fetcher._batch_idx
-                with self._guard.watching(), self._optimization.active():
+                with self._guard.watching(), self._optimization.active(), unobserved():
                     call._call_lightning_module_hook(self._trainer, "on_train_batch_end", self._outputs, shown, number)
         finally:
             self._outputs = None
@@ -179,7 +181,7 @@ class TrainingStep:
             progress: Any = self._trainer.fit_loop.epoch_progress.current
             # callbacks come before the module: at the start of an epoch its hook has yet to run
             hooks = ["on_train_epoch_start"] if progress.started < progress.ready else []
-        with self._guard.watching(), self._optimization.active():
+        with self._guard.watching(), self._optimization.active(), unobserved():
             for hook in hooks:
                 call._call_lightning_module_hook(self._trainer, hook)
         self._optimization.forget()

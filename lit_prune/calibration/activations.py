@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.reduce import piece_size, pieces
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError
@@ -136,7 +137,7 @@ class ActivationObserver:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if recomputing():
+            if recomputing() or not is_observed():
                 return
             inputs: Tensor = args[0]
             state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+_OBSERVED: ContextVar[bool] = ContextVar("lit_prune_observed", default=True)
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Run a model for something that is no part of a calibration batch: what observes its modules takes no note of it."""
+    token = _OBSERVED.set(False)
+    try:
+        yield
+    finally:
+        _OBSERVED.reset(token)
+
+
+def is_observed() -> bool:
+    """Whether a forward pass is part of a calibration batch, and not within :func:`unobserved`."""
+    return _OBSERVED.get()
 
 
 @contextlib.contextmanager

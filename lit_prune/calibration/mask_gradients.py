@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.architectures.layers import hidden_input, hidden_output
+from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.terms import Term
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.distributed.ranks import Ranks
@@ -53,6 +54,8 @@ def watch_block(
     """Take the derivatives of the loss by a mask of what a block adds to its input, shape ``(samples,)``, at each backward."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not is_observed():
+            return
         states = hidden_output(output)
         before, after = hidden_input(args, kwargs).detach(), states.detach()
         batch_dim = 0 if token_masks is None else token_masks.batch_dim
@@ -197,6 +200,8 @@ def _mask_inputs(
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs: Tensor = args[0]
+        if not is_observed():
+            return args
         batch_dim = token_masks.batch_dim if inputs.dim() > 2 else 0
         samples = inputs.shape[batch_dim] if inputs.dim() > 2 else 1
         mask = torch.ones(samples, inputs.shape[-1], device=inputs.device, requires_grad=torch.is_grad_enabled())

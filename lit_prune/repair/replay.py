@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lit_prune.architectures.layers import hidden_output
+from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.module_checks import filled, relative_difference, tolerance
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
@@ -92,6 +93,8 @@ def _record(
 
     def hook(stream: _Stream, name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not is_observed():
+                return
             hidden, rest, named = _split(args, kwargs, name)
             if name == stream.blocks[0]:
                 _refuse_filled_cache(args, kwargs, name)
@@ -108,6 +111,8 @@ def _record(
 
     def after(stream: _Stream, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not is_observed():
+                return
             states = last[stream.blocks[0]] = _states(output, name)
             if name not in stream.first:
                 stream.first[name] = _sample(states)

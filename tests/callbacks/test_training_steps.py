@@ -478,6 +478,32 @@ def test_an_optimizer_within_the_backward_pass_does_not_step():
 # what a step returns
 
 
+class RunsInHooks(Auto):
+    """Runs the model around the step, too, to look at what it gives."""
+
+    def look(self, batch):
+        self.shown = self.gen(input_ids=torch.zeros_like(batch).repeat(3, 1)).logits.mean()
+
+    def on_train_epoch_start(self):
+        self.look(torch.zeros(2, 4, dtype=torch.long))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.look(batch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.look(batch)
+
+
+@pytest.mark.parametrize("options", [{"importance": "fisher"}, {"importance": "wanda"}, {"repair": "bias"}])
+def test_what_hooks_run_the_model_for_is_no_calibration_data(options):
+    plain, looking = Auto(), RunsInHooks()
+    first = run(plain, **options)
+    second = run(looking, **options)
+    assert first.plan == second.plan
+    for (name, value), other in zip(plain.gen.state_dict().items(), looking.gen.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
 def test_batches_without_a_loss_are_skipped_and_counted():
     class Skips(Auto):
         def training_step(self, batch, batch_idx):
