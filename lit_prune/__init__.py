@@ -13,14 +13,17 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.calibration.statistics import Statistics
+from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
 from lit_prune.pipeline import calibrate, make_plan, prune, repair
 from lit_prune.plan import PruningPlan, get_plan
-from lit_prune.ranking.registry import criteria, register_criterion
+from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.redundancy import unexplained_shares
@@ -36,8 +39,10 @@ __all__ = [
     "Attention",
     "BudgetError",
     "CalibrationError",
+    "Criterion",
     "ExpertChannels",
     "Experts",
+    "GroupSet",
     "GroupTable",
     "Limits",
     "MultiheadAttention",
@@ -45,6 +50,8 @@ __all__ = [
     "PruningConfig",
     "PruningError",
     "PruningPlan",
+    "Statistics",
+    "Term",
     "Traced",
     "UnsupportedModelError",
     "__version__",

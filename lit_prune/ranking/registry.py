@@ -75,8 +75,8 @@ _REGISTRY: dict[str, Criterion] = {
 
 
 def register_criterion(
-    name: str,
-    function: Callable[..., Tensor],
+    name: str | Criterion,
+    function: Callable[..., Tensor] | None = None,
     statistic: str | None = None,
     *,
     consumers_only: bool = False,
@@ -85,7 +85,8 @@ def register_criterion(
     """Make a criterion of your own known under a name.
 
     Args:
-        name: The name, which must be free.
+        name: The name, which must be free; or a whole :class:`Criterion`, for one of several terms, or of terms that need more
+            than a function and a statistic. The other arguments are then left out.
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
         statistic: One of :data:`lit_prune.calibration.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
@@ -96,20 +97,32 @@ def register_criterion(
         normalize: See :class:`Criterion`.
 
     Raises:
+        TypeError: If there is no function, or one beside a whole criterion.
         ValueError: If the name is taken, or the statistic or normalisation is unknown.
 
     Example::
 
         register_criterion("variance", lambda w, var: w.square() * var, "activation_variance", consumers_only=True)
+        register_criterion(Criterion("both", (Term(first, "gradient"), Term(second, "squared_gradient"))))
     """
-    if name in _REGISTRY:
-        raise ValueError(f"There is a criterion named {name!r} already.")
-    if statistic is not None and statistic not in STATISTICS:
-        raise ValueError(f"Unknown statistic {statistic!r}; known are {', '.join(STATISTICS)}.")
-    check_normalization(normalize)
-    term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
-    criterion = Criterion(name, (term,), normalize)
-    _REGISTRY[name] = criterion
+    if isinstance(name, Criterion):
+        if function is not None or statistic is not None:
+            raise TypeError(
+                f"The criterion {name.name!r} says what it computes; found a function or statistic beside it."
+            )
+        criterion = name
+    elif function is None:
+        raise TypeError(f"register_criterion({name!r}) needs a function; found none.")
+    else:
+        term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
+        criterion = Criterion(name, (term,), normalize)
+    if criterion.name in _REGISTRY:
+        raise ValueError(f"There is a criterion named {criterion.name!r} already.")
+    for used in criterion.statistics:
+        if used not in STATISTICS:
+            raise ValueError(f"Unknown statistic {used!r}; known are {', '.join(STATISTICS)}.")
+    check_normalization(criterion.normalize)
+    _REGISTRY[criterion.name] = criterion
     return criterion
 
 
