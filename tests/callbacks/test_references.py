@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -265,4 +266,5 @@ def test_wandb_watch_keeps_all_its_keys(tmp_path, monkeypatch):
     assert len(keys) == 6
     assert len(names) == 30
     for number, logged in enumerate(keys):
-        assert {k for k in logged if k.startswith("gradients/")} == names, number
+        # wandb numbers the models that a process watches
+        assert {re.sub(r"/graph_\d+", "/", k) for k in logged if k.startswith("gradients/")} == names, number
