@@ -36,5 +36,5 @@ def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
     """Turn an error of the file system into a warning: a full disk is no reason to lose the run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, PruningError) as error:
         rank_zero_warn(one_line(f"{what.capitalize()} was not written to {folder}: {error}. The run goes on."))

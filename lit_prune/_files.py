@@ -68,8 +68,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a temporary name beside ``path`` to write to; rename it to ``path`` at the end, or remove it on an error."""
+    """Give a temporary name beside ``path`` to write to; rename it to ``path`` at the end, or remove it on an error.
+
+    Raises:
+        PruningError: If there is a folder, a device or the like at ``path``.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise PruningError(f"{path} is there and is no ordinary file, so it cannot be replaced. Name another output.")
     with _folder(path.parent):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)

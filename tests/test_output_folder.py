@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import warnings
 from contextlib import contextmanager
@@ -407,3 +408,14 @@ def test_whether_an_output_can_be_written_is_found_out_before_any_work(tmp_path)
             check_writable(disk / "out")
         with pytest.raises(PruningError, match="Read-only file system"):
             check_replaceable(disk)
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    """A device, for instance: as root, a rename would put a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(PruningError, match="no ordinary file"), replacing(tmp_path / name):
+            pytest.fail("it was opened for writing")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
