@@ -10,8 +10,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
+# a process for each core, each with one thread: more of either wait for each other
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
