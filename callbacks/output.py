@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,21 +14,35 @@ from lit_prune.errors import PruningError
 from lit_prune.text_escape import one_line
 
 
+def check_on_rank_zero(trainer: pl.Trainer, check: Callable[[], None], about: str = "") -> None:
+    """Raise on every rank if a check fails on rank zero, the only one that runs it.
+
+    Args:
+        trainer: The trainer.
+        check: Raises a PruningError if something is wrong.
+        about: What the message begins with.
+
+    Raises:
+        PruningError: With the message of the check.
+    """
+    message: str | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except PruningError as error:
+            message = str(error)
+    message = trainer.strategy.broadcast(message)
+    if message is not None:
+        raise PruningError(about + message)
+
+
 def check_output(trainer: pl.Trainer, folder: Path) -> None:
     """Raise on every rank if rank zero cannot write to a folder.
 
     Raises:
         PruningError: With the folder and the reason.
     """
-    message: str | None = None
-    if trainer.is_global_zero:
-        try:
-            check_writable(folder)
-        except PruningError as error:
-            message = str(error)
-    message = trainer.strategy.broadcast(message)
-    if message is not None:
-        raise PruningError(message)
+    check_on_rank_zero(trainer, lambda: check_writable(folder))
 
 
 @contextlib.contextmanager

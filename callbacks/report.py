@@ -23,6 +23,7 @@ from torch import nn
 
 from lit_prune._files import check_writable
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
+from lit_prune.callbacks.output import check_on_rank_zero
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.runs import PerModule
@@ -162,17 +163,14 @@ class PruningReport(Callback):
         Raises:
             PruningError: If the first process cannot write the files there, or replace the model.
         """
-        problem = None
-        if trainer.is_global_zero:
+
+        def check() -> None:
             folder = self._folder(trainer)
-            try:
-                check_writable(folder)
-                if self.save_model and not dry_run:
-                    check_replaceable(folder / "model")
-            except PruningError as error:
-                problem = str(error)
-        if (problem := trainer.strategy.broadcast(problem)) is not None:
-            raise PruningError(f"PruningReport could not write its files at the end of the run. {problem}")
+            check_writable(folder)
+            if self.save_model and not dry_run:
+                check_replaceable(folder / "model")
+
+        check_on_rank_zero(trainer, check, "PruningReport could not write its files at the end of the run. ")
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the dense model is like."""
