@@ -1,8 +1,8 @@
 """Recovery after pruning, within one token budget: full fine-tuning and LoRA, each with and without distillation.
 
-Every run is one Trainer.fit that prunes SmolLM2-135M before its first step and heals it on the first half of a text; perplexity
-is measured on windows of the second half, as in benchmarks/quality.py. Results are added to a JSON file as they come, and
-runs that are in it are not made again; the table is written beside it.
+Every run is one Trainer.fit that prunes SmolLM2-135M before its first step and fine-tunes it on the first half of a text;
+perplexity is measured on windows of the second half, as in benchmarks/quality.py. Results are added to a JSON file as they
+come, and runs that are in it are not made again; the table is written beside it.
 
     python benchmarks/recovery.py --text wikitext2-valid.txt --output docs/recovery.json
 """

@@ -91,7 +91,7 @@ def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
     ]
 
 
-def cut_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> None:
+def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> None:
     """Cut averaged copies of the module as the module was, all or none.
 
     :func:`restart_averages` has to follow: an average of weights from before the cut and repaired ones from after it would
@@ -116,7 +116,7 @@ def optimizers_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Op
     return [o for o in trainer.strategy.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
 
 
-def start_over(trainer: pl.Trainer) -> None:
+def reset_best_scores(trainer: pl.Trainer) -> None:
     """Let what was best before the cut no longer compete with what comes after it.
 
     ``ModelCheckpoint`` forgets its best scores (the files stay), ``EarlyStopping`` its best score and its patience spent,

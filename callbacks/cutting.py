@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lit_prune.callbacks.calibration import calibration, measured, progress_bar
 from lit_prune.callbacks.compatibility import (
     check_references,
-    cut_averages,
     optimizers_of,
+    prune_weight_averages,
+    reset_best_scores,
     restart_averages,
-    start_over,
 )
 from lit_prune.callbacks.output import warn_if_unwritten
 from lit_prune.callbacks.protocol import Pruning
@@ -81,14 +81,14 @@ def _record(
     run = replace(
         before.measured("pruned", {}),
         now=plan_digest(model),
-        plan=plan if known is None or pruning.dry_run else known.then(plan),
+        plan=plan if known is None or pruning.dry_run else known.compose(plan),
         table=table,
         stages_done=stage + 1,
         reached=reached,
         unfinished=True,
     )
     if not pruning.dry_run:
-        cut_averages(trainer, plan, pruning.model_path)
+        prune_weight_averages(trainer, plan, pruning.model_path)
     pruning.runs.commit(run)
 
 
@@ -96,7 +96,7 @@ def finish_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningM
     """Do what comes after the cut. A run that was stopped in the middle of this does all of it when it is resumed."""
     if not pruning.dry_run:
         restart_averages(trainer, pl_module)
-        start_over(trainer)
+        reset_best_scores(trainer)
     renew_wrapper(trainer)
     _write(pruning)
     if not pruning.dry_run:

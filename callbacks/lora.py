@@ -41,7 +41,7 @@ _NAMES = sequence_of("a list of at least one name of a linear layer", TEXT, empt
 
 @dataclass(frozen=True)
 class _Adapters:
-    """Where the healing stands, the modules whose weights are transposed, and what was trained before."""
+    """State of the recovery, the modules whose weights are transposed, and what was trained before."""
 
     phase: str = "waiting"
     transposed: Sequence[str] = ()
@@ -49,13 +49,13 @@ class _Adapters:
 
 
 class LoRARecovery(Callback):
-    """Heal the pruned model by low-rank adapters alone, and merge them into it at the end.
+    """Fine-tune the pruned model by low-rank adapters alone, and merge them into it at the end.
 
     After the last cut, peft's LoRA layers take the place of the projections that were pruned, everything else is frozen,
     and the module's ``configure_optimizers`` is called anew for what is left to train; learning rates and the state of the
     schedulers carry over. When the run is over the adapters are merged, and what remains is a plain pruned model.
 
-    Checkpoints of the healing hold adapters and the frozen weights. A run resumes from them, ``validate(ckpt_path=...)``
+    Checkpoints of this phase hold adapters and the frozen weights. A run resumes from them, ``validate(ckpt_path=...)``
     takes them, and :func:`lit_prune.rebuild_from_checkpoint` merges them for ``load_from_checkpoint``.
 
     Args:
@@ -195,7 +195,7 @@ class LoRARecovery(Callback):
     state_beside_weights = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the healing stands, and what merging needs to know."""
+        """State of the recovery, and what merging needs to know."""
         return {
             "format": ADAPTERS_FORMAT,
             "phase": self._state.value.phase,

@@ -42,7 +42,7 @@ from lit_prune.ranking.table import GroupTable
 
 
 class StructuredPruning(Callback):
-    r"""Prune the model for real in the middle of ``fit``, at once or gradually, and let the same run heal it.
+    r"""Prune the model for real in the middle of ``fit``, at once or gradually, and let the same run fine-tune it.
 
     At the start of the scheduled epoch (or before the batch of the scheduled step) the callback runs calibration batches
     through the module's own ``training_step`` without an optimizer step, ranks every attention group and MLP channel of

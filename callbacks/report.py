@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from lit_prune._files import check_writable
+from lit_prune._renamed import RenamedAttribute
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
 from lit_prune.callbacks.output import check_on_rank_zero
 from lit_prune.callbacks.packages import is_a
@@ -42,14 +43,14 @@ from lit_prune.text_escape import for_console, one_line
 class PruningReport(Callback):
     """Print one table at the end of a fit that pruned, write the plan, the group table, pictures and the model, and log.
 
-    The table compares the dense, the just pruned and the healed model: parameters, size of the weights, the metrics of the
+    The table compares the dense, the just pruned and the recovered model: parameters, size of the weights, the metrics of the
     trainer's validation loop, and, if asked, the speed of dense and pruned measured in turns. Files go to ``output_dir``:
     ``report.json``, ``report.html`` (one page that holds everything), ``plan.json``, ``group_table.csv``, the pictures and
-    the folder ``model``. "Healed" is what the last validation after the last cut measured. With several stages, "dense" is
+    the folder ``model``. "recovered" is what the last validation after the last cut measured. With several stages, "dense" is
     the model before the first one. After a dry run the table compares the dense model with the planned one, and no model is
     written.
 
-    Whatever loggers the Trainer has get the pruning options as hyperparameters, and under ``pruning/`` the figures by stage,
+    Whatever loggers the Trainer has get the pruning options as hyperparameters, and under ``pruning/`` the metrics by stage,
     what each kind of group lost, and what calibration took. TensorBoard gets the pictures, too. Weights & Biases gets the
     pictures, the group table as a ``wandb.Table``, what each layer kept as a table and a bar chart, the plan as an artifact,
     and, with ``log_model``, the pruned model as an artifact whose metadata name the plan. A run goes on as it was across the
@@ -104,10 +105,12 @@ class PruningReport(Callback):
         self._dense: nn.Module | None = None
         self._pruning: StructuredPruning | None = None
 
+    figures = RenamedAttribute("metrics")
+
     @property
-    def figures(self) -> dict[str, dict[str, float]]:
-        """Figures of the run by stage (``"dense"``, ``"pruned"``, ``"healed"``, ``"planned"``) and name."""
-        return self._state.value.figures
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of the run by stage (``"dense"``, ``"pruned"``, ``"recovered"``, ``"planned"``) and name."""
+        return self._state.value.metrics
 
     @property
     def timeline(self) -> list[dict[str, Any]]:
@@ -155,7 +158,7 @@ class PruningReport(Callback):
         done = [c for c in callbacks if c.plan is not None]
         if not done and self._state.value.noted:
             self._state.value = _Reported(run_id=self.run_id)
-        self._pruning = done[0] if done and "dense" in self.figures else None
+        self._pruning = done[0] if done and "dense" in self.metrics else None
 
     def _check_output(self, trainer: pl.Trainer, dry_run: bool) -> None:
         """Refuse, on all processes, what could not be written at the end of the run.
@@ -178,7 +181,7 @@ class PruningReport(Callback):
             return
         self._state.value.lost = {}
         model = pruning.model(pl_module)
-        self._state.value.figures = {"dense": _size(model)}
+        self._state.value.metrics = {"dense": _size(model)}
         if self.measure_speed and trainer.is_global_zero:
             gradients = {p: p.grad for p in model.parameters()}
             for parameter in gradients:
@@ -191,24 +194,24 @@ class PruningReport(Callback):
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Note what the cut left, and log it."""
-        if "dense" not in self.figures:
+        if "dense" not in self.metrics:
             return
         self._pruning = pruning
         self._state.value.validated = {}
         if pruning.dry_run and pruning.plan is not None:
-            self.figures["planned"] = {"parameters": float(pruning.plan.info["parameters_after"])}
+            self.metrics["planned"] = {"parameters": float(pruning.plan.info["parameters_after"])}
         else:
-            self.figures["pruned"] = _size(pruning.model(pl_module))
+            self.metrics["pruned"] = _size(pruning.model(pl_module))
         for stage, metrics in pruning.metrics.items():
-            if stage in self.figures:
-                self.figures[stage].update(metrics)
+            if stage in self.metrics:
+                self.metrics[stage].update(metrics)
         # a run that was stopped in the middle of this comes here twice
         new = self._state.value.noted != pruning.stages_done
         self._state.value.noted = pruning.stages_done
         for stage in ("dense", "pruned") if new else ():
             if pruning.metrics.get(stage) and not (stage == "dense" and self._seen_dense()):
                 self._note(trainer, stage, pruning.metrics[stage])
-        flat = {f"pruning/{s}/{n}": v for s, values in self.figures.items() for n, v in values.items()}
+        flat = {f"pruning/{s}/{n}": v for s, values in self.metrics.items() for n, v in values.items()}
         if pruning.table is not None:
             self._count(pruning.table)
             flat |= {
@@ -219,7 +222,7 @@ class PruningReport(Callback):
                 f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self._state.value.lost.items()
             }
         flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
-        parameters = [values["parameters"] for values in self.figures.values()]
+        parameters = [values["parameters"] for values in self.metrics.values()]
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=trainer.global_step)
@@ -246,11 +249,11 @@ class PruningReport(Callback):
             return
         measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val")}
         if self._pruning is not None:
-            seen = self.figures["dense"]
+            seen = self.metrics["dense"]
             measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n in seen}
             self._state.value.validated = measured
         if measured:
-            self._note(trainer, "dense" if self._pruning is None else "healing", measured)
+            self._note(trainer, "dense" if self._pruning is None else "recovery", measured)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, print, write and log."""
@@ -258,13 +261,13 @@ class PruningReport(Callback):
             return
         model = self._pruning.model(pl_module)
         if not self._pruning.dry_run:
-            self.figures["healed"] = {**_size(model), **self._state.value.validated}
+            self.metrics["recovered"] = {**_size(model), **self._state.value.validated}
             if self._dense is not None:
                 with _warning("The speed was not measured"):
                     self._measure(model)
-            healed = {f"pruning/healed/{n}": v for n, v in self.figures["healed"].items()}
+            recovered = {f"pruning/recovered/{n}": v for n, v in self.metrics["recovered"].items()}
             for logger in trainer.loggers:
-                logger.log_metrics(healed, step=trainer.global_step)
+                logger.log_metrics(recovered, step=trainer.global_step)
         self._dense = None
         drawn = self._write(trainer, model)
         for logger in trainer.loggers:
@@ -277,9 +280,9 @@ class PruningReport(Callback):
         self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures so far, as plain data."""
+        """The metrics so far, as plain data."""
         return {
-            "figures": {stage: dict(values) for stage, values in self.figures.items()},
+            "metrics": {stage: dict(values) for stage, values in self.metrics.items()},
             "timeline": [dict(point) for point in self.timeline],
             "lost": {kind: dict(values) for kind, values in self._state.value.lost.items()},
             "noted": self._state.value.noted,
@@ -287,9 +290,10 @@ class PruningReport(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the figures of a checkpoint."""
+        """Restore the metrics of a checkpoint."""
         self._state.value = _Reported(
-            figures={stage: dict(values) for stage, values in state_dict["figures"].items()},
+            # checkpoints of release 0.1 say "figures"
+            metrics={s: dict(v) for s, v in state_dict.get("metrics", state_dict.get("figures", {})).items()},
             timeline=[dict(point) for point in state_dict["timeline"]],
             # older checkpoints have none
             lost={kind: dict(values) for kind, values in state_dict.get("lost", {}).items()},
@@ -304,11 +308,11 @@ class PruningReport(Callback):
         ids = torch.randint(0, vocabulary, (1, self.speed_tokens), generator=torch.Generator().manual_seed(0)).to(
             device
         )
-        measured = tokens_per_second({"dense": self._dense.to(device), "healed": model}, ids)
+        measured = tokens_per_second({"dense": self._dense.to(device), "recovered": model}, ids)
         for stage, values in measured.items():
-            self.figures[stage]["tokens_per_second"] = statistics.median(values)
-        ratios = [h / d for d, h in zip(measured["dense"], measured["healed"], strict=True)]
-        self.figures["healed"]["speedup"] = statistics.median(ratios)
+            self.metrics[stage]["tokens_per_second"] = statistics.median(values)
+        ratios = [h / d for d, h in zip(measured["dense"], measured["recovered"], strict=True)]
+        self.metrics["recovered"]["speedup"] = statistics.median(ratios)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return self.output_dir or Path(trainer.default_root_dir) / "pruning"
@@ -322,7 +326,7 @@ class PruningReport(Callback):
         with _warning(f"The report was not written to {folder}"):
             # the table is None in a run that was resumed after the last cut
             drawn = write_report(
-                folder, self.figures, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
+                folder, self.metrics, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
             )
         if self.save_model and not pruning.dry_run:
             tokenizer = None
@@ -330,7 +334,7 @@ class PruningReport(Callback):
                 tokenizer = self._load_tokenizer(trainer)
             with _warning(f"The pruned model was not written to {folder / 'model'}"):
                 save_pruned(
-                    model, folder / "model", tokenizer, figures=self.figures, self_contained=self.self_contained
+                    model, folder / "model", tokenizer, metrics=self.metrics, self_contained=self.self_contained
                 )
         return drawn
 
@@ -355,7 +359,7 @@ class PruningReport(Callback):
         run.log_artifact(artifact)
         if self.log_model and (folder / "model").is_dir():
             origin = {"plan": artifact.name, "plan_digest": plan.digest(), "dense_model": self.dense_artifact}
-            model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "figures": self.figures})
+            model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "metrics": self.metrics})
             model.add_dir(str(folder / "model"))
             run.log_artifact(model)
 
@@ -370,7 +374,7 @@ class PruningReport(Callback):
     @rank_zero_only
     def _print(self, trainer: pl.Trainer) -> None:
         console = Console()
-        console.print(report_table(self.figures))
+        console.print(report_table(self.metrics))
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)
         console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)
@@ -389,7 +393,7 @@ def _warning(what: str) -> Iterator[None]:
 class _Reported:
     """What is known of one run."""
 
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     timeline: list[dict[str, Any]] = field(default_factory=list)
     # by kind of group, over all stages
     lost: dict[str, dict[str, int]] = field(default_factory=dict)

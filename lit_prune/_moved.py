@@ -13,13 +13,18 @@ from typing import Any
 
 # by the old module, the new modules with the public names that went there; old=new where the name changed, too
 MOVED: dict[str, dict[str, str]] = {
+    "lit_prune.architectures": {
+        "lit_prune.architectures.components": "Block=Component",
+    },
     "lit_prune.callbacks.calibration": {
         "lit_prune.callbacks.training_step": "gradient_scale",
         "lit_prune.callbacks.validation": "validation_metrics",
         "lit_prune.callbacks.ranks": "ranks_of check_same_on_all_ranks",
     },
     "lit_prune.callbacks.others": {
-        "lit_prune.callbacks.compatibility": "check_references averages cut_averages start_over",
+        "lit_prune.callbacks.compatibility": (
+            "check_references averages cut_averages=prune_weight_averages start_over=reset_best_scores"
+        ),
     },
     "lit_prune.callbacks.recovery": {
         "lit_prune.callbacks.rewarmup": "LearningRateRewarmup",
@@ -39,7 +44,7 @@ MOVED: dict[str, dict[str, str]] = {
             "STACKED INTERLEAVED part_rows Projection projection produced consumed "
             "reader_adaptations parameter_of part_of group_set_of"
         ),
-        "lit_prune.architectures.components": "QUERY_HEAD Block Attention MLP",
+        "lit_prune.architectures.components": "QUERY_HEAD Block=Component Attention MLP",
         "lit_prune.architectures.registry": (
             "Architecture register_architecture architectures find_model find_group_sets depth_of"
         ),
@@ -74,7 +79,7 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.distributed.ranks": "Ranks",
     },
     "lit_prune.expert_equations": {
-        "lit_prune.repair.experts": "Reached expert_equations",
+        "lit_prune.repair.experts": "Reached=StopForward expert_equations",
     },
     "lit_prune.export": {
         "lit_prune.io.huggingface": "save_pruned to_pretrained",
@@ -84,7 +89,7 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.io.output_folder": "check_replaceable",
     },
     "lit_prune.figures": {
-        "lit_prune.reporting.metrics": "label format_figure figure_rows",
+        "lit_prune.reporting.metrics": "label format_figure=format_metric figure_rows=metric_rows",
     },
     "lit_prune.files": {
         "lit_prune._files": "replacing write_text",
@@ -129,7 +134,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "lit_prune.sharding": {
         "lit_prune.distributed.shards": (
-            "is_sharded sharded_dim any_sharded check_layout local full local_range gather "
+            "is_sharded sharded_dim any_sharded check_layout local full local_range gather=sum_by_group "
             "local_part once sum_over_shards shard_like release reshard replace plain_copy"
         ),
     },

@@ -58,10 +58,10 @@ from lit_prune.version import __version__
 
 PROGRAM = "lit-prune"
 REPORT = "pruning"
-_FIGURES: Rule[dict[str, Any]] = mapping_of(
-    "figures by stage and name, as report.json holds them",
+_METRICS: Rule[dict[str, Any]] = mapping_of(
+    "metrics by stage and name, as report.json holds them",
     TEXT,
-    mapping_of("figures by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
+    mapping_of("metrics by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
 )
 
 
@@ -124,11 +124,11 @@ def plan(
     """
     check_writable(output)
     session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
-    dense = session.figures()
+    dense = session.metrics()
     table, made = session.prune(pruning)
-    figures = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
-    write_report(output, figures, made, table)
-    _print(figures, output)
+    metrics = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
+    write_report(output, metrics, made, table)
+    _print(metrics, output)
 
 
 def apply(
@@ -162,20 +162,20 @@ def apply(
     session = _Session(model, calibration, device, dtype, blocks=blocks)
     if given is not None:
         given.validate(session.group_sets)
-    figures = {"dense": session.figures()}
+    metrics = {"dense": session.metrics()}
     table = None
     if given is None:
         table, _ = session.prune(pruning)
     else:
         session.cut(given, pruning)
-    figures["pruned"] = session.figures()
+    metrics["pruned"] = session.metrics()
     cut = get_plan(session.model)
     assert cut is not None
     whole = to_pretrained(session.model, self_contained=self_contained)
     with replacing_folder(output, [model]) as temporary:
-        write_pruned(whole, temporary, session.tokenizer, figures=figures, self_contained=self_contained)
-        write_report(temporary / REPORT, figures, cut, table)
-    _print(figures, output)
+        write_pruned(whole, temporary, session.tokenizer, metrics=metrics, self_contained=self_contained)
+        write_report(temporary / REPORT, metrics, cut, table)
+    _print(metrics, output)
 
 
 def convert(
@@ -249,15 +249,15 @@ def report(folder: Path) -> None:
     """
     made = PruningPlan.load(folder / "plan.json")
     check_writable(folder)
-    table, figures = None, {}
+    table, metrics = None, {}
     if (file := folder / "group_table.csv").exists():
         with reading(f"The group table {str(file)!r}"):
             table = GroupTable.read(file)
     if (file := folder / "report.json").exists():
         with reading(f"The report {str(file)!r}"):
-            figures = _FIGURES.check(str(file), json.loads(file.read_text(encoding="utf-8")))
-    write_report(folder, figures, made, table)
-    _print(figures, folder)
+            metrics = _METRICS.check(str(file), json.loads(file.read_text(encoding="utf-8")))
+    write_report(folder, metrics, made, table)
+    _print(metrics, folder)
 
 
 def compare(
@@ -277,14 +277,14 @@ def compare(
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
         speed_tokens: Tokens of the sequence that the speed is measured on; 0 measures none.
-        output: JSON file to write the figures to.
+        output: JSON file to write the metrics to.
     """
 
     speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
     if output is not None:
         check_writable(output, file=True)
     sessions = {name: _Session(name, calibration, device, dtype) for name in models}
-    figures = {name: session.figures() for name, session in sessions.items()}
+    metrics = {name: session.metrics() for name, session in sessions.items()}
     if speed_tokens:
         first = next(iter(sessions.values()))
         generator = torch.Generator().manual_seed(0)
@@ -292,10 +292,10 @@ def compare(
         ids = torch.randint(0, size, (1, speed_tokens), generator=generator).to(first.device)
         measured = tokens_per_second({name: s.model for name, s in sessions.items()}, ids)
         for name, values in measured.items():
-            figures[name]["tokens_per_second"] = numbers.median(values)
-    Console().print(report_table(figures))
+            metrics[name]["tokens_per_second"] = numbers.median(values)
+    Console().print(report_table(metrics))
     if output is not None:
-        write_text(output, json.dumps(figures, indent=1) + "\n")
+        write_text(output, json.dumps(metrics, indent=1) + "\n")
 
 
 class _Session:
@@ -366,13 +366,13 @@ class _Session:
         return nullcontext((shown, self.loss))
 
     @torch.inference_mode()
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Parameters, megabytes, and perplexity on the held-out text."""
-        figures = {"parameters": float(count_parameters(self.model)), "megabytes": count_bytes(self.model) / 1e6}
+        metrics = {"parameters": float(count_parameters(self.model)), "megabytes": count_bytes(self.model) / 1e6}
         if self.held_out:
             losses = [float(self.loss(batch)) for batch in _progress(self.held_out, "Perplexity")]
-            figures["perplexity"] = math.exp(sum(losses) / len(losses))
-        return figures
+            metrics["perplexity"] = math.exp(sum(losses) / len(losses))
+        return metrics
 
 
 def _device(name: str) -> torch.device:
@@ -402,9 +402,9 @@ def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
     return track(items, what, transient=True, console=console, disable=not console.is_terminal)
 
 
-def _print(figures: dict[str, dict[str, float]], folder: Path) -> None:
-    if figures:
-        Console().print(report_table(figures))
+def _print(metrics: dict[str, dict[str, float]], folder: Path) -> None:
+    if metrics:
+        Console().print(report_table(metrics))
     _say(f"Written to {folder}")
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_prune._renamed import RenamedAttribute, renamed_fields
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.modeling_pruned import BLOCK as BLOCK
 
 
+@renamed_fields(opaque="unobservable_input")
 @dataclass(frozen=True, eq=False)
 class Slice:
     """The part of one parameter that belongs to each group of a set.
@@ -29,7 +31,7 @@ class Slice:
             when group ``g`` leaves.
         input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
-        opaque: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
+        unobservable_input: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
             ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
             Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
             experts.
@@ -39,7 +41,7 @@ class Slice:
     dim: int
     index: Tensor
     input_dim: int | None = None
-    opaque: bool = False
+    unobservable_input: bool = False
 
     @property
     def module(self) -> str:
@@ -54,9 +56,11 @@ class Slice:
     @property
     def observable(self) -> bool:
         """Whether the inputs of the slice's module are the features that its parameter multiplies."""
-        return self.input_dim is not None and not self.opaque
+        return self.input_dim is not None and not self.unobservable_input
 
-    def gather(self, line: Tensor, start: int = 0, length: int | None = None) -> Tensor:
+    gather = RenamedAttribute("sum_by_group")
+
+    def sum_by_group(self, line: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """Sum values, one for each position along ``dim``, to one number a group.
 
         Args:
@@ -146,10 +150,12 @@ class GroupSet:
         """The slices to silence a group by: its consumers; for what nothing reads by itself, an expert, all of it."""
         return self.consumers or self.slices
 
+    refittable = RenamedAttribute("repairable")
+
     @property
-    def refittable(self) -> tuple[Slice, ...]:
+    def repairable(self) -> tuple[Slice, ...]:
         """The consumers whose inputs and outputs can be observed, which is what repair works on."""
-        return tuple(s for s in self.slices if s.consumes and not s.opaque)
+        return tuple(s for s in self.slices if s.consumes and not s.unobservable_input)
 
     def kept_to_removed(self, kept: Iterable[int]) -> Tensor:
         """The sorted indices of the groups that are not in ``kept``."""

@@ -245,7 +245,7 @@ def prune_with(
         record: Called with the result right after the last cut; if it raises, all cuts are undone.
         dry_run: Plan, in one iteration, and cut nothing.
     """
-    total = None if ranks is None else ranks.sum
+    all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
@@ -284,10 +284,10 @@ def prune_with(
             ) -> float:
                 with data(COMPARISON) as (batches, loss):
                     value = masked_loss(model, sets, candidate, batches, loss, step.holds_back, root=root)
-                return value if total is None else float(total(torch.tensor(value, dtype=torch.float64)))
+                return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
             ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
-            table = ranked if table is None else table.then(ranked)
+            table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
                 with data(REPAIR) as (batches, loss):
@@ -333,17 +333,19 @@ def _unexplained(
     progress: Callable[[Sequence[str]], Iterable[str]],
     ranks: Ranks | None,
 ) -> dict[tuple[str, str], Tensor]:
-    total = None if ranks is None else ranks.sum
+    all_reduce = None if ranks is None else ranks.sum
     try:
         with together(ranks, "measuring what repair can make up for"):
-            return unexplained_shares(model, group_sets, batches, forward, root=root, progress=progress, total=total)
+            return unexplained_shares(
+                model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
+            )
     except UnsupportedModelError:
         # such a model is not repaired either, of which repair warns
         return {}
 
 
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
-    plan = first.then(later)
+    plan = first.compose(later)
     return replace(plan, info={**plan.info, "iterations": iterations})
 
 
@@ -383,9 +385,9 @@ def repair(
     if config.repair == "least_squares":
         try:
             with together(ranks, "repair"):
-                total = None if ranks is None else ranks.sum
+                all_reduce = None if ranks is None else ranks.sum
                 return plan, least_squares(
-                    model, group_sets, plan, batches, forward, root=root, progress=progress, total=total
+                    model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)

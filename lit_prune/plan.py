@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from lit_prune._files import read_json, write_text
+from lit_prune._renamed import RenamedAttribute
 from lit_prune.arguments import MOST_GROUPS
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
@@ -184,7 +185,10 @@ class PruningPlan:
                     " all."
                 )
 
-    def then(self, later: PruningPlan) -> PruningPlan:
+    then = RenamedAttribute("compose")
+    afterwards = RenamedAttribute("entries_after")
+
+    def compose(self, later: PruningPlan) -> PruningPlan:
         """Compose with a plan made for the model that this one results in, into one plan for the original model.
 
         What it says of how it came about is that of the later one, but for the parameters before.
@@ -228,7 +232,7 @@ class PruningPlan:
         name, layer = _moved(group_set.name, group_set.layer, moved)
         return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0])
 
-    def afterwards(self) -> dict[tuple[str, str], PlanEntry]:
+    def entries_after(self) -> dict[tuple[str, str], PlanEntry]:
         """The entries, but for those of blocks, by name and kind of their group sets in the model that the plan results in."""
         moved = {e.name: {old: new for new, old in enumerate(e.kept)} for e in self.blocks}
         return {e.key: e for e in (_renumbered(e, moved) for e in self.group_entries)}

@@ -83,7 +83,7 @@ register_architecture(
     Architecture(
         name="my-gpt",
         models=("MyGPT",),
-        blocks=(
+        components=(
             Attention(
                 path="h.*.attn",
                 fused="c_attn",
@@ -171,6 +171,6 @@ register_architecture(
     Architecture(
         name="my-resnet",
         models=("MyResNet",),
-        blocks=(Traced(example_inputs=lambda: (torch.randn(1, 3, 8, 8),)),),
+        components=(Traced(example_inputs=lambda: (torch.randn(1, 3, 8, 8),)),),
     )
 )

@@ -131,7 +131,7 @@ def test_two_cuts_compose_to_one(tokens):
     second = PruningPlan.from_kept(sets, kept)
     apply_plan(model, second)
     composed = get_plan(model)
-    assert composed == first.then(second)
+    assert composed == first.compose(second)
     assert composed.removed_blocks == ("model.layers.0", "model.layers.1")
     assert PruningPlan.from_dict(composed.to_dict()).digest() == composed.digest()
     apply_plan(other, composed)

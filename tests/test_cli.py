@@ -80,8 +80,8 @@ def test_every_recipe_runs_shrunken_on_a_tiny_model(tmp_path, monkeypatch, name)
     cli = entry(ROOT / "configs" / f"{name}.yaml")(arguments)
     assert cli.trainer.global_step == 8
     wanted = cli.config["fit"]["pruning"]["pruning_ratio"]
-    figures = json.loads((tmp_path / "outputs" / name / "report.json").read_text())
-    ratio = 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"]
+    metrics = json.loads((tmp_path / "outputs" / name / "report.json").read_text())
+    ratio = 1 - metrics["recovered"]["parameters"] / metrics["dense"]["parameters"]
     assert 0.6 * wanted < ratio <= wanted
     loaded = load_pruned(tmp_path / "outputs" / name / "model")
     assert (loaded.config.model_type == "llama") == (name == "uniform")
@@ -100,9 +100,9 @@ def test_the_classifier_recipe_runs_shrunken_on_a_tiny_bert(tmp_path, monkeypatc
     arguments += ["--data.batch_size", "4", "--pruning.calibration_batches", "2", "--trainer.max_epochs", "2"]
     cli = entry(recipe)([*arguments, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"])
     out = tmp_path / "outputs" / "bert_classifier"
-    figures = json.loads((out / "report.json").read_text())
-    assert "val_accuracy" in figures["healed"]
-    assert 0.15 < 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"] <= 0.2
+    metrics = json.loads((out / "report.json").read_text())
+    assert "val_accuracy" in metrics["recovered"]
+    assert 0.15 < 1 - metrics["recovered"]["parameters"] / metrics["dense"]["parameters"] <= 0.2
     loaded = AutoModelForSequenceClassification.from_pretrained(out / "model")
     ids = torch.arange(2, 10)[None]
     trained = cli.model.model.eval()
@@ -118,8 +118,8 @@ def test_the_two_process_recipe_runs_shrunken(tmp_path):
     shrunken = ["--pruning.calibration_batches", 2, "--trainer.max_steps", 4, "--trainer.val_check_interval", 4]
     done = train("fit", "--config", ROOT / "configs" / "ddp.yaml", *sources, *shrunken, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "outputs" / "ddp" / "report.json").read_text())
-    assert 0.18 < 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"] <= 0.2
+    metrics = json.loads((tmp_path / "outputs" / "ddp" / "report.json").read_text())
+    assert 0.18 < 1 - metrics["recovered"]["parameters"] / metrics["dense"]["parameters"] <= 0.2
 
 
 def test_the_plain_example_runs(tmp_path):
@@ -132,9 +132,9 @@ def test_the_plain_example_runs(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "outputs" / "plain_lightning" / "report.json").read_text())
-    assert 0.28 < 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"] <= 0.3
-    assert figures["healed"]["val_loss"] < figures["pruned"]["val_loss"]
+    metrics = json.loads((tmp_path / "outputs" / "plain_lightning" / "report.json").read_text())
+    assert 0.28 < 1 - metrics["recovered"]["parameters"] / metrics["dense"]["parameters"] <= 0.3
+    assert metrics["recovered"]["val_loss"] < metrics["pruned"]["val_loss"]
 
 
 def test_the_quickstart_runs_shrunken_on_a_tiny_model(tmp_path):
@@ -164,8 +164,8 @@ def test_the_quickstart_runs_shrunken_on_a_tiny_model(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "outputs" / "quickstart"
-    figures = json.loads((out / "report.json").read_text())
-    ratio = 1 - figures["healed"]["parameters"] / figures["dense"]["parameters"]
+    metrics = json.loads((out / "report.json").read_text())
+    ratio = 1 - metrics["recovered"]["parameters"] / metrics["dense"]["parameters"]
     assert 0.19 < ratio <= 0.2
     assert {"plan.json", "group_table.csv", "kept.png", "model"} <= {p.name for p in out.iterdir()}
     assert "val_perplexity" in done.stdout

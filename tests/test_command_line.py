@@ -183,7 +183,7 @@ def test_reports_of_another_shape(given, tmp_path, capsys):
     for content in (*REPORTS, "{nope"):
         (tmp_path / "report.json").write_text(content)
         code, said = ends(main, ["report", tmp_path], capsys)
-        assert "figures by stage and name" in said or "cannot be read: JSONDecodeError" in said
+        assert "metrics by stage and name" in said or "cannot be read: JSONDecodeError" in said
         assert code == 2
     (tmp_path / "report.json").unlink()
     for content in TABLES:

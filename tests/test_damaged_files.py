@@ -332,7 +332,7 @@ def test_a_plan_knows_its_model(tmp_path, overrides):
     narrower.model.layers[2].mlp = tiny(intermediate_size=20).model.layers[2].mlp
     with pytest.raises(PlanError, match=r"made for another model: one with 24 groups at 'model.layers.2.mlp'.* has 20"):
         apply_plan(narrower, first)
-    composed = plan.then(PruningPlan(()))
+    composed = plan.compose(PruningPlan(()))
     assert composed.sets == plan.sets
     apply_plan(model, composed)
 

@@ -136,7 +136,7 @@ def write_checkpoint(folder: Path) -> L.Trainer:
 
     first = trainer(max_epochs=2)
     first.fit(Texts(tiny()), Data(text_rows()))
-    first.callbacks[1].load_state_dict({"figures": {}, "timeline": [], "wandb_run": "a-run"})
+    first.callbacks[1].load_state_dict({"metrics": {}, "timeline": [], "wandb_run": "a-run"})
     first.save_checkpoint(folder / "last.ckpt")
     return trainer(max_epochs=3)
 

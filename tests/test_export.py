@@ -326,8 +326,8 @@ def test_the_card_tells_what_was_cut_and_how_it_did(tmp_path):
     group_sets = find_group_sets(model)
     _, plan = make_plan(model, group_sets, None, PruningConfig(importance="magnitude", pruning_ratio=0.2))
     apply_plan(model, plan)
-    figures = {"dense": {"val_perplexity": 7.25}, "healed": {"val_perplexity": 8.5, "val_loss": 2.0}}
-    card = (save_pruned(model, tmp_path / "model", figures=figures) / "README.md").read_text()
+    metrics = {"dense": {"val_perplexity": 7.25}, "recovered": {"val_perplexity": 8.5, "val_loss": 2.0}}
+    card = (save_pruned(model, tmp_path / "model", metrics=metrics) / "README.md").read_text()
     after = sum(p.numel() for p in model.parameters())
     for words in (
         f"{after:,} parameters, {1 - after / plan.info['parameters_before']:.1%} fewer",

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "version",
     "_moved",
+    "_renamed",
     "errors",
     "arguments",
     "text_escape",

@@ -92,11 +92,11 @@ def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys)
     run("apply", model, out, *text, "--pruning.pruning_ratio=0.2", "--pruning.iterations=1")
     pruned = load_pruned(out)
     assert AutoTokenizer.from_pretrained(out)("w5 w7")["input_ids"] == [5, 7]
-    figures = json.loads((out / "pruning" / "report.json").read_text())
-    assert figures["pruned"]["parameters"] == sum(p.numel() for p in pruned.parameters())
-    assert 0.18 < 1 - figures["pruned"]["parameters"] / figures["dense"]["parameters"] <= 0.2
-    assert figures["pruned"]["perplexity"] != figures["dense"]["perplexity"]
-    assert f"{figures['pruned']['perplexity']:.4g}" in (out / "README.md").read_text()
+    metrics = json.loads((out / "pruning" / "report.json").read_text())
+    assert metrics["pruned"]["parameters"] == sum(p.numel() for p in pruned.parameters())
+    assert 0.18 < 1 - metrics["pruned"]["parameters"] / metrics["dense"]["parameters"] <= 0.2
+    assert metrics["pruned"]["perplexity"] != metrics["dense"]["perplexity"]
+    assert f"{metrics['pruned']['perplexity']:.4g}" in (out / "README.md").read_text()
     plan = out / "pruning" / "plan.json"
     assert PruningPlan.load(plan) == get_plan(pruned)
     again = tmp_path / "again"
@@ -112,7 +112,7 @@ def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys)
     run("compare", model, out, *text, "--speed_tokens=16", "--output", tmp_path / "compared.json")
     compared = json.loads((tmp_path / "compared.json").read_text())
     for name, stage in ((model, "dense"), (out, "pruned")):
-        assert compared[str(name)]["perplexity"] == pytest.approx(figures[stage]["perplexity"])
+        assert compared[str(name)]["perplexity"] == pytest.approx(metrics[stage]["perplexity"])
         assert compared[str(name)]["tokens_per_second"] > 0
     assert "perplexity" in capsys.readouterr().out
 

@@ -447,7 +447,7 @@ def wav2vec2():
         Architecture(
             name="wav2vec2-test",
             models=("Wav2Vec2PreTrainedModel",),
-            blocks=(
+            components=(
                 Attention(path="layers.*.attention", output="out_proj"),
                 MLP(path="layers.*.feed_forward", inputs=("intermediate_dense",), output="output_dense"),
             ),

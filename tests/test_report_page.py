@@ -17,13 +17,13 @@ from lit_prune.reporting.plots import importance_figure, pictures, score_figure,
 
 FIGURES = {
     "dense": {"parameters": 1000.0, "val_perplexity": 26.0},
-    "healed": {"parameters": 700.0, "val_perplexity": 35.0},
+    "recovered": {"parameters": 700.0, "val_perplexity": 35.0},
 }
 TIMELINE = [
     {"step": 0, "stage": "dense", "val_loss": 3.3, "val_perplexity": 27.0},
     {"step": 10, "stage": "dense", "val_loss": 3.2, "val_perplexity": 26.0},
     {"step": 10, "stage": "pruned", "val_loss": 4.1, "val_perplexity": 60.0},
-    {"step": 20, "stage": "healing", "val_loss": 3.6, "val_perplexity": 35.0},
+    {"step": 20, "stage": "recovery", "val_loss": 3.6, "val_perplexity": 35.0},
 ]
 
 

@@ -69,14 +69,14 @@ def test_every_number_of_a_run_is_that_of_the_tensors(tmp_path, options, repair,
             assert f"| {kind}, {len(kept)} layers cut | {whole} | {said} |" in card
 
     # the report: JSON, page, console
-    figures = json.loads((out / "report.json").read_text())
-    assert {stage: values["parameters"] for stage, values in figures.items()} == {
+    metrics = json.loads((out / "report.json").read_text())
+    assert {stage: values["parameters"] for stage, values in metrics.items()} == {
         "dense": before,
         "pruned": after,
-        "healed": after,
+        "recovered": after,
     }
     stored = sum(t.numel() * t.element_size() for t in load_file(out / "model" / "model.safetensors").values())
-    assert figures["healed"]["megabytes"] == stored / 1e6
+    assert metrics["recovered"]["megabytes"] == stored / 1e6
     page, printed = (out / "report.html").read_text(), capsys.readouterr().out
     cells = [re.sub(r"<[^>]+>", " ", row).split() for row in page.split("</tr>")]
     assert ["parameters", f"{before:,}", f"{after:,}", f"{after:,}", f"{after / before:.3f}"] in cells
@@ -90,7 +90,7 @@ def test_every_number_of_a_run_is_that_of_the_tensors(tmp_path, options, repair,
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = {k: float(v) for row in csv.DictReader(file) for k, v in row.items() if v and k.startswith("pruning/")}
     assert logged["pruning/dense/parameters"] == before
-    assert logged["pruning/pruned/parameters"] == logged["pruning/healed/parameters"] == after
+    assert logged["pruning/pruned/parameters"] == logged["pruning/recovered/parameters"] == after
     assert logged["pruning/ratio"] == pytest.approx(share)
     biases = sum(model.get_submodule(name).bias.numel() for name in callback.plan.biases)
     lost = sum(logged[f"pruning/removed_parameters/{kind}"] for kind in ("attention", "mlp"))
@@ -124,9 +124,9 @@ def test_pruning_twice_counts_from_the_first_model(tmp_path, batches, loss_of):
 def test_composing_takes_before_from_the_first_and_after_from_the_last():
     first = PruningPlan((), info={BEFORE: 100, AFTER: 90, "importance": "a"})
     later = PruningPlan((), info={BEFORE: 90, AFTER: 80, "importance": "b"})
-    assert first.then(later).info == {BEFORE: 100, AFTER: 80, "importance": "b"}
-    assert PruningPlan(()).then(later).info == {AFTER: 80, "importance": "b"}
-    assert first.then(PruningPlan(())).info == {BEFORE: 100, "importance": "a"}
+    assert first.compose(later).info == {BEFORE: 100, AFTER: 80, "importance": "b"}
+    assert PruningPlan(()).compose(later).info == {AFTER: 80, "importance": "b"}
+    assert first.compose(PruningPlan(())).info == {BEFORE: 100, "importance": "a"}
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper", "foreign"])

@@ -188,9 +188,9 @@ def test_a_plan_survives_json_and_its_digest_is_of_the_cut_alone(tmp_path):
 
 def test_plans_compose_against_the_original():
     first, second = plan_of([0, 2, 3, 5], [1, 4]), PruningPlan((PlanEntry("layers.0.mlp", "mlp", 0, 4, (1, 3)),))
-    assert first.then(second).entries == plan_of([2, 5], [1, 4]).entries
+    assert first.compose(second).entries == plan_of([2, 5], [1, 4]).entries
     with pytest.raises(PlanError, match="keeps 2 groups in the first plan, and the second was made for 4"):
-        plan_of([0, 1]).then(second)
+        plan_of([0, 1]).compose(second)
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ NASTY = [
 
 @pytest.mark.parametrize("text", NASTY)
 def test_the_console_shows_it_and_does_nothing_else(text):
-    figures = {text: {text: 1.0, "parameters": 2.0}, "last": {text: 2.0}}
+    metrics = {text: {text: 1.0, "parameters": 2.0}, "last": {text: 2.0}}
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=200, color_system="truecolor")
-    console.print(report_table(figures))
+    console.print(report_table(metrics))
     console.print(for_console(text), soft_wrap=True)
     printed = shown.getvalue()
     # nothing but rich's own styles is left of escape sequences, and the text is there in full

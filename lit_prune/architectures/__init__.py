@@ -1,8 +1,10 @@
-"""Finds the groups of a model. Every file but the machinery (base, adapt, traced) is nothing but descriptions."""
+"""Finds the groups of a model, by the description of its architecture."""
+
+from lit_prune._moved import moved_names
 
 # importing a file registers what it describes
 from lit_prune.architectures.arguments import Positions
-from lit_prune.architectures.components import MLP, Attention, Block
+from lit_prune.architectures.components import MLP, Attention, Component
 from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
@@ -19,7 +21,7 @@ __all__ = [
     "MLP",
     "Architecture",
     "Attention",
-    "Block",
+    "Component",
     "ExpertChannels",
     "Experts",
     "MultiheadAttention",
@@ -30,3 +32,5 @@ __all__ = [
     "find_model",
     "register_architecture",
 ]
+
+__getattr__ = moved_names(__name__)

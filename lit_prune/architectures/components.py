@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.adaptations import without_continuous_batching, without_heads
 from lit_prune.architectures.slices import (
     STACKED,
@@ -37,20 +38,20 @@ _HEAD_COUNTS = {
 }
 
 
-class Block(ABC):
+class Component(ABC):
     """What every description of a part of a model has: where the part is, and a way to describe its groups.
 
-    Subclasses are frozen dataclasses with at least the fields ``path``, ``having`` and ``optional``.
+    Subclasses are frozen dataclasses with at least the fields ``path``, ``requires`` and ``optional``.
 
     Args:
         path: Qualified name of the module within the model, ``*`` standing for an index; the first one is the layer's. It
             matches at the end of a name, so that the same description serves every task head.
-        having: Describe only those modules at ``path`` that have a part of this name, and pass over the others.
+        requires: Describe only those modules at ``path`` that have a part of this name, and skip the others.
         optional: Whether a model may have no such module at all.
     """
 
     path: str
-    having: str | None
+    requires: str | None
     optional: bool
 
     @abstractmethod
@@ -81,12 +82,13 @@ class Block(ABC):
     def group_sets(self, model: nn.Module, pruned: Collection[tuple[str, str]]) -> Iterator[GroupSet]:
         """The group sets of every module at the path."""
         for name, layer, block in self.places(model):
-            if self.having is None or _has(model, f"{name}.{self.having}"):
+            if self.requires is None or _has(model, f"{name}.{self.requires}"):
                 yield replace(self.group_set(model, name, layer, pruned), block=block)
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class Attention(Block):
+class Attention(Component):
     """Where attention sits in a model and how its projections are laid out.
 
     One group is a key/value head with the query heads that share it. Where all query heads share one key/value head
@@ -94,7 +96,7 @@ class Attention(Block):
     projections' shapes, so a model that was pruned before is described by the same data.
 
     Args:
-        path: Path of the attention module, see :class:`Block`.
+        path: Path of the attention module, see :class:`Component`.
         query: Name of the query projection within the attention module.
         key: Name of the key projection.
         value: Name of the value projection.
@@ -102,7 +104,7 @@ class Attention(Block):
         head_dim: Attribute of the core that holds the features of one head, or a function of the core that gives them.
         attributes: Attributes of the core that count heads or features, each mapped to what it counts:
             ``"query_heads"``, ``"key_value_heads"``, ``"query_features"``, ``"key_value_features"`` or
-            ``"queries_per_key_value"``. Those that a module lacks are passed over. ``config.NAME`` stands for a field read
+            ``"queries_per_key_value"``. Those that a module lacks are skipped. ``config.NAME`` stands for a field read
             from the module's config in forward.
         kind: What the group table calls these groups.
         fused: Name of the one projection that gives queries, keys and values, in place of three.
@@ -112,14 +114,14 @@ class Attention(Block):
             each head's query. With ``fused`` it has no meaning.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
             sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
-            lacks are passed over.
+            lacks are skipped.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
         skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
             it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
         adapt: Called with the core and the indices of the kept groups at every cut, for cores that need more than
             smaller projections and attributes; see :class:`~lit_prune.groups.Adaptation`.
-        having: See :class:`Block`.
-        optional: See :class:`Block`.
+        requires: See :class:`Component`.
+        optional: See :class:`Component`.
     """
 
     path: str
@@ -137,7 +139,7 @@ class Attention(Block):
     core: str = ""
     skippable: bool = False
     adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
-    having: str | None = None
+    requires: str | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -248,20 +250,21 @@ class Attention(Block):
             yield part_of(model, f"{name}.{parameter}", 0, torch.arange(entries).view(groups, counts[counted]))
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class MLP(Block):
+class MLP(Component):
     """Where an MLP sits in a model. One group is one channel: a row of every input projection, a column of the output.
 
     Args:
-        path: Path of the module that holds the projections, see :class:`Block`.
+        path: Path of the module that holds the projections, see :class:`Component`.
         inputs: Names of the projections that produce the channels, within that module.
         output: Name of the projection that reads them.
         attributes: Attributes of the module that count ``"channels"``.
         kind: What the group table calls these groups.
         parts: How many rows of each input projection belong to one channel: 2 where gate and up projection are fused.
         layout: How the parts lie: ``"stacked"``, first all of the one and then all of the other, or ``"interleaved"``.
-        having: See :class:`Block`.
-        optional: See :class:`Block`.
+        requires: See :class:`Component`.
+        optional: See :class:`Component`.
     """
 
     path: str
@@ -271,7 +274,7 @@ class MLP(Block):
     kind: str = "mlp"
     parts: int = 1
     layout: str = STACKED
-    having: str | None = None
+    requires: str | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.arguments import POSITIONS, Positions
-from lit_prune.architectures.components import Block
+from lit_prune.architectures.components import Component
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
 
 
+@renamed_fields(blocks="components")
 @dataclass(frozen=True)
 class Architecture:
     """A family of models whose groups one description finds.
@@ -25,12 +27,12 @@ class Architecture:
         models: Classes; a model belongs to the family if its class or one of its base classes is among them. Each is the class
             itself, or its dotted name (``"my_package.models.MyGPT"``, also of a module that exports it), which imports
             nothing; or its bare name (``"MyGPT"``), which means any class of that name that the description fits.
-        blocks: The descriptions of the parts that hold groups.
+        components: The descriptions of the parts that hold groups.
         check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
             fit all the same, because of an option in its config for instance.
         depth: Where a model says how many blocks it has, and anything for each of them, so that it can follow when whole
             blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
-            list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are passed over.
+            list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are skipped.
             ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
         arguments: Names that the forwards in such a model give sequences and their masks, where they are none of
             :data:`~lit_prune.architectures.arguments.POSITIONS`.
@@ -40,7 +42,7 @@ class Architecture:
         register_architecture(Architecture(
             name="my-gpt",
             models=("MyGPT",),
-            blocks=(
+            components=(
                 Attention(path="blocks.*.attn", query="wq", key="wk", value="wv", output="wo"),
                 MLP(path="blocks.*.mlp", inputs=("up",), output="down"),
             ),
@@ -49,7 +51,7 @@ class Architecture:
 
     name: str
     models: tuple[ClassRef, ...]
-    blocks: tuple[Block, ...]
+    components: tuple[Component, ...]
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
     arguments: tuple[Positions, ...] = ()
@@ -65,11 +67,11 @@ class Architecture:
             model: The model.
             whole: Whether to describe a module of each kind, too, in place of looking only at the names.
         """
-        if not all(block.optional or block.having or block.places(model) for block in self.blocks):
+        if not all(block.optional or block.requires or block.places(model) for block in self.components):
             return False
         if whole:
             try:
-                for block in self.blocks:
+                for block in self.components:
                     next(iter(block.group_sets(model, _pruned_before(model))), None)
             except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
                 # what a description does with a model that it is not for
@@ -95,7 +97,7 @@ def register_architecture(architecture: Architecture) -> Architecture:
             f"Architecture {architecture.name!r} has models={architecture.models!r}; expected a tuple of classes or names of"
             " classes."
         )
-    if not architecture.models or not architecture.blocks:
+    if not architecture.models or not architecture.components:
         raise ValueError(f"Architecture {architecture.name!r} needs at least one class and one block description.")
     classes = {qualified_name(m) for m in architecture.models}
     _REGISTRY[:] = [
@@ -221,9 +223,9 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
         architecture.check(model)
     pruned = _pruned_before(model)
     group_sets: list[GroupSet] = []
-    for block in architecture.blocks:
+    for block in architecture.components:
         found = list(block.group_sets(model, pruned))
-        if not found and not block.optional and block.having is None:
+        if not found and not block.optional and block.requires is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is described by the architecture {architecture.name!r}, but no module is at"
                 f" {block.path!r}. Its modules are {[name for name, _ in model.named_modules() if name.count('.') < 3][1:20]}."
@@ -241,7 +243,7 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
 def _pruned_before(model: nn.Module) -> Collection[tuple[str, str]]:
     """Keys of the group sets that lost something in earlier cuts."""
     plan = get_plan(model)
-    return set() if plan is None else plan.afterwards().keys()
+    return set() if plan is None else plan.entries_after().keys()
 
 
 def depth_of(model: nn.Module) -> tuple[str, ...] | None:
@@ -268,7 +270,7 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
             " depth. Prune other kinds."
         )
     stacks = dict.fromkeys(
-        stack_of(b)[0] for part in architecture.blocks for _, _, b in part.places(model) if b[-1:].isdigit()
+        stack_of(b)[0] for part in architecture.components for _, _, b in part.places(model) if b[-1:].isdigit()
     )
     places: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -303,11 +305,11 @@ def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets
     """Refuse a module at a path that only descriptions with conditions have, if none of those applies to it."""
     described = {s.name for s in group_sets}
     conditions: dict[str, list[str]] = {}
-    for block in architecture.blocks:
-        if block.having is not None and not block.optional:
-            conditions.setdefault(block.path, []).append(block.having)
+    for block in architecture.components:
+        if block.requires is not None and not block.optional:
+            conditions.setdefault(block.path, []).append(block.requires)
     for path, names in conditions.items():
-        block = next(b for b in architecture.blocks if b.path == path)
+        block = next(b for b in architecture.components if b.path == path)
         for name, _, _ in block.places(model):
             if name not in described:
                 module = model.get_submodule(name)

@@ -138,7 +138,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def part_of(
-    model: nn.Module, name: str, dim: int, index: Tensor, input_dim: int | None = None, opaque: bool = False
+    model: nn.Module, name: str, dim: int, index: Tensor, input_dim: int | None = None, unobservable_input: bool = False
 ) -> Slice:
     """A slice of a parameter, checked against the parameter's shape.
 
@@ -150,7 +150,7 @@ def part_of(
         raise UnsupportedModelError(
             f"{name!r} has shape {tuple(parameter.shape)}; expected {index.numel()} entries along dimension {dim}."
         )
-    return Slice(name, dim, index, input_dim, opaque)
+    return Slice(name, dim, index, input_dim, unobservable_input)
 
 
 def group_set_of(

@@ -28,7 +28,7 @@ Key = tuple[str, str]
 
 def observable(group_sets: Sequence[GroupSet]) -> bool:
     """Whether all groups have consumers whose inputs can be seen, so that masks of them can be put there."""
-    return all(s.kind == BLOCK or (s.consumers and len(s.refittable) == len(s.consumers)) for s in group_sets)
+    return all(s.kind == BLOCK or (s.consumers and len(s.repairable) == len(s.consumers)) for s in group_sets)
 
 
 class _Masked(torch.autograd.Function):

@@ -84,7 +84,8 @@ class Statistics:
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
 
-        A bias or a norm's scale multiplies the constant 1 in every token; so, for want of better, does an opaque slice.
+        A bias or a norm's scale multiplies the constant 1 in every token; for want of better,
+        so does a slice whose input cannot be observed.
         """
         name = statistic.removeprefix("activation_")
         module = self.activations.get(part.module)

@@ -210,7 +210,7 @@ class _GradientCollector:
         for group_set, position in self._uses[name] if masked else ():
             part = group_set.slices[position]
             if self._groupwise[0].applies(group_set, part):
-                self._add(self._mask_gradients, group_set.key, shards.gather(part, masked[part.dim], parameter))
+                self._add(self._mask_gradients, group_set.key, shards.sum_by_group(part, masked[part.dim], parameter))
         for statistic in accumulated:
             value = gradient if statistic == "gradient" else _PER_BATCH[statistic](gradient.float())
             self._accumulator.add((statistic, name), value)
@@ -261,7 +261,7 @@ class _GradientCollector:
                 for term in self._terms:
                     line = self._lines.get((term, name, part.dim))
                     if line is not None and term.applies(group_set, part):
-                        reduced = shards.gather(part, line, self._parameters[name])
+                        reduced = shards.sum_by_group(part, line, self._parameters[name])
                         self._reduced[term, group_set.key, position] = reduced
         sums = self._accumulator.finish()
         for value in (*self._reduced.values(), *sums.values()):

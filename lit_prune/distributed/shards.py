@@ -88,7 +88,7 @@ def local_range(tensor: DTensor) -> tuple[int, int, int]:
     return dim, min(chunk * rank, length), min(chunk * (rank + 1), length)
 
 
-def gather(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
+def sum_by_group(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
     """What this process's part of a parameter adds to every group of a slice.
 
     Args:
@@ -102,8 +102,8 @@ def gather(part: Slice, line: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         dim, start, _ = local_range(parameter)
         if dim == part.dim:
-            return part.gather(line, start, parameter.shape[dim])
-    return part.gather(line)
+            return part.sum_by_group(line, start, parameter.shape[dim])
+    return part.sum_by_group(line)
 
 
 def local_part(values: Tensor, parameter: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import modeling_pruned
 from lit_prune._files import write_text
+from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet, check_weights
@@ -31,12 +32,13 @@ from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
 
 
+@renamed_arguments(figures="metrics")
 def save_pruned(
     model: nn.Module,
     directory: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
-    figures: Mapping[str, Mapping[str, float]] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
     self_contained: bool = False,
     max_shard_size: int | str = "5GB",
     state_dict: Mapping[str, Tensor] | None = None,
@@ -55,7 +57,7 @@ def save_pruned(
         directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
             otherwise.
         tokenizer: A tokenizer to save beside the model.
-        figures: Figures for the model card by stage (``"dense"``, ``"pruned"``, ``"healed"``) and name.
+        metrics: Metrics for the model card by stage (``"dense"``, ``"pruned"``, ``"recovered"``) and name.
         self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
             lit_prune is not installed.
         max_shard_size: Size at which a new weights file begins, bytes or text like ``"2GB"``.
@@ -73,7 +75,7 @@ def save_pruned(
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
     with replacing_folder(directory) as temporary:
         write_pruned(
-            whole, temporary, tokenizer, figures=figures, self_contained=self_contained, max_shard_size=max_shard_size
+            whole, temporary, tokenizer, metrics=metrics, self_contained=self_contained, max_shard_size=max_shard_size
         )
     return Path(directory)
 
@@ -83,7 +85,7 @@ def write_pruned(
     folder: Path,
     tokenizer: Any = None,
     *,
-    figures: Mapping[str, Mapping[str, float]] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
     self_contained: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -93,7 +95,7 @@ def write_pruned(
         whole: The model, as :func:`to_pretrained` gives it.
         folder: The folder.
         tokenizer: As for :func:`save_pruned`, like the rest.
-        figures: Figures for the model card.
+        metrics: Metrics for the model card.
         self_contained: Whether the modelling code lies beside the weights.
         max_shard_size: Size at which a new weights file begins.
 
@@ -106,7 +108,7 @@ def write_pruned(
         raise PruningError(f"The weights could not be written to {folder}: {error}.") from error
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", model_card(whole, figures or {}, self_contained=self_contained))
+    write_text(folder / "README.md", model_card(whole, metrics or {}, self_contained=self_contained))
 
 
 def to_pretrained(

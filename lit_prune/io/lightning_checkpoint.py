@@ -69,7 +69,7 @@ class SavedPruning:
         """
         if self.plan is None:
             raise PlanError("The checkpoint's weights are of a model that nothing was removed from; it holds no plan.")
-        whole = self.plan if before is None else before.then(self.plan)
+        whole = self.plan if before is None else before.compose(self.plan)
         if whole.digest() != self.now:
             raise _changed(whole, self.now)
         return self.plan

@@ -246,7 +246,7 @@ def _check_plan(directory: str | os.PathLike[str], model: PreTrainedModel) -> No
     """
     plan = get_plan(model)
     assert plan is not None
-    kept = {key: len(e.kept) for key, e in plan.afterwards().items()}
+    kept = {key: len(e.kept) for key, e in plan.entries_after().items()}
     for group_set in find_group_sets(model):
         if group_set.size != kept.get(group_set.key, group_set.size):
             raise PlanError(

@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 from lit_prune import modeling_pruned
 from lit_prune.groups import count_parameters
 from lit_prune.plan import get_plan
-from lit_prune.reporting.metrics import format_figure, label
+from lit_prune.reporting.metrics import format_metric, label
 from lit_prune.text_escape import for_markdown
 
 
 def model_card(
-    model: PreTrainedModel, figures: Mapping[str, Mapping[str, float]], *, self_contained: bool = False
+    model: PreTrainedModel, metrics: Mapping[str, Mapping[str, float]], *, self_contained: bool = False
 ) -> str:
-    """The README of a saved model: what was cut, how, the figures, and how to load it.
+    """The README of a saved model: what was removed, how, the metrics, and how to load it.
 
     Args:
         model: The model, as :func:`to_pretrained` gives it.
-        figures: Figures by stage and name.
+        metrics: Metrics by stage and name.
         self_contained: Whether the modelling code lies beside the weights.
     """
     plan = get_plan(model)
@@ -49,11 +49,11 @@ def model_card(
     for key in ("importance", "pruning_ratio", "ratio_of", "repair", "calibration_batches"):
         if key in plan.info:
             lines += [""] * (key == "importance") + [f"- {key.replace('_', ' ')}: {for_markdown(plan.info[key])}"]
-    names = list(dict.fromkeys(name for values in figures.values() for name in values))
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if names:
-        lines += ["", "| | " + " | ".join(map(for_markdown, figures)) + " |", "|---" * (1 + len(figures)) + "|"]
+        lines += ["", "| | " + " | ".join(map(for_markdown, metrics)) + " |", "|---" * (1 + len(metrics)) + "|"]
         for name in names:
-            cells = [format_figure(name, values.get(name)) for values in figures.values()]
+            cells = [format_metric(name, values.get(name)) for values in metrics.values()]
             lines.append(f"| {for_markdown(label(name))} | " + " | ".join(cells) + " |")
     lines += ["", "```python"] + ([] if stock or self_contained else ["import lit_prune  # makes the model known"])
     trusted = ", trust_remote_code=True" if self_contained and not stock else ""

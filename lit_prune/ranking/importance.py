@@ -140,7 +140,7 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return shards.gather(part, _line(term.function(shards.local(weight)), part.dim), weight)
+        return shards.sum_by_group(part, _line(term.function(shards.local(weight)), part.dim), weight)
     assert statistics is not None
     if term.per_input:
         weight = shards.full(weight)
@@ -156,10 +156,10 @@ def _term_importance(
             whole = shards.local(weight)
             line = torch.zeros(whole.shape[part.dim], device=whole.device)
             product_lines(whole, value, [(term.of_product, part.dim, line)])
-            return shards.gather(part, line, weight)
+            return shards.sum_by_group(part, line, weight)
     else:
         value = shards.local_part(statistics.activation_of(part, term.statistic, weight), weight)
-    return shards.gather(part, _line(term.function(shards.local(weight).float(), value), part.dim), weight)
+    return shards.sum_by_group(part, _line(term.function(shards.local(weight).float(), value), part.dim), weight)
 
 
 def _line(values: Tensor, dim: int) -> Tensor:

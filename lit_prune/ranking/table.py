@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_prune._files import replacing
+from lit_prune._renamed import RenamedAttribute
 from lit_prune.errors import ArgumentValueError, CalibrationError
 from lit_prune.groups import BLOCK, GroupSet, is_inside
 
@@ -134,7 +135,9 @@ class GroupTable:
         """Parameters of the rows that do not stay."""
         return int(self.cost[self.leaving].sum())
 
-    def then(self, later: GroupTable) -> GroupTable:
+    then = RenamedAttribute("compose")
+
+    def compose(self, later: GroupTable) -> GroupTable:
         """This table, with what one of the same model after this cut says of the groups that were left.
 
         The groups that this cut took keep the importance they had.

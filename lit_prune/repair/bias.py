@@ -34,7 +34,7 @@ def bias_fold(
     for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
-        for part in group_set.refittable:
+        for part in group_set.repairable:
             module = model.get_submodule(part.module)
             weight = shards.full(model.get_parameter(part.parameter))
             columns = part.index[removed].flatten().to(weight.device)

@@ -18,7 +18,7 @@ from lit_prune.architectures.config_view import override_config
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """Ends a forward once everything that was wanted of it is known."""
 
 
@@ -64,7 +64,7 @@ def expert_equations(
         return tuple(a[mask] if isinstance(a, Tensor) and len(a) == len(mask) else a for a in args)
 
     def after(*_: Any) -> None:
-        raise Reached
+        raise StopForward
 
     handles = [experts.register_forward_pre_hook(before), experts.register_forward_hook(after)]
     try:
@@ -73,7 +73,7 @@ def expert_equations(
             try:
                 with seen:
                     block(x, *args, **kwargs)
-            except Reached:
+            except StopForward:
                 pass
     finally:
         for handle in handles:

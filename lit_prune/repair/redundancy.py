@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
@@ -21,6 +22,7 @@ SHARE_DAMPING = 0.1
 
 
 @torch.no_grad()
+@renamed_arguments(total="all_reduce")
 def unexplained_shares(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
@@ -29,7 +31,7 @@ def unexplained_shares(
     *,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    total: Callable[[Tensor], Tensor] | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """What share of a group's contribution to its consumer's output the other groups there cannot make up for.
 
@@ -42,7 +44,7 @@ def unexplained_shares(
         forward: Runs one batch through the model.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names.
-        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
 
     Returns:
         By key of the group set, shares in (0, 1], tensors of shape ``(groups,)``; whole blocks have none. Empty if the
@@ -52,7 +54,7 @@ def unexplained_shares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     scored = [s for s in group_sets if s.kind != BLOCK]
-    if not all(s.block and len(s.refittable) == len(s.consumers) == 1 for s in scored):
+    if not all(s.block and len(s.repairable) == len(s.consumers) == 1 for s in scored):
         return {}
     shares: dict[tuple[str, str], Tensor] = {}
     with evaluation_mode(model if root is None else root):
@@ -61,7 +63,7 @@ def unexplained_shares(
             states = stream.inputs
             for name in progress(stream.blocks):
                 block = shards.plain_copy(model.get_submodule(name))
-                parts = {s.refittable[0].module.removeprefix(f"{name}."): s for s in scored if s.block == name}
+                parts = {s.repairable[0].module.removeprefix(f"{name}."): s for s in scored if s.block == name}
                 grams: dict[str, Tensor] = {}
                 tokens = torch.zeros((), device=states[0].device)
                 following = []
@@ -77,10 +79,10 @@ def unexplained_shares(
                         a = a.to(torch.promote_types(a.dtype, torch.float32))
                         grams[path] = grams[path] + a.T @ a if path in grams else a.T @ a
                     tokens += len(a)
-                if total is not None:
-                    grams, tokens = {path: total(gram) for path, gram in grams.items()}, total(tokens)
+                if all_reduce is not None:
+                    grams, tokens = {path: all_reduce(gram) for path, gram in grams.items()}, all_reduce(tokens)
                 for path, group_set in parts.items():
-                    part = group_set.refittable[0]
+                    part = group_set.repairable[0]
                     weight = block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
                     relative = _relative(SHARE_DAMPING, grams[path], tokens)
                     shares[group_set.key] = unexplained_share(grams[path], weight, part.index, relative)

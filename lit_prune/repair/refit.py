@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
@@ -49,6 +50,7 @@ DAMPING = 4.0
 
 
 @torch.no_grad()
+@renamed_arguments(total="all_reduce")
 def least_squares(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
@@ -59,9 +61,9 @@ def least_squares(
     damping: float = DAMPING,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    total: Callable[[Tensor], Tensor] | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Refit every consumer of the blocks that a plan touches, and of those after them. Blocks that leave are passed by.
+    """Refit every consumer of the blocks that a plan touches, and of those after them. Removed blocks are skipped.
 
     Args:
         model: The dense model; it is not changed.
@@ -74,7 +76,7 @@ def least_squares(
             ratio of the variance of what no weights could fit to that of what the change of the weights contributes.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
-        total: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
 
     Returns:
         New weights, in the shape after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
@@ -103,7 +105,7 @@ def least_squares(
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.refittable}
+                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable}
                 following, wanted = _dense_pass(block, list(parts), dense, stream, name)
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
                 order = list(wanted[0])
@@ -113,8 +115,8 @@ def least_squares(
                         gram, cross, tokens = _normal_equations(
                             smaller, order, path, residual, dense, pruned, wanted, stream, name
                         )
-                    if total is not None:
-                        gram, cross, tokens = total(gram), total(cross), total(tokens)
+                    if all_reduce is not None:
+                        gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
                     weight = smaller.get_parameter(f"{path}.weight")
                     transposed = parts[path].input_dim == 0
                     solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
@@ -122,7 +124,7 @@ def least_squares(
                     weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
                 for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
                     output = _refit_experts(
-                        model, block, smaller, group_set, members, plan, stream, pruned, damping, total
+                        model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce
                     )
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
                 with _runs_when_cut(name):
@@ -138,7 +140,9 @@ def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
 
 def _is_of_experts(model: nn.Module, group_set: GroupSet) -> bool:
     """Whether the groups are channels of experts whose weights are one tensor of three dimensions."""
-    return any(part.opaque and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers)
+    return any(
+        part.unobservable_input and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers
+    )
 
 
 def _refit_experts(
@@ -151,7 +155,7 @@ def _refit_experts(
     stream: _Stream,
     pruned: Sequence[Tensor],
     damping: float,
-    total: Callable[[Tensor], Tensor] | None,
+    all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> str:
     """Refit every expert, in the pruned stream, to what it gives there with all its channels; the parameter's name."""
     name, (part,) = group_set.block, group_set.consumers
@@ -168,8 +172,8 @@ def _refit_experts(
     gram, cross, tokens = expert_equations(
         whole, path, output, part.dim, kept, pruned, stream.calls[name], stream.masks
     )
-    if total is not None:
-        gram, cross, tokens = total(gram), total(cross), total(tokens)
+    if all_reduce is not None:
+        gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
     weights = smaller.get_parameter(f"{path}.{output}")
     for expert, weight in enumerate(weights):
         # an expert that no token went to says nothing

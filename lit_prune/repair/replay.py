@@ -18,7 +18,7 @@ from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.repair.experts import Reached
+from lit_prune.repair.experts import StopForward
 
 # values of a block's first output that are kept to check its replay by
 _SAMPLE = 4096
@@ -83,7 +83,7 @@ def _record(
 ) -> list[_Stream]:
     """Run the batches once and note what every block is called with; check that blocks follow each other."""
     stacks: dict[str, list[str]] = {}
-    for group_set in (s for s in group_sets if s.block and s.refittable):
+    for group_set in (s for s in group_sets if s.block and s.repairable):
         blocks = stacks.setdefault(group_set.block.rpartition(".")[0], [])
         if group_set.block not in blocks:
             blocks.append(group_set.block)
@@ -191,7 +191,7 @@ def _replayed(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Reached, PruningError, torch.OutOfMemoryError):
+    except (StopForward, PruningError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnsupportedModelError(
@@ -242,7 +242,7 @@ def _trace(
                 output.reshape(*shape, output.shape[-1]).clone(),
             )
             if path == until:
-                raise Reached
+                raise StopForward
 
         return after
 
@@ -250,7 +250,7 @@ def _trace(
     try:
         with _replayed(name):
             return _states(block(x, *call[0], **call[1]), name), found
-    except Reached:
+    except StopForward:
         return None, found
     finally:
         for handle in handles:

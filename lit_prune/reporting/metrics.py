@@ -1,4 +1,4 @@
-"""How the figures of a pruned model are called and written, wherever a person meets them."""
+"""Labels and number formats of a pruned model's metrics, the same in tables, cards and reports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "toke
 
 
 def label(name: str) -> str:
-    """What a figure is called in a table."""
+    """The label of a metric in a table."""
     return _LABELS.get(name, name)
 
 
-def format_figure(name: str, value: float | None) -> str:
-    """A figure as text, with as many digits as it deserves; nothing if there is none."""
+def format_metric(name: str, value: float | None) -> str:
+    """A metric's value as text, with a suitable number of digits; empty if there is none."""
     if value is None:
         return ""
     if name == "parameters":
@@ -21,20 +21,20 @@ def format_figure(name: str, value: float | None) -> str:
     return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
 
 
-def figure_rows(figures: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The figures as text: a heading, and a row a figure with what the last stage has of what the first one had.
+def metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """The metrics as text: a heading, and one row for each metric with the ratio of the last stage to the first.
 
     Args:
-        figures: Figures by stage and name, the stages in order.
+        metrics: Metrics by stage and name, the stages in order.
     """
-    first, last = next(iter(figures.values()), {}), list(figures.values())[-1] if figures else {}
-    rows = [["", *figures, "last / dense" if "dense" in figures else "last / first"]]
-    for name in dict.fromkeys(name for values in figures.values() for name in values if name != "speedup"):
+    first, last = next(iter(metrics.values()), {}), list(metrics.values())[-1] if metrics else {}
+    rows = [["", *metrics, "last / dense" if "dense" in metrics else "last / first"]]
+    for name in dict.fromkeys(name for values in metrics.values() for name in values if name != "speedup"):
         ratio = ""
         if first.get(name) and name in last:
             value = last[name] / first[name]
             if name == "tokens_per_second":
                 value = last.get("speedup", value)
             ratio = f"{value:.3f}"
-        rows.append([label(name), *(format_figure(name, v.get(name)) for v in figures.values()), ratio])
+        rows.append([label(name), *(format_metric(name, v.get(name)) for v in metrics.values()), ratio])
     return rows

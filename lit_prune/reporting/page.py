@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_prune._files import replacing_files, write_text
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.metrics import figure_rows
+from lit_prune.reporting.metrics import metric_rows
 from lit_prune.reporting.plots import (
     PALE,
     pictures,
@@ -23,9 +23,9 @@ from lit_prune.reporting.plots import (
 from lit_prune.text_escape import for_console, for_html
 
 
-def report_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
-    """The figures by stage as a rich table, a row a figure."""
-    rows = figure_rows(figures)
+def report_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """The metrics by stage as a rich table, one row for each metric."""
+    rows = metric_rows(metrics)
     table = Table(title="Structured pruning")
     for position, heading in enumerate(rows[0]):
         table.add_column(for_console(heading), justify="right" if position else "left")
@@ -43,22 +43,22 @@ _TITLES = {
 
 
 def html_report(
-    figures: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float]],
     plan: PruningPlan,
     images: Mapping[str, bytes],
     title: str = "Pruning report",
     note: str = "",
 ) -> str:
-    """One page with the figures, the pictures and how the plan came about; it holds everything and asks for nothing.
+    """One self-contained HTML page with the metrics, the plots and how the plan came about.
 
     Args:
-        figures: Figures by stage and name.
+        metrics: Metrics by stage and name.
         plan: The plan.
         images: The pictures by name (see :func:`pictures`), as PNG.
         title: Heading of the page.
-        note: A sentence below the figures.
+        note: A sentence below the metrics.
     """
-    rows = figure_rows(figures)
+    rows = metric_rows(metrics)
     head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{for_html(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     info = "".join(
@@ -87,7 +87,7 @@ img {{ width: 100%; height: auto; }}
 </head>
 <body>
 <h1>{for_html(title)}</h1>
-<table id="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+<table id="metrics"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <p>{for_html(note)}</p>
 {sections}
 <h2>How the plan came about</h2>
@@ -99,7 +99,7 @@ img {{ width: 100%; height: auto; }}
 
 def write_report(
     folder: str | os.PathLike[str],
-    figures: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float]],
     plan: PruningPlan,
     table: GroupTable | None = None,
     timeline: Sequence[Mapping[str, Any]] = (),
@@ -109,11 +109,11 @@ def write_report(
 
     Args:
         folder: Where to write.
-        figures: Figures by stage and name.
+        metrics: Metrics by stage and name.
         plan: The plan.
         table: The group table, if it is at hand.
         timeline: As for :func:`timeline_figure`.
-        note: A sentence for the page, below the figures.
+        note: A sentence for the page, below the metrics.
 
     Returns:
         The pictures by name.
@@ -126,8 +126,8 @@ def write_report(
             table.to_csv(temporary / "group_table.csv")
         for name, image in images.items():
             (temporary / f"{name}.png").write_bytes(image)
-        write_text(temporary / "report.html", html_report(figures, plan, images, note=note))
-        write_text(temporary / "report.json", json.dumps(dict(figures), indent=1) + "\n")
+        write_text(temporary / "report.html", html_report(metrics, plan, images, note=note))
+        write_text(temporary / "report.json", json.dumps(dict(metrics), indent=1) + "\n")
     return drawn
 
 

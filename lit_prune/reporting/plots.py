@@ -138,7 +138,7 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
 
     Args:
         timeline: What was measured, in order: mappings with ``"step"``, ``"stage"`` (``"dense"``, ``"pruned"`` just after a
-            cut, or ``"healing"``) and the metrics.
+            cut, or ``"recovery"``) and the metrics.
         name: The metric.
     """
     points = [(p["step"], p[name], p["stage"]) for p in timeline if name in p]

@@ -124,7 +124,7 @@ def cut(
     cuts = parameter_cuts(model, plan, group_sets)
     weights = dict(weights or {})
     previous = get_plan(model)
-    composed = plan if previous is None else previous.then(plan)
+    composed = plan if previous is None else previous.compose(plan)
     before = count_parameters(model) if previous is None else composed.info.get(BEFORE)
     _check_weights(model, cuts, weights, plan)
     touched = {name: {c.dim for c in of_one} for name, of_one in cuts.items()}

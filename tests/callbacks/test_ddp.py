@@ -177,7 +177,7 @@ def test_a_run_resumes_on_the_same_and_on_another_number_of_processes(folder, ep
             assert_close(read(folder, f"{name}-0"), whole)
 
 
-class Healing(Plain):
+class RecoveringModule(Plain):
     """For the recovery callbacks: the whole model is called, and what is frozen is not optimized."""
 
     static = True
@@ -189,7 +189,7 @@ class Healing(Plain):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
 
 
-def healing_runs(folder: str, world: int) -> None:
+def recovery_runs(folder: str, world: int) -> None:
     for name, callbacks in (
         ("distillation", [Distillation(hidden_weight=0.1), LearningRateRewarmup(4)]),
         ("lora", [LoRARecovery(r=4), LearningRateRewarmup(4)]),
@@ -198,14 +198,14 @@ def healing_runs(folder: str, world: int) -> None:
         pl.seed_everything(7, verbose=False)
         callback = pruning()
         trainer = trainer_of(world, callback, *callbacks)
-        module = Healing()
+        module = RecoveringModule()
         trainer.fit(module)
         finish(folder, f"{name}-{world}", trainer, callback, module)
 
 
 def test_recovery_and_averaging_on_two_processes_equal_one(tmp_path):
     for world in (1, RANKS):
-        run_well(healing_runs, str(tmp_path), world, folder=tmp_path, processes=world)
+        run_well(recovery_runs, str(tmp_path), world, folder=tmp_path, processes=world)
     for name in ("distillation", "lora", "average"):
         both = [read(tmp_path, f"{name}-2-{rank}") for rank in range(RANKS)]
         assert_close(both[0], both[1])

@@ -147,7 +147,7 @@ def test_a_run_that_stops_just_after_a_cut_goes_on_from_its_checkpoint(tmp_path,
     assert again.losses == expected.losses[6 * number :]
     assert same_weights(again, expected)
     assert resumed[0].metrics == whole[0].metrics
-    assert resumed[-1].figures == whole[-1].figures and resumed[-1].timeline == whole[-1].timeline
+    assert resumed[-1].metrics == whole[-1].metrics and resumed[-1].timeline == whole[-1].timeline
     assert resumed[0].plan.digest() == PruningPlan.load(tmp_path / "resumed" / "plan.json").digest()
     assert resumed[0].plan.digest() == whole[0].plan.digest()
 
@@ -208,7 +208,7 @@ def test_one_callback_prunes_every_fold_alike(tmp_path):
         assert same_weights(module, alone) and module.losses == alone.losses
         assert shared[0].plan.digest() == own[0].plan.digest() == get_plan(module.inner["lm"]).digest()
         assert shared[0].metrics == own[0].metrics
-        assert shared[-1].figures == own[-1].figures and shared[-1].timeline == own[-1].timeline
+        assert shared[-1].metrics == own[-1].metrics and shared[-1].timeline == own[-1].timeline
         for epoch in range(2):
             state = torch.load(tmp_path / f"{fold} epoch={epoch}.ckpt", weights_only=True)["callbacks"]
             assert (state[shared[0].state_key]["plan"] is not None) == bool(epoch)

@@ -109,10 +109,10 @@ def test_one_offline_run_holds_all_of_it_across_the_cut(offline):
     options = run.config["pruning"]
     assert (options["importance"], options["pruning_ratio"], options["calibration_batches"]) == ("taylor", 0.2, 3)
     assert options["stages"] == [{"ratio": 0.2, "epoch": 1, "step": None}]
-    for stage in ("dense", "pruned", "healed"):
-        for name, value in report.figures[stage].items():
+    for stage in ("dense", "pruned", "recovered"):
+        for name, value in report.metrics[stage].items():
             assert run.last(f"pruning/{stage}/{name}") == pytest.approx(value)
-    ratio = 1 - report.figures["pruned"]["parameters"] / report.figures["dense"]["parameters"]
+    ratio = 1 - report.metrics["pruned"]["parameters"] / report.metrics["dense"]["parameters"]
     assert run.last("pruning/ratio") == pytest.approx(ratio)
     removed = [run.last(f"pruning/removed_parameters/{kind}") for kind in ("attention", "mlp")]
     assert sum(removed) == callback.table.removed_cost
@@ -177,8 +177,8 @@ def test_a_resumed_run_continues_or_says_how(offline, continued):
     assert (recorded[0].id == recorded[1].id) == continued
     steps = [row["trainer/global_step"] for row in recorded[1].history if "train_loss_step" in row]
     assert steps[0] == 12
-    assert second.figures["dense"] == first.figures["dense"]
-    assert [p["stage"] for p in second.timeline] == ["dense", "dense", "pruned", "healing", "healing"]
+    assert second.metrics["dense"] == first.metrics["dense"]
+    assert [p["stage"] for p in second.timeline] == ["dense", "dense", "pruned", "recovery", "recovery"]
     assert second.timeline[:4] == first.timeline
 
 
@@ -197,8 +197,8 @@ def test_csv_and_tensorboard_get_the_same_figures(tmp_path):
     with open(f"{loggers[0].log_dir}/metrics.csv") as file:
         logged = {k: float(v) for row in csv.DictReader(file) for k, v in row.items() if v}
     board = events.EventAccumulator(loggers[1].log_dir).Reload()
-    for stage in ("dense", "pruned", "healed"):
-        for name, value in report.figures[stage].items():
+    for stage in ("dense", "pruned", "recovered"):
+        for name, value in report.metrics[stage].items():
             assert logged[f"pruning/{stage}/{name}"] == pytest.approx(value)
             assert board.Scalars(f"pruning/{stage}/{name}")[-1].value == pytest.approx(value)
     assert {f"pruning/{n}" for n in ("kept", "importance", "scores", "timeline")} <= set(board.Tags()["images"])

@@ -98,7 +98,7 @@ def pruning(**options) -> StructuredPruning:
 
 
 @pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "wanda", "magnitude", "random"])
-def test_one_callback_prunes_and_the_same_fit_heals(tmp_path, importance):
+def test_one_callback_prunes_and_the_same_fit_recovers(tmp_path, importance):
     callback = pruning(importance=importance, epoch=2, output_dir=tmp_path)
     trainer, module = fit(tmp_path, callback, max_epochs=8)
     model = module.inner["lm"]

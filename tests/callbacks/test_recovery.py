@@ -1,4 +1,4 @@
-"""Healing: re-warm-up, distillation, LoRA."""
+"""Recovery: re-warm-up, distillation, LoRA."""
 
 from __future__ import annotations
 

@@ -31,17 +31,19 @@ def test_everything_is_written_and_agrees(tmp_path, capsys):
     callback = pruning()
     logger = CSVLogger(tmp_path)
     trainer, module = fit(tmp_path, callback, report, logger=logger)
-    figures = json.loads((out / "report.json").read_text())
-    assert figures == report.figures
+    metrics = json.loads((out / "report.json").read_text())
+    assert metrics == report.metrics
     model = module.inner["lm"]
     assert (
-        figures["healed"]["parameters"] == figures["pruned"]["parameters"] == sum(p.numel() for p in model.parameters())
+        metrics["recovered"]["parameters"]
+        == metrics["pruned"]["parameters"]
+        == sum(p.numel() for p in model.parameters())
     )
-    assert figures["dense"]["parameters"] == sum(p.numel() for p in tiny().parameters())
-    assert figures["dense"]["val_loss"] == callback.metrics["dense"]["val_loss"]
-    assert figures["healed"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
-    assert figures["dense"]["tokens_per_second"] > 0 and figures["healed"]["speedup"] > 0
-    assert figures["dense"]["megabytes"] == pytest.approx(4e-6 * figures["dense"]["parameters"])
+    assert metrics["dense"]["parameters"] == sum(p.numel() for p in tiny().parameters())
+    assert metrics["dense"]["val_loss"] == callback.metrics["dense"]["val_loss"]
+    assert metrics["recovered"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
+    assert metrics["dense"]["tokens_per_second"] > 0 and metrics["recovered"]["speedup"] > 0
+    assert metrics["dense"]["megabytes"] == pytest.approx(4e-6 * metrics["dense"]["parameters"])
     assert PruningPlan.load(out / "plan.json") == callback.plan
     assert GroupTable.read(out / "group_table.csv").removed_cost == callback.table.removed_cost
     assert (out / "kept.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -49,7 +51,7 @@ def test_everything_is_written_and_agrees(tmp_path, capsys):
     assert torch.equal(load_pruned(out / "model")(ids).logits, model.eval()(ids).logits)
     assert (out / "model" / "tokenizer.json").exists()
     printed = capsys.readouterr().out
-    for word in ("parameters", "dense", "pruned", "healed", "val_loss", f"{figures['pruned']['parameters']:,.0f}"):
+    for word in ("parameters", "dense", "pruned", "recovered", "val_loss", f"{metrics['pruned']['parameters']:,.0f}"):
         assert word in printed
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = {k: v for row in csv.DictReader(file) for k, v in row.items() if v}
@@ -80,21 +82,21 @@ def test_a_dry_run_is_reported_without_a_model(tmp_path):
 def test_a_dry_run_compares_with_what_is_planned(tmp_path):
     report, callback = PruningReport(tmp_path / "out"), pruning(dry_run=True)
     _, module = fit(tmp_path, callback, report)
-    assert set(report.figures) == {"dense", "planned"}
-    assert report.figures["dense"]["parameters"] == sum(p.numel() for p in module.parameters())
-    removed = report.figures["dense"]["parameters"] - report.figures["planned"]["parameters"]
+    assert set(report.metrics) == {"dense", "planned"}
+    assert report.metrics["dense"]["parameters"] == sum(p.numel() for p in module.parameters())
+    removed = report.metrics["dense"]["parameters"] - report.metrics["planned"]["parameters"]
     assert removed == callback.table.removed_cost
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_healed_is_what_was_measured_after_the_cut_and_nothing_older(tmp_path, extra):
+def test_recovered_is_what_was_measured_after_the_cut_and_nothing_older(tmp_path, extra):
     # an epoch has 6 steps and ends with validation; the cut is at the start of epoch 1
     report = PruningReport(tmp_path / "out", save_model=False)
     trainer, _ = fit(tmp_path, pruning(epoch=1), report, max_epochs=None, max_steps=6 + (6 if extra else 3))
     assert "val_loss" in trainer.callback_metrics
-    assert ("val_loss" in report.figures["healed"]) == bool(extra)
+    assert ("val_loss" in report.metrics["recovered"]) == bool(extra)
     if extra:
-        assert report.figures["healed"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
+        assert report.metrics["recovered"]["val_loss"] == float(trainer.callback_metrics["val_loss"])
 
 
 def stages(**options):
@@ -105,9 +107,9 @@ def test_with_several_stages_dense_is_the_model_before_the_first(tmp_path):
     report, callback = PruningReport(tmp_path / "out", measure_speed=True, speed_tokens=16), stages()
     fit(tmp_path, callback, report)
     dense = sum(p.numel() for p in tiny().parameters())
-    assert report.figures["dense"]["parameters"] == dense
-    assert 0.19 < 1 - report.figures["healed"]["parameters"] / dense <= 0.2
-    assert report.figures["healed"]["speedup"] > 0
+    assert report.metrics["dense"]["parameters"] == dense
+    assert 0.19 < 1 - report.metrics["recovered"]["parameters"] / dense <= 0.2
+    assert report.metrics["recovered"]["speedup"] > 0
     whole = {s.key: s.size for s in find_group_sets(tiny())}
     figure = kept_figure(callback.plan, callback.table)
     shown = [[int(b) for b in axis.containers[0].datavalues] for axis in figure.axes]
@@ -130,7 +132,7 @@ def test_a_resumed_run_reports_as_if_it_had_not_stopped(tmp_path, epoch):
         callbacks=[callback, report],
     )
     trainer.fit(Saved(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
-    assert report.figures == wanted.figures
+    assert report.metrics == wanted.metrics
     assert PruningPlan.load(tmp_path / "again" / "plan.json") == PruningPlan.load(tmp_path / "wanted" / "plan.json")
 
 
@@ -142,7 +144,7 @@ def test_the_dense_copy_for_the_speed_is_let_go_and_takes_no_gradients(tmp_path)
             super().on_pruning_end(trainer, pl_module, pruning)
             copies.append(weakref.ref(self._dense))
             assert all(p.grad is None for p in self._dense.parameters())
-            assert sum(p.numel() for p in self._dense.parameters()) == self.figures["dense"]["parameters"]
+            assert sum(p.numel() for p in self._dense.parameters()) == self.metrics["dense"]["parameters"]
 
     # with accumulation over 4 of 6 batches, gradients are pending at the cut
     fit(tmp_path, pruning(step=1), Report(tmp_path, False, measure_speed=True), accumulate_grad_batches=4)
@@ -164,7 +166,10 @@ def test_the_picture_shows_the_kept_groups_of_every_layer(tmp_path):
 
 def test_the_table_says_the_ratio_of_last_to_dense():
     table = report_table(
-        {"dense": {"parameters": 100.0, "val_perplexity": 8.0}, "healed": {"parameters": 80.0, "val_perplexity": 10.0}}
+        {
+            "dense": {"parameters": 100.0, "val_perplexity": 8.0},
+            "recovered": {"parameters": 80.0, "val_perplexity": 10.0},
+        }
     )
     assert [str(cell) for cell in table.columns[-1].cells] == ["0.800", "1.250"]
 

@@ -59,7 +59,7 @@ register_architecture(
     Architecture(
         name="bloom",
         models=("transformers.BloomPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="h.*.self_attention",
                 fused="query_key_value",
@@ -77,7 +77,7 @@ register_architecture(
     Architecture(
         name="mpt",
         models=("transformers.MptPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="blocks.*.attn",
                 fused="Wqkv",

@@ -14,7 +14,7 @@ register_architecture(
             "transformers.M2M100PreTrainedModel",
             "transformers.WhisperPreTrainedModel",
         ),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", output="out_proj"),
             Attention(path="layers.*.encoder_attn", output="out_proj", kind="cross_attention", optional=True),
             MLP(path="layers.*", inputs=("fc1",), output="fc2"),

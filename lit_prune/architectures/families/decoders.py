@@ -30,7 +30,7 @@ register_architecture(
             "transformers.Qwen2_5_VLPreTrainedModel",
             "transformers.Qwen3VLPreTrainedModel",
         ),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp"),
         ),
@@ -47,7 +47,7 @@ register_architecture(
             "transformers.Gemma3ForConditionalGeneration",
             "transformers.Gemma3ForSequenceClassification",
         ),
-        blocks=(
+        components=(
             Attention(path="language_model.layers.*.self_attn", skippable=True),
             MLP(path="language_model.layers.*.mlp"),
         ),
@@ -59,7 +59,7 @@ register_architecture(
     Architecture(
         name="cohere",
         models=("transformers.CoherePreTrainedModel", "transformers.Cohere2PreTrainedModel"),
-        blocks=(
+        components=(
             Attention(
                 path="layers.*.self_attn",
                 parameters={"q_norm.weight": "query_heads", "k_norm.weight": "key_value_heads"},
@@ -76,7 +76,7 @@ register_architecture(
     Architecture(
         name="olmo2",
         models=("transformers.Olmo2PreTrainedModel", "transformers.Olmo3PreTrainedModel"),
-        blocks=(
+        components=(
             Attention(
                 path="layers.*.self_attn",
                 parameters={"q_norm.weight": "query_features", "k_norm.weight": "key_value_features"},
@@ -93,7 +93,7 @@ register_architecture(
     Architecture(
         name="qwen3.5",
         models=("transformers.Qwen3_5PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
             MLP(path="layers.*.mlp"),
         ),
@@ -106,7 +106,7 @@ register_architecture(
     Architecture(
         name="gemma4",
         models=("transformers.Gemma4ForCausalLM", "transformers.Gemma4TextModel"),
-        blocks=(MLP(path="layers.*.mlp"),),
+        components=(MLP(path="layers.*.mlp"),),
     )
 )
 
@@ -114,7 +114,7 @@ register_architecture(
     Architecture(
         name="glm",
         models=("transformers.GlmPreTrainedModel", "transformers.Glm4PreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
@@ -130,7 +130,7 @@ register_architecture(
             "transformers.ArceePreTrainedModel",
             "transformers.ApertusPreTrainedModel",
         ),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("up_proj",)),
         ),
@@ -142,7 +142,7 @@ register_architecture(
     Architecture(
         name="starcoder2",
         models=("transformers.Starcoder2PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
             MLP(path="layers.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
@@ -163,7 +163,7 @@ register_architecture(
     Architecture(
         name="stablelm",
         models=("transformers.StableLmPreTrainedModel",),
-        blocks=(Attention(path="layers.*.self_attn", skippable=True), MLP(path="layers.*.mlp")),
+        components=(Attention(path="layers.*.self_attn", skippable=True), MLP(path="layers.*.mlp")),
         check=_check_stablelm,
         depth=("config.num_hidden_layers",),
     )
@@ -173,7 +173,7 @@ register_architecture(
     Architecture(
         name="phi",
         models=("transformers.PhiPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", output="dense", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),
@@ -185,7 +185,7 @@ register_architecture(
     Architecture(
         name="gpt-j",
         models=("transformers.GPTJPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="h.*.attn", output="out_proj", skippable=True),
             MLP(path="h.*.mlp", inputs=("fc_in",), output="fc_out"),
         ),
@@ -197,7 +197,7 @@ register_architecture(
     Architecture(
         name="gpt-neo",
         models=("transformers.GPTNeoPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="h.*.attn.attention", output="out_proj"),
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
@@ -209,7 +209,7 @@ register_architecture(
     Architecture(
         name="opt",
         models=("transformers.OPTPreTrainedModel", "transformers.BioGptPreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", output="out_proj", skippable=True),
             MLP(path="layers.*", inputs=("fc1",), output="fc2"),
         ),

@@ -15,7 +15,7 @@ register_architecture(
             "transformers.CamembertPreTrainedModel",
             "transformers.ElectraPreTrainedModel",
         ),
-        blocks=(
+        components=(
             Attention(
                 path="layer.*.attention",
                 query="self.query",
@@ -38,7 +38,7 @@ register_architecture(
     Architecture(
         name="deberta-v2",
         models=("transformers.DebertaV2PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="layer.*.attention",
                 query="self.query_proj",
@@ -65,7 +65,7 @@ register_architecture(
     Architecture(
         name="distilbert",
         models=("transformers.DistilBertPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="layer.*.attention",
                 query="q_lin",
@@ -85,7 +85,7 @@ register_architecture(
     Architecture(
         name="modernbert",
         models=("transformers.ModernBertPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.attn", fused="Wqkv", output="Wo", skippable=True),
             MLP(path="layers.*.mlp", inputs=("Wi",), output="Wo", parts=2),
         ),
@@ -98,7 +98,7 @@ register_architecture(
     Architecture(
         name="albert",
         models=("transformers.AlbertPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="albert_layer_groups.*.albert_layers.*.attention",
                 query="query",
@@ -117,7 +117,7 @@ register_architecture(
     Architecture(
         name="vit",
         models=("transformers.ViTPreTrainedModel", "transformers.DeiTPreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.attention", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),
@@ -129,10 +129,10 @@ register_architecture(
     Architecture(
         name="dinov2",
         models=("transformers.Dinov2PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layer.*.attention", skippable=True),
-            MLP(path="layer.*.mlp", inputs=("fc1",), output="fc2", having="fc1"),
-            MLP(path="layer.*.mlp", inputs=("weights_in",), output="weights_out", parts=2, having="weights_in"),
+            MLP(path="layer.*.mlp", inputs=("fc1",), output="fc2", requires="fc1"),
+            MLP(path="layer.*.mlp", inputs=("weights_in",), output="weights_out", parts=2, requires="weights_in"),
         ),
     )
 )
@@ -142,7 +142,7 @@ register_architecture(
     Architecture(
         name="clip",
         models=("transformers.CLIPPreTrainedModel", "transformers.SiglipPreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", output="out_proj", skippable=True),
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),

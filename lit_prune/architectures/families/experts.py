@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.adaptations import nothing_to_undo
-from lit_prune.architectures.components import MLP, Attention, Block
+from lit_prune.architectures.components import MLP, Attention, Component
 from lit_prune.architectures.config_view import override_config
 from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import INTERLEAVED, STACKED, group_set_of, parameter_of, part_of, part_rows
@@ -29,15 +30,16 @@ def expert_by_expert(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     return override_config(module, "_experts_implementation", "eager")
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class ExpertChannels(Block):
+class ExpertChannels(Component):
     """The channels inside experts. One group is the channel of the same index in every expert of a layer.
 
     Experts whose width is not a multiple of 8 afterwards run one after the other, as the grouped kernels of transformers
     refuse them: see ``Limits.multiple_of``.
 
     Args:
-        path: Path of the module that holds the experts' parameters, see :class:`Block`.
+        path: Path of the module that holds the experts' parameters, see :class:`Component`.
         inputs: Names of the parameters whose outputs are channels, each with the dimension that the channels lie along.
         input_dims: The dimension of each of ``inputs`` that the features are read along; those not named have none.
         output: Name of the parameter that reads the channels.
@@ -46,8 +48,8 @@ class ExpertChannels(Block):
         layout: See :class:`MLP`.
         attributes: Attributes of the module that count ``"channels"``.
         kind: What the group table calls these groups.
-        having: See :class:`Block`.
-        optional: See :class:`Block`.
+        requires: See :class:`Component`.
+        optional: See :class:`Component`.
     """
 
     path: str
@@ -61,7 +63,7 @@ class ExpertChannels(Block):
         default_factory=lambda: {"intermediate_dim": "channels", "intermediate_size": "channels"}
     )
     kind: str = "mlp"
-    having: str | None = None
+    requires: str | None = None
     optional: bool = False
 
     def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
@@ -75,7 +77,7 @@ class ExpertChannels(Block):
         rows = part_rows(width, self.parts, self.layout)
         slices = (
             *(
-                part_of(model, f"{name}.{source}", dim, rows, self.input_dims.get(source), opaque=True)
+                part_of(model, f"{name}.{source}", dim, rows, self.input_dims.get(source), unobservable_input=True)
                 for source, dim in self.inputs.items()
             ),
             part_of(
@@ -84,25 +86,26 @@ class ExpertChannels(Block):
                 self.output_dim,
                 torch.arange(width).view(width, 1),
                 self.output_dim,
-                opaque=True,
+                unobservable_input=True,
             ),
         )
         found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
         return replace(found, minimum=1, adaptations=(Adaptation(name, expert_by_expert),))
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class Experts(Block):
+class Experts(Component):
     """Whole experts. One group is an expert with its row of the router, which from then on chooses among the others.
 
     Args:
-        path: Path of the module that holds experts and router, see :class:`Block`.
+        path: Path of the module that holds experts and router, see :class:`Component`.
         parameters: Names of the parameters with an entry for each expert along their first dimension.
         top_k: Attribute that says how many experts a token goes to; as many have to stay.
         attributes: Attributes that count ``"experts"``.
         kind: What the group table calls these groups.
-        having: See :class:`Block`.
-        optional: See :class:`Block`.
+        requires: See :class:`Component`.
+        optional: See :class:`Component`.
     """
 
     path: str
@@ -112,7 +115,7 @@ class Experts(Block):
         default_factory=lambda: {"experts.num_experts": "experts", "gate.num_experts": "experts"}
     )
     kind: str = "expert"
-    having: str | None = None
+    requires: str | None = None
     optional: bool = False
 
     def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
@@ -141,10 +144,10 @@ register_architecture(
     Architecture(
         name="mixtral",
         models=("transformers.MixtralPreTrainedModel", "transformers.Qwen3MoePreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
-            MLP(path="layers.*.mlp", having="gate_proj"),
-            Experts(path="layers.*.mlp", having="experts"),
+            MLP(path="layers.*.mlp", requires="gate_proj"),
+            Experts(path="layers.*.mlp", requires="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
         depth=("config.num_hidden_layers",),
@@ -155,11 +158,11 @@ register_architecture(
     Architecture(
         name="qwen2-moe",
         models=("transformers.Qwen2MoePreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
-            MLP(path="layers.*.mlp", having="gate_proj"),
+            MLP(path="layers.*.mlp", requires="gate_proj"),
             MLP(path="layers.*.mlp.shared_expert", optional=True),
-            Experts(path="layers.*.mlp", having="experts"),
+            Experts(path="layers.*.mlp", requires="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
         depth=("config.num_hidden_layers", "config.layer_types"),
@@ -171,11 +174,11 @@ register_architecture(
     Architecture(
         name="qwen3-next",
         models=("transformers.Qwen3NextPreTrainedModel", "transformers.Qwen3_5MoePreTrainedModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
-            MLP(path="layers.*.mlp", having="gate_proj"),
+            MLP(path="layers.*.mlp", requires="gate_proj"),
             MLP(path="layers.*.mlp.shared_expert", optional=True),
-            Experts(path="layers.*.mlp", having="experts"),
+            Experts(path="layers.*.mlp", requires="experts"),
             ExpertChannels(path="layers.*.mlp.experts", optional=True),
         ),
     )
@@ -186,7 +189,7 @@ register_architecture(
     Architecture(
         name="olmoe",
         models=("transformers.OlmoePreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="layers.*.self_attn",
                 parameters={"q_norm.weight": "query_features", "k_norm.weight": "key_value_features"},
@@ -203,7 +206,7 @@ register_architecture(
     Architecture(
         name="granite-moe",
         models=("transformers.GraniteMoePreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
             Experts(
                 path="layers.*.block_sparse_moe",
@@ -222,9 +225,9 @@ register_architecture(
     Architecture(
         name="llama4",
         models=("transformers.Llama4ForCausalLM", "transformers.Llama4TextModel"),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", skippable=True),
-            MLP(path="layers.*.feed_forward", having="gate_proj"),
+            MLP(path="layers.*.feed_forward", requires="gate_proj"),
             MLP(path="layers.*.feed_forward.shared_expert", optional=True),
             Experts(
                 path="layers.*.feed_forward",
@@ -235,7 +238,7 @@ register_architecture(
                     "experts.num_experts": "experts",
                     "router.num_experts": "experts",
                 },
-                having="experts",
+                requires="experts",
             ),
             ExpertChannels(
                 path="layers.*.feed_forward.experts",
@@ -254,7 +257,7 @@ register_architecture(
     Architecture(
         name="gpt-oss",
         models=("transformers.GptOssPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(path="layers.*.self_attn", parameters={"sinks": "query_heads"}, skippable=True),
             Experts(
                 path="layers.*.mlp",

@@ -15,7 +15,7 @@ register_architecture(
     Architecture(
         name="phi3",
         models=("transformers.Phi3PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="layers.*.self_attn",
                 fused="qkv_proj",
@@ -36,7 +36,7 @@ register_architecture(
     Architecture(
         name="gpt2",
         models=("transformers.GPT2PreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="h.*.attn",
                 fused="c_attn",
@@ -54,7 +54,7 @@ register_architecture(
     Architecture(
         name="gpt-neox",
         models=("transformers.GPTNeoXPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="layers.*.attention",
                 fused="query_key_value",
@@ -88,7 +88,7 @@ register_architecture(
     Architecture(
         name="falcon",
         models=("transformers.FalconPreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="h.*.self_attention",
                 fused="query_key_value",
@@ -118,7 +118,7 @@ register_architecture(
     Architecture(
         name="gpt-bigcode",
         models=("transformers.GPTBigCodePreTrainedModel",),
-        blocks=(
+        components=(
             Attention(
                 path="h.*.attn",
                 fused="c_attn",

@@ -58,11 +58,11 @@ register_architecture(
     Architecture(
         name="t5",
         models=("transformers.T5PreTrainedModel", "transformers.MT5PreTrainedModel"),
-        blocks=(
+        components=(
             _attention("block.*.layer.*.SelfAttention", "attention"),
             _attention("block.*.layer.*.EncDecAttention", "cross_attention"),
-            MLP(path="block.*.layer.*.DenseReluDense", inputs=("wi",), output="wo", having="wi"),
-            MLP(path="block.*.layer.*.DenseReluDense", inputs=("wi_0", "wi_1"), output="wo", having="wi_0"),
+            MLP(path="block.*.layer.*.DenseReluDense", inputs=("wi",), output="wo", requires="wi"),
+            MLP(path="block.*.layer.*.DenseReluDense", inputs=("wi_0", "wi_1"), output="wo", requires="wi_0"),
         ),
     )
 )

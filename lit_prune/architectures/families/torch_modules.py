@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.adaptations import KeptHeads, kept_heads
-from lit_prune.architectures.components import MLP, Block
+from lit_prune.architectures.components import MLP, Component
 from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import group_set_of, part_of
 from lit_prune.errors import UnsupportedModelError
@@ -120,20 +121,21 @@ def no_nested_tensors(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     return undo
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class MultiheadAttention(Block):
+class MultiheadAttention(Component):
     """An ``nn.MultiheadAttention``. One group is one head.
 
     Args:
-        path: Its path, see :class:`Block`.
+        path: Its path, see :class:`Component`.
         kind: What the group table calls these groups.
-        having: See :class:`Block`.
-        optional: See :class:`Block`.
+        requires: See :class:`Component`.
+        optional: See :class:`Component`.
     """
 
     path: str
     kind: str = "attention"
-    having: str | None = None
+    requires: str | None = None
     optional: bool = False
 
     def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:
@@ -156,8 +158,8 @@ class MultiheadAttention(Block):
         columns = torch.arange(heads * width).view(heads, width)
         rows = torch.cat([part * heads * width + columns for part in range(3)], dim=1)
         slices = [
-            part_of(model, f"{name}.in_proj_weight", 0, rows, 1, opaque=True),
-            part_of(model, f"{name}.out_proj.weight", 1, columns, 1, opaque=True),
+            part_of(model, f"{name}.in_proj_weight", 0, rows, 1, unobservable_input=True),
+            part_of(model, f"{name}.out_proj.weight", 1, columns, 1, unobservable_input=True),
         ]
         if module.in_proj_bias is not None:
             slices.append(part_of(model, f"{name}.in_proj_bias", 0, rows))
@@ -173,7 +175,7 @@ register_architecture(
     Architecture(
         name="torch-transformer",
         models=(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
-        blocks=(
+        components=(
             MultiheadAttention(path="layers.*.self_attn"),
             MultiheadAttention(path="layers.*.multihead_attn", kind="cross_attention", optional=True),
             MLP(path="layers.*", inputs=("linear1",), output="linear2"),

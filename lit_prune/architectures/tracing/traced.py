@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.architectures.components import Block
+from lit_prune._renamed import renamed_fields
+from lit_prune.architectures.components import Component
 from lit_prune.architectures.plain_modules import CONVOLUTIONS, check_plain
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet, Slice, group_cost
@@ -24,8 +25,9 @@ _CHANNELS = "_lit_prune_channels"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+@renamed_fields(having="requires")
 @dataclass(frozen=True)
-class Traced(Block):
+class Traced(Component):
     """A network of convolutions, linear layers, norms and whatever has no parameters, described by tracing it.
 
     One group is one output channel with everything that is coupled to it: the same channel of all layers that are added
@@ -44,7 +46,7 @@ class Traced(Block):
     ignored: tuple[str, ...] = ()
     kind: str = "channel"
     path: str = ""
-    having: str | None = None
+    requires: str | None = None
     optional: bool = True
 
     def group_sets(self, model: nn.Module, pruned: Collection[tuple[str, str]]) -> Iterator[GroupSet]:
@@ -159,8 +161,8 @@ def _slices(module: nn.Module, name: str, index: Tensor, produces: bool, root: s
             " `ignored`."
         )
     if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-        opaque = not isinstance(module, nn.Linear)
-        yield Slice(f"{name}.weight", 0 if produces else 1, index, 1, opaque)
+        unobservable_input = not isinstance(module, nn.Linear)
+        yield Slice(f"{name}.weight", 0 if produces else 1, index, 1, unobservable_input)
         if produces and module.bias is not None:
             yield Slice(f"{name}.bias", 0, index)
     elif isinstance(module, (*_NORMS, nn.LayerNorm)) and module.weight is not None and module.weight.dim() == 1:
