@@ -25,7 +25,7 @@ def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: 
 
     Parameters themselves stay the objects that they are, so that whoever holds them follows; only those that FSDP2 shards
     are replaced. A callback that defines ``on_pruning_start`` or ``on_pruning_end`` is taken to know, and Lightning's
-    ``WeightAveraging`` is cut along.
+    ``WeightAveraging`` is pruned together with the model.
 
     Raises:
         UnsupportedCallbackError: Naming callback and attribute.

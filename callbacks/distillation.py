@@ -121,7 +121,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 class Distillation(Callback):
-    """Let the pruned model learn from the dense one, beside the module's own loss.
+    """Add a distillation loss from the dense model to the pruned model's own loss.
 
     From the cut on, the loss of every training step is ``(1 - weight) * own loss + weight * distillation_loss
     + hidden_weight * hidden_state_loss``, logged as ``distillation_loss`` (and ``hidden_state_loss``). Calibration for
@@ -216,7 +216,7 @@ class Distillation(Callback):
                 save_weights(self._model, name, metadata={"copy": self._held})
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Begin to teach."""
+        """Start distillation."""
         del trainer
         if not pruning.dry_run:
             self._state.value = replace(self._state.value, active=True)
@@ -263,7 +263,7 @@ class Distillation(Callback):
         self._held = wanted
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on teaching in a resumed run."""
+        """Continue distillation in a resumed run."""
         if not _any_cut(trainer):
             self._state.reset()
         elif self._state.value.active and not self._undo:
@@ -368,7 +368,7 @@ class Distillation(Callback):
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the cut, and with it the teaching, has begun."""
+        """Whether distillation has started."""
         return asdict(self._state.value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

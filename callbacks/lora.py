@@ -125,7 +125,7 @@ class LoRARecovery(Callback):
             )
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Put the adapters in, after the last cut."""
+        """Add the adapters after the last cut."""
         if pruning.dry_run or pruning.stages_done < len(pruning.stages) or _adapted(pl_module):
             return
         self._inject(pruning.model(pl_module))
@@ -141,7 +141,7 @@ class LoRARecovery(Callback):
         pruning: StructuredPruning,
         checkpoint: Mapping[str, Any],
     ) -> None:
-        """Put the adapters in before a checkpoint that has some loads."""
+        """Add the adapters before a checkpoint that holds adapters loads."""
         del trainer
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("phase") == ADAPTERS and not _adapted(pl_module):

@@ -47,8 +47,8 @@ class StructuredPruning(Callback):
     At the start of the scheduled epoch (or before the batch of the scheduled step) the callback runs calibration batches
     through the module's own ``training_step`` without an optimizer step, ranks every attention group and MLP channel of
     the model in one global table by importance / cost, cuts the lowest until ``pruning_ratio`` is reached, and carries
-    the optimizer's state over. Calibration leaves no trace: random numbers, dropout, the dataloader's position, logged
-    metrics, gradients and ``global_step`` are as if it had not happened.
+    the optimizer's state over. Calibration has no side effects: random numbers, dropout, the dataloader's position,
+    logged metrics, gradients and ``global_step`` are as if it had not happened.
 
     ``trainer.validate`` prunes, too, without any training, if epoch or step is 0: what it measures is the pruned model.
 
@@ -69,8 +69,8 @@ class StructuredPruning(Callback):
     optimizers.
 
     Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
-    ``WeightAveraging`` is cut along. ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` forget their best
-    score at the cut, so that a dense model does not win over the pruned ones.
+    ``WeightAveraging`` is pruned together with the model. ``ModelCheckpoint``, ``EarlyStopping`` and
+    ``ReduceLROnPlateau`` forget their best score at the cut, so that a dense model does not win over the pruned ones.
 
     Args:
         importance: Name of the criterion, see :func:`lit_prune.criteria`; a mix of several, ``{name: weight}``; or
@@ -92,18 +92,18 @@ class StructuredPruning(Callback):
         gradient_dtype: What gradients are accumulated in where the criterion needs them element by element (``taylor``):
             ``"float32"``, or ``"bfloat16"`` for half the memory.
         offload_gradients: Accumulate those in CPU memory, copied there while the device computes on.
-        repair: How the projections that read what leaves make up for it: ``"least_squares"`` refits them on the calibration
-            batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds the mean of what
-            leaves into their biases, ``None`` leaves them.
-        min_groups: At least so many groups stay in every attention and every MLP.
-        min_fraction: At least this fraction of the groups stays in every attention and every MLP.
+        repair: How the projections that read removed groups are corrected: ``"least_squares"`` refits them on the
+            calibration batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds
+            the mean of the removed features into their biases, ``None`` leaves them unchanged.
+        min_groups: Smallest number of groups to keep in every attention module and every MLP.
+        min_fraction: Smallest fraction of the groups to keep in every attention module and every MLP.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions searched in
             module names.
         uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
         mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for the largest of 64, 32, 16 and 8 of
             which a width has 48 or more (32 for 1536 channels), and any width below: rounded ones multiply faster.
-        kinds: The kinds of groups that may leave, ``"attention"`` and ``"mlp"``, and ``"block"`` for whole blocks (decoder
-            layers); ``None`` is all but blocks.
+        kinds: The kinds of groups that may be removed: ``"attention"``, ``"mlp"``, and ``"block"`` for whole decoder
+            layers; ``None`` allows all but blocks.
         model_path: Where the model is inside the LightningModule, if that holds several.
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
@@ -111,10 +111,10 @@ class StructuredPruning(Callback):
         output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``. A folder that cannot
             be written to is refused before training; if writing fails later, there is a warning and the run goes on.
         seed: Seed of ``importance="random"``.
-        compensation: Whether importance takes into account what the repair ``"least_squares"`` will make up for (two more
-            forward passes over the calibration batches).
-        iterations: Reach the ratio of each stage in so many equal cuts, each calibrated, ranked and repaired anew on the same
-            batches; better than one cut, and as many times the cost.
+        compensation: Whether importance takes the repair ``"least_squares"`` into account (two more forward passes over
+            the calibration batches).
+        iterations: Number of equal cuts in which each stage reaches its ratio. Each is calibrated, ranked and repaired
+            on the same batches; more cuts are better, and cost proportionally more.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).

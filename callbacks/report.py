@@ -41,7 +41,7 @@ from lit_prune.text_escape import for_console, one_line
 
 
 class PruningReport(Callback):
-    """Print one table at the end of a fit that pruned, write the plan, the group table, pictures and the model, and log.
+    """Report a pruning run: a console table, plots, files, logger entries and the saved model.
 
     The table compares the dense, the just pruned and the recovered model: parameters, size of the weights, the metrics of the
     trainer's validation loop, and, if asked, the speed of dense and pruned measured in turns. Files go to ``output_dir``:
@@ -123,7 +123,7 @@ class PruningReport(Callback):
         return self._state.value.run_id
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take up the report of this module."""
+        """Load the report kept for this module."""
         del trainer, stage
         self._state.begin(pl_module)
         self._dense = self._pruning = None
@@ -176,7 +176,7 @@ class PruningReport(Callback):
         check_on_rank_zero(trainer, check, "PruningReport could not write its files at the end of the run. ")
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Note what the dense model is like."""
+        """Record the dense model's metrics."""
         if pruning.plan is not None:
             return
         self._state.value.lost = {}
@@ -193,7 +193,7 @@ class PruningReport(Callback):
                     parameter.grad = gradient
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Note what the cut left, and log it."""
+        """Record and log the pruned model's metrics."""
         if "dense" not in self.metrics:
             return
         self._pruning = pruning
@@ -244,7 +244,7 @@ class PruningReport(Callback):
         self.timeline.append({"step": trainer.global_step, "stage": stage, **metrics})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what the validation measured."""
+        """Record the metrics of a validation run."""
         if trainer.sanity_checking:
             return
         measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val")}

@@ -23,7 +23,7 @@ def _nothing() -> None:
 
 
 class LearningRateRewarmup(Callback):
-    r"""Let the learning rate rise anew after every cut, whatever its scheduler does meanwhile.
+    r"""Warm up the learning rate again after every cut, on top of the run's own scheduler.
 
     At the k-th optimizer step after a cut every learning rate is multiplied by
     :math:`f + (1 - f)\,\min(1, k / \mathrm{steps})`, for the length of this step only: the scheduler, and whoever reads
@@ -51,13 +51,13 @@ class LearningRateRewarmup(Callback):
         self._handles: list[Any] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take up the state of this module, and let go of the optimizers of a fit that an error ended."""
+        """Load the state kept for this module, and release the optimizers of a fit that ended in an error."""
         del trainer, stage
         self._release()
         self._since_cut.begin(pl_module)
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at the given step after the cut, the first of which is 1."""
+        """The factor of the learning rate at the given step after the cut; the first step is 1."""
         return self.start_factor + (1 - self.start_factor) * min(1.0, step / self.steps)
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
@@ -70,12 +70,12 @@ class LearningRateRewarmup(Callback):
     def on_optimizers_renewed(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning
     ) -> None:
-        """Take hold of optimizers that another callback made in place of the old ones."""
+        """Warm up the new optimizers that another callback made."""
         del pl_module, pruning
         self._take_hold(trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on in the middle of a warm-up, in a resumed run."""
+        """Continue the warm-up of a resumed run."""
         del pl_module
         if not _any_cut(trainer):
             self._since_cut.reset()
@@ -97,7 +97,7 @@ class LearningRateRewarmup(Callback):
         self._handles, self._hooked = [], []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+        """Release the optimizers."""
         del trainer, pl_module, stage
         self._release()
 
@@ -107,7 +107,7 @@ class LearningRateRewarmup(Callback):
         return {"since_cut": None if since is None else list(since)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the middle of a warm-up."""
+        """Restore how many steps ago the last cut was."""
         since = state_dict["since_cut"]
         self._since_cut.value = None if since is None else list(since)
 

@@ -21,7 +21,7 @@ class Stage:
     """One point of a schedule.
 
     Args:
-        ratio: Fraction of the parameters of the model before any pruning that is gone after this stage.
+        ratio: Fraction of the dense model's parameters that is removed after this stage.
         epoch: Prune at the start of this epoch (0 is the first).
         step: Prune before the first batch after this many optimizer steps, in place of ``epoch``.
 
@@ -50,7 +50,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    r"""Gradual pruning, fast at first and slow at the end: :math:`s_k = s\,(1 - (1 - k/n)^3)` after stage k of n.
+    r"""Gradual pruning with a cubic ramp, fast at first and slow at the end: :math:`s_k = s\,(1 - (1 - k/n)^3)` after
+    stage k of n.
 
     Args:
         start: Epoch or step of the first stage.

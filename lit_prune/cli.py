@@ -118,7 +118,7 @@ def plan(
             installed package.
         output: Folder to write to.
         calibration: The calibration text.
-        pruning: How to prune.
+        pruning: Options of a pruning: criterion, ratio, limits and repair.
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """

@@ -81,30 +81,31 @@ _RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How to prune.
+    """Options of a pruning: criterion, ratio, limits and repair.
 
     Args:
         importance: Name of a criterion; a mix of several, ``{name: weight}``, each scaled to sum to 1 over the model; or
-            ``"auto"``, which ranks by each of :data:`CANDIDATES` from one calibration, holds every eighth calibration
-            batch back, and takes the plan whose masked model has the lowest loss on those.
+            ``"auto"``, which ranks by each of :data:`CANDIDATES` from one calibration, holds back every eighth
+            calibration batch, and takes the plan whose masked model has the lowest loss on the held-back batches.
         pruning_ratio: Fraction of parameters to remove, strictly between 0 and 1.
-        ratio_of: Of ``"all"`` parameters of the model, or of the ``"prunable"`` ones.
+        ratio_of: Whether the ratio refers to ``"all"`` parameters of the model or to the ``"prunable"`` ones.
         normalize: Normalisation of the importance; ``"default"`` is the criterion's own, ``None`` is none.
         statistics: How gradients are kept, ``"streaming"`` or ``"elementwise"``.
         gradient_dtype: What gradients are accumulated in where a criterion needs them element by element (``taylor``):
             ``"float32"`` or ``"bfloat16"``.
         offload_gradients: Accumulate those in CPU memory in place of the model's device.
         limits: Floors, protections and rounding.
-        repair: How the consumers of what leaves make up for it: ``"least_squares"``, ``"bias"`` or ``None``; see
+        repair: How the layers that read the removed groups are corrected: ``"least_squares"``, ``"bias"`` or ``None``;
+            see
             :mod:`lit_prune.repair.refit`.
         seed: Seed of the criterion ``random``.
-        compensation: Whether importance takes into account what ``"least_squares"`` will make up for: it is multiplied by the
-            square root of the share of a group's contribution that the other groups at the same place cannot explain. Two
-            more forward passes over the calibration batches in each iteration.
-        iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
-            left; see :func:`prune`.
-        reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
-            (the later stages of a schedule): what is gone already counts towards the ratio.
+        compensation: Whether importance takes the repair ``"least_squares"`` into account: it is multiplied by the
+            square root of the fraction of the group's output that a linear regression on the other groups cannot
+            reconstruct. Costs two more forward passes over the calibration batches in each iteration.
+        iterations: Number of equal cuts in which the ratio is reached. Each cut calibrates, ranks and repairs on the
+            model that the previous one produced; see :func:`prune`.
+        reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
+            given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
 
     importance: str | Mapping[str, float] = "fisher"

@@ -18,7 +18,7 @@ class ArgumentValueError(ArgumentError, ValueError):
 
 
 class UnsupportedModelError(PruningError):
-    """The model, or a part of it, has no description in :mod:`lit_prune.architectures`."""
+    """The model, or a part of it, cannot be pruned: no groups are known for it."""
 
 
 class CalibrationError(PruningError):
@@ -30,7 +30,7 @@ class BudgetError(PruningError):
 
 
 class SmallBudgetError(BudgetError):
-    """What is to be removed is less than the smallest group that may leave."""
+    """The budget is smaller than the smallest group that may be removed."""
 
 
 class PlanError(PruningError):

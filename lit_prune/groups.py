@@ -1,9 +1,9 @@
-"""What can leave together: group sets, the data that every later step (scoring, cost, repair, surgery) loops over.
+"""Group sets: which slices of which parameters are removed together.
 
-A *group* is the smallest set of weights that can only leave together: a key/value head with the query heads that share
-it, or one channel of an MLP. A :class:`GroupSet` holds all groups of one kind in one place of the model and describes,
-as index matrices, which slices of which parameters belong to each of them. Nothing here knows an architecture; the
-descriptions that produce group sets live in :mod:`lit_prune.architectures`.
+A *group* is the smallest set of weights that can only be removed together: a key/value head with the query heads that
+share it, or one channel of an MLP. A :class:`GroupSet` holds all groups of one kind in one place of the model and
+describes, as index matrices, which slices of which parameters belong to each of them. Nothing here knows an
+architecture; the descriptions that produce group sets live in :mod:`lit_prune.architectures`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Slice:
     Args:
         parameter: Qualified name of the parameter, relative to the model.
         dim: Dimension of the parameter along which the groups lie.
-        index: Integer tensor of shape ``(groups, width)``: ``index[g]`` are the positions along ``dim`` that leave
-            when group ``g`` leaves.
+        index: Integer tensor of shape ``(groups, width)``: ``index[g]`` are the positions along ``dim`` that are
+            removed with group ``g``.
         input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
             weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
         unobservable_input: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
@@ -108,7 +108,7 @@ class Adaptation:
 
 @dataclass(frozen=True, eq=False)
 class GroupSet:
-    """All groups of one kind in one place of the model.
+    """All groups of one kind in one module, for example the channels of one MLP.
 
     Args:
         name: Qualified name of the module that the groups are parts of; unique together with ``kind``.
@@ -116,12 +116,12 @@ class GroupSet:
         kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it; ``"block"`` for a whole block,
             which holds the other sets of that block.
         size: Number of groups.
-        cost: Parameters that leave with one group.
+        cost: Number of parameters that are removed with one group.
         slices: The parameter slices that the groups couple.
         attributes: Module attributes that depend on the number of groups.
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
-        minimum: The fewest groups with which the module still runs; 0 if it can lose them all.
-        adaptations: What else changes when groups leave.
+        minimum: Smallest number of groups with which the module still runs; 0 if all can be removed.
+        adaptations: Further changes that the module needs when groups are removed.
     """
 
     name: str
@@ -137,24 +137,24 @@ class GroupSet:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What identifies the set within its model: its name and kind."""
+        """The identifier of the set within its model: name and kind."""
         return self.name, self.kind
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
-        """The slices that read what the groups produce."""
+        """The slices that read the groups' outputs, for example the columns of ``down_proj``."""
         return tuple(s for s in self.slices if s.consumes)
 
     @property
     def masked(self) -> tuple[Slice, ...]:
-        """The slices to silence a group by: its consumers; for what nothing reads by itself, an expert, all of it."""
+        """The slices to set to zero in order to mask a group: its consumers, or all slices if it has none (experts)."""
         return self.consumers or self.slices
 
     refittable = RenamedAttribute("repairable")
 
     @property
     def repairable(self) -> tuple[Slice, ...]:
-        """The consumers whose inputs and outputs can be observed, which is what repair works on."""
+        """The consumers that repair can refit: those whose inputs and outputs can be observed."""
         return tuple(s for s in self.slices if s.consumes and not s.unobservable_input)
 
     def kept_to_removed(self, kept: Iterable[int]) -> Tensor:
@@ -187,7 +187,7 @@ def count_removed(model: nn.Module, group_sets: Sequence[GroupSet], removed: Seq
     Args:
         model: The model.
         group_sets: Its group sets.
-        removed: For every set the indices of the groups that leave.
+        removed: The indices of the removed groups of every set.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     left: dict[str, dict[int, Tensor]] = {}

@@ -222,7 +222,7 @@ def keep_blocks(blocks: nn.Module, kept: Sequence[int]) -> Callable[[], None]:
 
     Args:
         blocks: The list, an ``nn.ModuleList``; changed in place.
-        kept: Indices of those that stay, ascending.
+        kept: Indices of the kept ones, ascending.
 
     Returns:
         A function that undoes this.

@@ -98,15 +98,14 @@ def make_plan(
     *,
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
-    """Score, rank and select: the global table with the rows that stay, and the plan that says the same.
+    """Score, rank and select the groups; gives the global table and the plan.
 
     Args:
         model: The model.
         group_sets: Its group sets.
         statistics: What :func:`calibrate` collected; may be ``None`` for a criterion that needs nothing.
         config: The configuration.
-        measure: What a plan costs, its masked loss for instance (:func:`masked_loss`); asked only where there are
-            several candidates.
+        measure: Gives the loss of a plan, for example :func:`masked_loss`; called only if there are several candidates.
 
     Raises:
         BudgetError: If the ratio cannot be reached under the limits.
@@ -178,21 +177,21 @@ def prune(
     config: PruningConfig,
     optimizers: Iterable[Optimizer] = (),
 ) -> tuple[GroupTable, PruningPlan]:
-    """Calibrate, plan, repair and cut, as often as ``config.iterations`` says: the whole way in one call.
+    """Prune a model: calibrate, plan, repair and cut, ``config.iterations`` times.
 
-    Cutting little by little is better than all at once on the same calibration batches: what is important, and what can
-    make up for it, is measured again once the rest is gone. An error leaves model and optimizers as they were.
+    Several smaller cuts give better models than one, because importance is measured again after each. An error leaves
+    model and optimizers as they were.
 
     Args:
         model: The model, or a module that holds one; cut in place.
         batches: Calibration batches; iterated several times, so not an iterator.
         loss_fn: Runs one batch through the model and returns its loss.
         config: The configuration.
-        optimizers: Optimizers over the model's parameters, cut along.
+        optimizers: Optimizers over the model's parameters; their state is pruned, too.
 
     Returns:
-        The group table of the model as it was, and the plan for it. A group's importance is that of the last iteration that
-        ranked it.
+        The group table of the model before the first cut, and the plan for that model. A group's importance is that of
+        the last iteration that ranked it.
 
     Raises:
         ArgumentError: If the batches are an iterator, which can be read only once.
@@ -237,7 +236,7 @@ def prune_with(
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
             run, with the batches, the same ones every time, and the loss function.
         config: The configuration.
-        optimizers: Optimizers over the model's parameters, cut along.
+        optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
         ranks: The processes of a distributed run.
         agree: Called with every plan before it is carried out; raises if another process has a different one.
@@ -362,7 +361,7 @@ def repair(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     ranks: Ranks | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """Compute new weights for the consumers of what leaves, as configured; the model is not changed.
+    """Compute new weights for the layers that read the removed groups; the model is not changed.
 
     Args:
         model: The dense model.

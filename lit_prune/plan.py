@@ -32,14 +32,14 @@ BEFORE, AFTER = "parameters_before", "parameters_after"
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What stays of one group set, or, with the kind ``"block"``, which blocks stay of a list of them.
+    """The kept groups of one group set; with the kind ``"block"`` the kept blocks of a list of blocks.
 
     Args:
         name: Name of the group set; of the list of blocks (``model.layers``) for blocks.
         kind: Its kind.
         layer: Its layer; 0 for blocks.
         size: Number of groups, or blocks, in the model that the plan is for.
-        kept: Indices of those that stay, ascending.
+        kept: Indices of the kept ones, ascending.
     """
 
     name: str
@@ -71,17 +71,17 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which groups stay in every group set of a model.
+    """The groups to keep in every group set of a model.
 
-    Group sets that the plan does not name stay whole. Names and indices are those of the model that the plan is for, also
-    where blocks leave and those behind them move up.
+    Group sets without an entry are kept whole. Names and indices are those of the model before the cut, even if blocks
+    are removed and later ones move up.
 
     Args:
-        entries: One for every group set that loses something, and for every list of blocks that does. What is named inside
-            a block that leaves is left out.
+        entries: One entry for every group set, and every list of blocks, from which something is removed. Sets inside a
+            removed block have none.
         biases: Modules that have no bias in the dense model and get one when the plan is applied (see
             :mod:`lit_prune.repair.refit`).
-        info: How the plan came about (criterion, ratio, figures); plain JSON data that nothing depends on.
+        info: How the plan was made (criterion, ratio, metrics); plain JSON data that nothing depends on.
         sets: Name, kind and size of every group set of the model that the plan is for, by which another model is refused;
             empty if that is not known.
     """
@@ -101,17 +101,17 @@ class PruningPlan:
 
     @property
     def blocks(self) -> tuple[PlanEntry, ...]:
-        """The entries that say which blocks stay."""
+        """The entries for lists of blocks."""
         return tuple(e for e in self.entries if e.kind == BLOCK)
 
     @property
     def group_entries(self) -> tuple[PlanEntry, ...]:
-        """The entries that say which groups stay."""
+        """The entries for group sets."""
         return tuple(e for e in self.entries if e.kind != BLOCK)
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks that leave."""
+        """Names of the removed blocks."""
         return tuple(f"{e.name}.{i}" for e in self.blocks for i in sorted({*range(e.size)} - {*e.kept}))
 
     @classmethod
@@ -222,7 +222,7 @@ class PruningPlan:
         return PruningPlan(tuple(entries), biases, info, self.sets)
 
     def counted(self, before: int | None, after: int) -> PruningPlan:
-        """The same plan, which says how many parameters the model has before (if that is known) and after it is applied."""
+        """The same plan with the parameter counts before (if known) and after it is applied in its ``info``."""
         counts = {AFTER: after} if before is None else {BEFORE: before, AFTER: after}
         return replace(self, info={**self.info, **counts})
 
@@ -233,7 +233,7 @@ class PruningPlan:
         return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0])
 
     def entries_after(self) -> dict[tuple[str, str], PlanEntry]:
-        """The entries, but for those of blocks, by name and kind of their group sets in the model that the plan results in."""
+        """The group-set entries by name and kind that the sets have in the pruned model."""
         moved = {e.name: {old: new for new, old in enumerate(e.kept)} for e in self.blocks}
         return {e.key: e for e in (_renumbered(e, moved) for e in self.group_entries)}
 

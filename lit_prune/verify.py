@@ -18,13 +18,14 @@ from lit_prune.surgery.apply import apply_plan
 
 @torch.no_grad()
 def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor], tolerance: float = 1e-4) -> list[str]:
-    """Cut a group out of every group set in turn, and compare with the dense model whose group is set to zero.
+    """Check a description: remove a group of every group set in turn, and compare with the dense model whose group is
+    set to zero.
 
-    Where whole blocks may leave, each is taken out likewise, and compared with the dense model that passes it over.
+    If whole blocks can be removed, each is removed in turn, too, and compared with the dense model that skips it.
 
-    Meant for a small model with random weights, as it copies the model twice for every group set. Groups whose absence
-    is more than zeros (experts, which a router with a zero row could still choose; heads under a norm over all heads)
-    are not comparable in this way.
+    Use a small model with random weights: the model is copied twice for every group set. Groups whose removal is not
+    equal to zeros (experts, which a router with a zero row can still choose; heads under a norm over all heads) are not
+    checked.
 
     Args:
         model: The model, or a module that holds it; it is not changed.

@@ -39,7 +39,7 @@ _HEAD_COUNTS = {
 
 
 class Component(ABC):
-    """What every description of a part of a model has: where the part is, and a way to describe its groups.
+    """Base class of the descriptions of a part of a model: its path and how to find its groups.
 
     Subclasses are frozen dataclasses with at least the fields ``path``, ``requires`` and ``optional``.
 
@@ -89,7 +89,7 @@ class Component(ABC):
 @renamed_fields(having="requires")
 @dataclass(frozen=True)
 class Attention(Component):
-    """Where attention sits in a model and how its projections are laid out.
+    """Description of an attention module: its path and the layout of its projections.
 
     One group is a key/value head with the query heads that share it. Where all query heads share one key/value head
     (multi-query attention), that one stays, and the groups are the query heads. Head counts are read from the
@@ -253,7 +253,8 @@ class Attention(Component):
 @renamed_fields(having="requires")
 @dataclass(frozen=True)
 class MLP(Component):
-    """Where an MLP sits in a model. One group is one channel: a row of every input projection, a column of the output.
+    """Description of an MLP. One group is one channel: a row of every input projection and a column of the output
+    projection.
 
     Args:
         path: Path of the module that holds the projections, see :class:`Component`.

@@ -20,7 +20,7 @@ from lit_prune.plan import get_plan
 @renamed_fields(blocks="components")
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models whose groups one description finds.
+    """Description of a family of models: where its attention modules, MLPs and experts are.
 
     Args:
         name: Name of the family.
@@ -28,13 +28,14 @@ class Architecture:
             itself, or its dotted name (``"my_package.models.MyGPT"``, also of a module that exports it), which imports
             nothing; or its bare name (``"MyGPT"``), which means any class of that name that the description fits.
         components: The descriptions of the parts that hold groups.
-        check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that the descriptions do not
-            fit all the same, because of an option in its config for instance.
-        depth: Where a model says how many blocks it has, and anything for each of them, so that it can follow when whole
-            blocks leave: ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
+        check: Raises :class:`~lit_prune.UnsupportedModelError` for a model of these classes that cannot be pruned, for
+            example because of an option in its config.
+        depth: The fields that depend on the number of blocks, and are updated when whole blocks are removed:
+            ``config.NAME`` for a field of its config, ``NAME`` for an attribute of the module that holds the
             list of blocks; an integer, or a list with an entry for each block. Those that a model lacks are skipped.
-            ``None`` if no block may leave: if blocks share weights, or take from each other more than hidden states.
-        arguments: Names that the forwards in such a model give sequences and their masks, where they are none of
+            ``None`` if blocks cannot be removed, because they share weights or pass each other more than hidden states.
+        arguments: Names of the arguments of the model's forwards that hold sequences and their masks, if they are not
+            among
             :data:`~lit_prune.architectures.arguments.POSITIONS`.
 
     Example::
@@ -83,10 +84,10 @@ _REGISTRY: list[Architecture] = []
 
 
 def register_architecture(architecture: Architecture) -> Architecture:
-    """Make a description known, so that models of its classes can be pruned.
+    """Register a description, so that models of its classes can be pruned.
 
-    A later one wins over an earlier one, and takes the place of one with the same name and a class in common. Where classes
-    of one bare name are described several times, each model gets the latest description that fits it.
+    A later description takes precedence over an earlier one, and replaces one with the same name and a class in common.
+    If several descriptions name the same bare class name, a model gets the latest one that fits it.
 
     Raises:
         ValueError: If it names no class or no block.
@@ -202,7 +203,7 @@ def _layers_hint(module: nn.Module) -> str:
 
 
 def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
-    """Find everything in the model that can be pruned. What an earlier cut emptied is left out.
+    """Find all group sets of a model. Sets that an earlier cut emptied are left out.
 
     Args:
         model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
@@ -214,7 +215,7 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
-            its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
+            its weights are quantised, or ``blocks`` is set for a model whose blocks cannot be removed.
     """
     model = find_model(model)[1]
     architecture = _architecture_of(model, anyway=True)

@@ -120,7 +120,7 @@ def true_to(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rebuild_from_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Make the model inside a module, and the weights of a Lightning checkpoint, fit each other.
+    """Cut the model inside a module as a Lightning checkpoint's model was, so that its weights load.
 
     For use in a module's own ``on_load_checkpoint``, which makes ``load_from_checkpoint`` work on checkpoints of pruned
     models; within a Trainer the pruning callback sees to it itself. The model is cut as the checkpoint's was, and adapters

@@ -82,7 +82,7 @@ def register_criterion(
     consumers_only: bool = False,
     normalize: str | None = None,
 ) -> Criterion:
-    """Make a criterion of your own known under a name.
+    """Register a criterion under a name.
 
     Args:
         name: The name, which must be free; or a whole :class:`Criterion`, for one of several terms, or of terms that need more

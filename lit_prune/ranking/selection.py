@@ -1,8 +1,9 @@
-"""Which groups leave under a budget: a fractional-knapsack view of the whole model.
+"""Selection of the groups to remove under a budget: a fractional knapsack over the whole model.
 
-The rows of the group table leave in the order of their score (importance / cost) until the removed cost reaches the
-budget. Floors, protected layers and rounding only restrict which rows may leave: within a group set the groups leave
-in the order of their score, so a floor is a limit on the length of that order and rounding a grouping of it into steps.
+The rows of the group table are removed in the order of their score (importance / cost) until the removed cost reaches
+the budget. Floors, protected layers and rounding only restrict which rows may be removed: within a group set the groups
+are removed in the order of their score, so a floor is a limit on the length of that order and rounding a grouping of it
+into steps.
 """
 
 from __future__ import annotations
@@ -59,19 +60,21 @@ _RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What selection must respect.
+    """Constraints on which groups may be removed.
 
     Args:
-        min_groups: At least so many groups stay in every group set. With 0 (and ``min_fraction=0``) a layer may lose its
+        min_groups: Smallest number of groups to keep in every group set. With 0 (and ``min_fraction=0``) a layer may
+            lose its
             whole attention or MLP, where the architecture can do without it.
-        min_fraction: At least this fraction of the groups of every set stays, in [0, 1]. Both floors are also those of
-            the number of blocks, one of which stays in any case; a block that leaves takes all that is in it along.
-        protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
-            are searched in the names of the group sets. A block stays if anything in it is protected.
+        min_fraction: Smallest fraction of the groups to keep in every group set, in [0, 1]. Both floors apply to the
+            number of blocks, too, of which at least one is kept; a removed block is removed with everything in it.
+        protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions that
+            are searched in the names of the group sets. A block is kept if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
             set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
             :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
-        kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
+        kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers. ``None`` allows all
+            kinds but that.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
 
@@ -93,7 +96,7 @@ class Limits:
 
     @property
     def blocks(self) -> bool:
-        """Whether whole blocks may leave."""
+        """Whether whole blocks may be removed."""
         return BLOCK in (self.kinds or ())
 
     def floor(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
@@ -166,11 +169,11 @@ def select(
     limits: Limits | None = None,
     original: Mapping[tuple[str, str], int] | None = None,
 ) -> np.ndarray:
-    """Choose which rows stay so that about ``budget`` parameters leave.
+    """Choose the rows to keep so that about ``budget`` parameters are removed.
 
-    Rows leave by ascending score, ties in the order of the table. Where the next row in that order would overshoot, it
-    is passed over and smaller ones further on are taken, so that the removed cost ends below the budget by less than
-    the cost of the smallest step that may still leave.
+    Rows are removed by ascending score, ties in the order of the table. Where the next row in that order would
+    overshoot, it is skipped and smaller ones further on are taken, so that the removed cost ends below the budget by
+    less than the cost of the smallest step that may still be removed.
 
     Args:
         table: The group table.

@@ -40,9 +40,10 @@ class GroupTable:
         layers: Layer of every group set, int array of shape ``(sets,)``.
         offsets: Row at which each set starts, and the number of rows at the end; int array of shape ``(sets + 1,)``.
         importance: Estimated damage to the loss from removing the group, float64 array of shape ``(rows,)``.
-        cost: Parameters that leave with the group, int array of shape ``(rows,)``.
-        kept: Whether the group stays, bool array of shape ``(rows,)``.
-        minimum: The fewest groups with which every set still runs, int array of shape ``(sets,)``; 0 for all if ``None``.
+        cost: Number of parameters that are removed with the group, int array of shape ``(rows,)``.
+        kept: Whether the group is kept, bool array of shape ``(rows,)``.
+        minimum: Smallest number of groups with which each set still runs, int array of shape ``(sets,)``; 0 for all if
+            ``None``.
             Not written to files.
     """
 
@@ -106,12 +107,13 @@ class GroupTable:
 
     @property
     def score(self) -> np.ndarray:
-        """Importance / cost of every row: the lowest leave first."""
+        """Importance / cost of every row; the rows with the lowest scores are removed first."""
         return self.importance / self.cost
 
     @property
     def block_of_set(self) -> np.ndarray:
-        """Index of the set that is the whole block around every set, -1 where the table has none; a block is around itself."""
+        """For every set the index of the set of the whole block that contains it, -1 if the table has none. A block
+        contains itself."""
         blocks = [(position, name) for position, (name, kind) in enumerate(self.keys) if kind == BLOCK]
         around = np.full(len(self.keys), -1, dtype=np.int64)
         for position, block in blocks:
@@ -120,25 +122,27 @@ class GroupTable:
 
     @property
     def block_of_row(self) -> np.ndarray:
-        """Row of the whole block around every row, -1 where the table has none, and for blocks themselves."""
+        """For every row the row of the whole block that contains it; -1 if the table has none, and for blocks
+        themselves."""
         around = self.block_of_set
         rows = np.where((around < 0) | (around == np.arange(len(around))), -1, self.offsets[:-1][around])
         return rows[self.set_of_row]
 
     @property
     def leaving(self) -> np.ndarray:
-        """Whether every row leaves by itself, and not with the whole block around it, whose cost that of the row is in."""
+        """Whether every row is removed on its own. A row of a removed block is not: the block's cost includes it
+        already."""
         return ~self.kept & ~np.append(~self.kept, False)[self.block_of_row]
 
     @property
     def removed_cost(self) -> int:
-        """Parameters of the rows that do not stay."""
+        """Number of parameters of the removed rows."""
         return int(self.cost[self.leaving].sum())
 
     then = RenamedAttribute("compose")
 
     def compose(self, later: GroupTable) -> GroupTable:
-        """This table, with what one of the same model after this cut says of the groups that were left.
+        """Update this table by a later one, computed for the model after this table's groups were removed.
 
         The groups that this cut took keep the importance they had.
         """
@@ -150,11 +154,11 @@ class GroupTable:
         return result
 
     def kept_groups(self) -> list[np.ndarray]:
-        """For every set the indices of the groups that stay."""
+        """The indices of the kept groups of every set."""
         return [np.flatnonzero(k) for k in np.split(self.kept, self.offsets[1:-1])]
 
     def removed_groups(self) -> list[Tensor]:
-        """For every set the indices of the groups that leave."""
+        """The indices of the removed groups of every set."""
         return [torch.from_numpy(np.flatnonzero(~k)) for k in np.split(self.kept, self.offsets[1:-1])]
 
     def to_arrow(self) -> pa.Table:

@@ -33,7 +33,7 @@ def unexplained_shares(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
-    """What share of a group's contribution to its consumer's output the other groups there cannot make up for.
+    """Fraction of each group's output that a linear regression on the other groups cannot reconstruct.
 
     It walks through the blocks one by one, as :func:`least_squares` does, and holds the Gram matrices of one block at a time.
 

@@ -40,7 +40,7 @@ def check_holders(
     Args:
         model: The model.
         root: The module that holds it.
-        optimizers: The optimizers that are to be cut along.
+        optimizers: The optimizers whose state is to be pruned, too.
         touched: By parameter name, the dimensions that may become smaller; see :func:`touched_parameters`.
         adds_biases: Whether the plan may give linear layers biases.
 
@@ -70,7 +70,7 @@ def apply_plan(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Cut the model for real.
+    """Remove groups from a model as a plan says: its parameters become smaller.
 
     Every parameter stays the object that it is and becomes smaller, one at a time, so that hooks, lists of parameters and
     optimizers follow. Of the old values only what is removed is kept until the end, so that an error anywhere puts model
@@ -82,8 +82,8 @@ def apply_plan(
     The state of the optimizers, and of those that they wrap, is cut likewise. State that mirrors weights (slow weights,
     averages) moves along with weights that a repair changes. Gradients are dropped. Module attributes follow the new sizes.
 
-    Blocks that are removed are taken out of their list; those behind them move up, also in the cache of keys and values. The
-    model gets a config of its own that says how many there are now, and their parameters are taken out of the optimizers.
+    Removed blocks are deleted from their list, and later ones move up, in the key/value cache, too. The model gets its
+    own copy of its config with the new number of blocks, and the blocks' parameters are removed from the optimizers.
 
     Args:
         model: The model, or a module that holds one; changed in place.

@@ -33,10 +33,11 @@ def expert_by_expert(module: nn.Module, kept: Tensor) -> Callable[[], None]:
 @renamed_fields(having="requires")
 @dataclass(frozen=True)
 class ExpertChannels(Component):
-    """The channels inside experts. One group is the channel of the same index in every expert of a layer.
+    """Description of the channels inside experts. One group is the channel of the same index in every expert of a
+    layer.
 
-    Experts whose width is not a multiple of 8 afterwards run one after the other, as the grouped kernels of transformers
-    refuse them: see ``Limits.multiple_of``.
+    Experts whose width after the cut is not a multiple of 8 run one after the other, because the grouped kernels of
+    transformers refuse such widths; see ``Limits.multiple_of``.
 
     Args:
         path: Path of the module that holds the experts' parameters, see :class:`Component`.
@@ -96,7 +97,8 @@ class ExpertChannels(Component):
 @renamed_fields(having="requires")
 @dataclass(frozen=True)
 class Experts(Component):
-    """Whole experts. One group is an expert with its row of the router, which from then on chooses among the others.
+    """Description of whole experts. One group is an expert with its row of the router; after the cut the router chooses
+    among the kept experts.
 
     Args:
         path: Path of the module that holds experts and router, see :class:`Component`.
