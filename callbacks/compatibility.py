@@ -45,7 +45,7 @@ def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: 
         for name, what in found.items():
             raise UnsupportedCallbackError(
                 f"{type(callback).__name__}.{name} holds {what}, which the cut would leave at the old sizes. Let the callback"
-                " define on_pruning_end(trainer, pl_module, pruning) and take hold of the model anew there (or"
+                " define on_pruning_end(trainer, pl_module, pruning) and take the model again there (or"
                 " on_pruning_start, if it means to keep the dense one)."
             )
     _check_averages(pl_module, model)

@@ -334,7 +334,7 @@ def _unexplained(
 ) -> dict[tuple[str, str], Tensor]:
     all_reduce = None if ranks is None else ranks.sum
     try:
-        with together(ranks, "measuring what repair can make up for"):
+        with together(ranks, "measuring unexplained shares"):
             return unexplained_shares(
                 model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
             )

@@ -155,7 +155,7 @@ class Case:
         notes: For the table.
         kinds: The kinds of groups that it has.
         refits: Whether least-squares repair refits its blocks.
-        blocks: Whether whole blocks may leave.
+        blocks: Whether whole blocks can be removed.
         slow: Whether it differs so little from others that it is run with the slow tests only.
     """
 

@@ -289,9 +289,9 @@ def test_loses_blocks(case, tmp_path):
     """The first block of every list leaves: as if the dense model passed it over, in caches, in files, and in counts."""
     model = case.build()
     if not case.blocks:
-        with pytest.raises(UnsupportedModelError, match="Whole blocks cannot leave"):
+        with pytest.raises(UnsupportedModelError, match="Whole blocks cannot be removed"):
             find_group_sets(model, blocks=True)
-        pytest.skip("no block may leave")
+        pytest.skip("no block can be removed")
     group_sets, inner = find_group_sets(model, blocks=True), find_model(model)[1]
     gone = [s.kind == BLOCK and s.layer == 0 for s in group_sets]
     plan = PruningPlan.from_kept(

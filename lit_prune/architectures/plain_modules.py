@@ -36,7 +36,7 @@ def check_plain(module: nn.Module, path: str) -> None:
             raise UnsupportedModelError(
                 f"{what}: its {name!r} is computed by a parametrization ({', '.join(type(p).__name__ for p in chain)}) and cannot"
                 f" be cut. Call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) on it before pruning, and"
-                " parametrize the pruned module anew."
+                " parametrize the pruned module again."
             )
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):

@@ -194,7 +194,7 @@ def select(
     if budget > available:
         total = int(table.cost[table.block_of_row < 0].sum())
         raise BudgetError(
-            f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may leave"
+            f"The budget asks to remove {budget:,} parameters, but only {available:,} of {total:,} prunable ones may be removed"
             f" under the floors (min_groups={limits.min_groups}, min_fraction={limits.min_fraction}), protections"
             f" {list(limits.protect)}, rounding {limits.multiple_of} and kinds {limits.kinds}. Lower the ratio or"
             " relax one of these."

@@ -193,7 +193,7 @@ def check_copies(root: nn.Module, model: nn.Module, touched: Collection[str]) ->
             raise ReferenceHeldError(
                 f"{type(module).__name__}.{attribute} (module {path or 'at the top'!r}) holds {found}, which the cut would"
                 " leave at the old sizes. Make it after the cut, or keep it in a callback that defines"
-                " on_pruning_end(trainer, pl_module, pruning) and makes it anew there."
+                " on_pruning_end(trainer, pl_module, pruning) and makes it again there."
             )
 
 

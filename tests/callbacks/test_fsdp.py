@@ -349,7 +349,7 @@ def refused(folder: str, what: str) -> None:
     [
         ("tensors", "sharded, but not by .*fully_shard"),
         ("bias", "adds biases .* FSDP2 cannot take up"),
-        ("block", "sharded as a part of .*the block 'model.layers.0' that may leave"),
+        ("block", "sharded as a part of .*the block 'model.layers.0' that may be removed"),
     ],
 )
 def test_what_sharding_cannot_do_is_refused_on_every_process(tmp_path, what, message):

@@ -249,7 +249,7 @@ def test_bad_arguments_are_refused_at_once():
 
 def test_what_cannot_work_is_refused_before_training(tmp_path):
     for callback, error, message in (
-        (pruning(pruning_ratio=0.9), BudgetError, "may leave"),
+        (pruning(pruning_ratio=0.9), BudgetError, "may be removed"),
         (pruning(protect=(7,)), ValueError, "layers 0 to 2"),
         (pruning(kinds=("heads",)), ValueError, "attention, mlp"),
     ):
