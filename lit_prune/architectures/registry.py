@@ -267,8 +267,8 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
     """
     if architecture.depth is None:
         raise UnsupportedModelError(
-            f"Whole blocks cannot be removed from {type(model).__name__}: its description (architecture {architecture.name!r}) names no"
-            " depth. Prune other kinds."
+            f"Whole blocks cannot be removed from {type(model).__name__}: its description (architecture {architecture.name!r})"
+            " names no depth. Prune other kinds."
         )
     stacks = dict.fromkeys(
         stack_of(b)[0] for part in architecture.components for _, _, b in part.places(model) if b[-1:].isdigit()
@@ -281,8 +281,8 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
         config = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
         if config is not None and type(config) is not type(model.config):
             raise UnsupportedModelError(
-                f"Whole blocks cannot be removed from {stack!r}: it has a config of its own, a {type(config).__name__}, inside the"
-                f" {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
+                f"Whole blocks cannot be removed from {stack!r}: it has a config of its own, a {type(config).__name__}, inside"
+                f" the {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
             )
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModelError(
@@ -294,8 +294,8 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
             unfit = [n for n, p in parameters.items() if p.dim() == 0 or not places[id(p)] <= parameters.keys()]
             if unfit:
                 raise UnsupportedModelError(
-                    f"Whole blocks cannot be removed from {type(model).__name__}: {unfit[0]!r} is shared with another part of the model"
-                    " (or is a single number). Prune other kinds."
+                    f"Whole blocks cannot be removed from {type(model).__name__}: {unfit[0]!r} is shared with another part of the"
+                    " model (or is a single number). Prune other kinds."
                 )
             own = {id(p): (n, p) for n, p in parameters.items()}
             slices = tuple(Slice(n, 0, torch.arange(len(p)).view(1, -1)) for n, p in own.values())

@@ -64,7 +64,8 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
             if not is_inside(unit, block.name):
                 raise UnsupportedStrategyError(
                     f"{part.parameter!r} is sharded as a part of {unit or 'the whole model'!r}, which holds more than the block"
-                    f" {block.name!r} that may be removed. Use fully_shard, in configure_model, on every block, or prune other kinds."
+                    f" {block.name!r} that may be removed. Use fully_shard, in configure_model, on every block, or prune other"
+                    " kinds."
                 )
 
 
