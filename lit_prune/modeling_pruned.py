@@ -120,9 +120,7 @@ def from_ranges(text: str, size: int) -> list[int]:
     try:
         parts = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split())]
     except (AttributeError, ValueError) as error:
-        raise PrunedPlanError(
-            f"Expected indices like '0-2 5' of the kept groups; found {_short(text)}."
-        ) from error
+        raise PrunedPlanError(f"Expected indices like '0-2 5' of the kept groups; found {_short(text)}.") from error
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_GROUPS:
         raise PrunedPlanError(f"Expected a number of groups from 0 to {MOST_GROUPS}; found {_short(size)}.")
     ends = [end for part in parts for end in part]

@@ -282,7 +282,8 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
         if config is not None and type(config) is not type(model.config):
             raise UnsupportedModelError(
                 f"Whole blocks cannot be removed from {stack!r}: it has a config of its own, a {type(config).__name__}, inside"
-                f" the {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or prune other kinds."
+                f" the {type(model.config).__name__} of {type(model).__name__}. Give the model that is inside, or"
+                " prune other kinds."
             )
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModelError(
