@@ -37,10 +37,10 @@ def train_one_step(row: Row, model: nn.Module, batch: Any, optimizer: torch.opti
     loss = row.loss(row.forward(model, batch), batch)
     loss.backward()
     if not torch.isfinite(loss) or all(p.grad is None for p in model.parameters()):
-        raise RuntimeError(f"the training step gave a loss of {float(loss)} and no finite gradients")
+        raise RuntimeError(f"the training step gave a loss of {float(loss.detach())} and no finite gradients")
     optimizer.step()
     model.train(training)
-    return float(loss)
+    return float(loss.detach())
 
 
 def first_line(error: BaseException) -> str:

@@ -104,5 +104,5 @@ def rows() -> dict[str, Row]:
     import zoo_torch
     import zoo_torchvision
 
-    sources = (zoo_torchvision, zoo_timm, zoo_litgpt, zoo_torch, zoo_speech, zoo_own)
+    sources = (zoo_torch, zoo_own, zoo_speech, zoo_litgpt, zoo_torchvision, zoo_timm)
     return {row.key: row for source in sources for row in source.ROWS}

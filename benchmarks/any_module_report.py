@@ -98,8 +98,10 @@ def table(chosen: Mapping[str, Row], results: Mapping[str, Any]) -> str:
 
 
 def _ours(found: Mapping[str, Any]) -> list[str]:
-    if "error" in found or not found:
-        return [_failure(found.get("error", "not run")), *[""] * 5]
+    if not found:
+        return ["not run", *[""] * 5]
+    if "error" in found:
+        return [_failure(found["error"]), *[""] * 5]
     both = [found.get(ratio, {}) for ratio in RATIOS]
     prunable = f"{both[0]['prunable']:.0%}" if "prunable" in both[0] else "no"
     removed = [f"{one['removed']:.1%}" if "removed" in one else _failure(one.get("error", "not run")) for one in both]

@@ -66,7 +66,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def roi_align(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     rois: Tensor,
     spatial_scale: float,
     pooled_height: int,
@@ -95,7 +95,7 @@ def roi_align(
     extent = extent if aligned else extent.clamp(min=1.0)
 
     def positions(start: Tensor, length: Tensor, bins: int) -> Tensor:
-        steps = (torch.arange(bins * samples, device=input.device) + 0.5) / (bins * samples)
+        steps = (torch.arange(bins * samples, dtype=input.dtype, device=input.device) + 0.5) / (bins * samples)
         return start[:, None] + steps * length[:, None]
 
     x = positions(corners[:, 0], extent[:, 0], pooled_width)

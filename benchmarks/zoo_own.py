@@ -89,7 +89,7 @@ class SuperResolution(nn.Module):
         return nn.functional.pixel_shuffle(self.tail(x), 2)
 
 
-class RootMeanSquare(nn.Module):
+class OwnRMSNorm(nn.Module):
     """A norm of the user's own."""
 
     def __init__(self, width: int) -> None:
@@ -106,7 +106,7 @@ class GatedMixer(nn.Module):
     def __init__(self, width: int = 24, inner: int = 40) -> None:
         super().__init__()
         self.stem = nn.Linear(7, width)
-        self.norms = nn.ModuleList(RootMeanSquare(width) for _ in range(2))
+        self.norms = nn.ModuleList(OwnRMSNorm(width) for _ in range(2))
         self.wide = nn.ModuleList(nn.Linear(width, 2 * inner) for _ in range(2))
         self.local = nn.ModuleList(nn.Conv1d(inner, inner, 3, padding=1, groups=inner) for _ in range(2))
         self.squeeze = nn.ModuleList(nn.Linear(inner, 8) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class Tabular(nn.Module):
         self.numbers = nn.BatchNorm1d(9)
         widths = [22, 64, 48, 32]
         self.layers = nn.Sequential()
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             self.layers += nn.Sequential(nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(0.1))
         self.head = nn.Linear(32, CLASSES)
 
@@ -122,7 +123,7 @@ class Generator(nn.Sequential):
     def __init__(self, noise: int = 16, base: int = 16) -> None:
         super().__init__()
         widths = [noise, 4 * base, 2 * base, base]
-        for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (before, after) in enumerate(itertools.pairwise(widths)):
             stride, padding = (1, 0) if level == 0 else (2, 1)
             self.append(nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False))
             self.extend([nn.BatchNorm2d(after), nn.ReLU()])
