@@ -272,6 +272,11 @@ def _masked(row: Row, dense: nn.Module, batch: Any, kept: dict[str, Tensor | Non
             gone[line[:, 0].long()] = False
             weight.movedim(dim, 0)[gone] = 0
         error = compare(row.forward(dense, batch), outputs)
-    names = [type(module).__name__.lower() for module in dense.modules()]
-    couples = any(("norm" in n and "batchnorm" not in n) or "attention" in n for n in names)
-    return {"error": error, "comparable": not couples}
+    return {"error": error, "comparable": comparable(dense)}
+
+
+def comparable(model: nn.Module) -> bool:
+    """Whether channels of zeros have no effect anywhere: no norm but batch norm, no attention over features or channels."""
+    names = [type(module).__name__.lower().removesuffix("2d").removesuffix("act") for module in model.modules()]
+    mixing = ("norm", "attention", "attn", "ecamodule")
+    return not any(name.endswith(mixing) and "batchnorm" not in name for name in names)

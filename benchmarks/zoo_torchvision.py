@@ -31,10 +31,10 @@ _CLASSIFICATION = {
     "regnet_x_400mf": 64,
     "regnet_y_400mf": 64,
     "convnext_tiny": 64,
-    "vit_b_32": 64,
-    "swin_t": 64,
-    "swin_v2_t": 64,
-    "maxvit_t": 64,
+    "vit": 64,
+    "swin": 64,
+    "swin_v2": 64,
+    "maxvit": 64,
 }
 _SEGMENTATION = ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 _SINGLE_STAGE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
@@ -48,26 +48,36 @@ def _classification(name: str, size: int) -> Callable[[], nn.Module]:
         options: dict[str, Any] = {"num_classes": CLASSES}
         if name in ("inception_v3", "googlenet"):
             options.update(aux_logits=False, init_weights=True)
-        if name.startswith("vit"):
-            options.update(image_size=size)
-        if name == "maxvit_t":
-            # MaxViT's smallest recipe, for images of 64 x 64: two blocks in place of four
-            return models.maxvit.MaxVit(
-                input_size=(size, size),
-                stem_channels=32,
-                partition_size=2,
-                block_channels=[32, 64],
-                block_layers=[1, 1],
-                head_dim=16,
-                stochastic_depth_prob=0.0,
-                num_classes=CLASSES,
-            )
+        if name in smaller(models):
+            return smaller(models)[name]()
         model = models.get_model(name, weights=None, **options)
         if name.startswith(("alexnet", "vgg")):
             _narrow(model, 256)
         return model
 
     return build
+
+
+def smaller(models: Any) -> dict[str, Callable[[], nn.Module]]:
+    """Of transformers the class itself, with fewer and narrower blocks than its smallest variant has."""
+    swin = models.swin_transformer
+    windows = {"patch_size": [4, 4], "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    versions = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return {
+        "vit": lambda: models.VisionTransformer(64, 16, 3, 3, 96, 192, num_classes=CLASSES),
+        "swin": lambda: swin.SwinTransformer(**windows, num_classes=CLASSES),
+        "swin_v2": lambda: swin.SwinTransformer(**windows, **versions, num_classes=CLASSES),
+        "maxvit": lambda: models.maxvit.MaxVit(
+            input_size=(64, 64),
+            stem_channels=32,
+            partition_size=2,
+            block_channels=[32, 64],
+            block_layers=[1, 1],
+            head_dim=16,
+            stochastic_depth_prob=0.0,
+            num_classes=CLASSES,
+        ),
+    }
 
 
 def _narrow(model: Any, width: int) -> None:
