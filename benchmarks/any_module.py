@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--column", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose key contains one of these")
     parser.add_argument("--again", action="store_true", help="run rows that are in the file, too")
+    parser.add_argument("--retry", action="store_true", help="run rows again that ran out of time")
     parser.add_argument("--output", type=Path, default=Path("docs/any_module.json"), help="JSON file; added to")
     parser.add_argument("--seconds", type=float, default=120.0, help="time limit of a row and column")
     parser.add_argument("--memory", type=float, default=6.0, help="address space of a row's process, in GB")
@@ -73,7 +74,8 @@ def parent(zoo: dict[str, Row], options: argparse.Namespace) -> None:
         for key, row in zoo.items():
             if options.only and not any(part in key for part in options.only):
                 continue
-            if not options.again and column in read(options.output).get(key, {}):
+            earlier = read(options.output).get(key, {}).get(column)
+            if earlier is not None and not options.again and not (options.retry and ran_out_of_time(earlier)):
                 continue
             found = run(row, measure, options)
             results = read(options.output)
@@ -135,6 +137,11 @@ def child(row: Row, measure: Measure, options: argparse.Namespace, sender: Conne
     for position, ratio in enumerate(RATIOS, start=1):
         # the first ratio leaves time for the second
         sender.send({f"{ratio:.0%}": measure(row, ratio, begin + 0.4 * position * options.seconds)})
+
+
+def ran_out_of_time(found: dict[str, Any]) -> bool:
+    """Whether a result lacks something that a longer limit may give."""
+    return any(text in json.dumps(found) for text in ("stopped after", "for want of time"))
 
 
 def read(path: Path) -> dict[str, Any]:
