@@ -3,7 +3,17 @@
 # importing a file registers what it describes
 from lit_prune.architectures.arguments import Positions
 from lit_prune.architectures.components import MLP, Attention, Block
-from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures.families import (  # noqa: F401
+    alibi,
+    bart,
+    decoders,
+    encoders,
+    experts,
+    fused,
+    recurrent,
+    t5,
+    torch_modules,
+)
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
 from lit_prune.architectures.registry import (
@@ -13,6 +23,7 @@ from lit_prune.architectures.registry import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.sequence_mixers import SequenceMixer
 from lit_prune.architectures.tracing.traced import Traced
 
 __all__ = [
@@ -24,6 +35,7 @@ __all__ = [
     "Experts",
     "MultiheadAttention",
     "Positions",
+    "SequenceMixer",
     "Traced",
     "architectures",
     "find_group_sets",

@@ -70,7 +70,8 @@ class Limits:
             are searched in the names of the group sets. A block stays if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
             set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
-            :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
+            :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and for small sets what kernels ask for
+            (8 for the heads of a Mamba-2), or 1.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
@@ -139,7 +140,8 @@ class Limits:
         """The number that the kept groups of every group set must be a multiple of, int array of shape ``(sets,)``."""
         if self.multiple_of is None:
             whole = _whole_sizes(table, original)
-            return np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1)
+            aligned = np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1)
+            return aligned if table.multiple_of is None else np.lcm(aligned, table.multiple_of)
         return np.array([self.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
@@ -226,12 +228,16 @@ def _steps(
         The step of every row (-1 for rows that stay), and the score and cost of every step. The steps of a set are
         numbered in the order in which they must leave.
     """
-    sets, sizes, score = table.set_of_row, table.sizes, table.score
-    order = np.lexsort((score, sets))
+    sets, score = table.set_of_row, table.score
+    # a step takes as many rows from each of the parts of a set that have to stay equally large
+    parts = np.ones_like(table.sizes) if table.equal_parts is None else table.equal_parts
+    sizes = table.sizes // parts
+    order = np.lexsort((score, table.group // np.maximum(sizes, 1)[sets], sets))
     rank = np.empty(len(table), dtype=np.int64)
-    rank[order] = np.arange(len(table)) - np.repeat(table.offsets[:-1], sizes)
+    rank[order] = (np.arange(len(table)) - np.repeat(table.offsets[:-1], table.sizes)) % np.maximum(sizes, 1)[sets]
     multiple = limits.multiples(table, original)
-    floor = -(-limits.floor(table, original) // multiple) * multiple
+    multiple = multiple // np.gcd(multiple, parts)
+    floor = -(-limits.floor(table, original) // (parts * multiple)) * multiple
     removable = np.maximum(sizes - floor, 0)
     # the first step takes what is over the last whole multiple, so that every later state is a whole multiple
     surplus = sizes % multiple
