@@ -135,7 +135,7 @@ class _GatedNormOverKept(nn.Module):
 
     def __init__(self, norm: nn.Module, kept: Tensor, parts: int) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
         self.gate_first = not getattr(norm, "norm_before_gate", False)
         mask = torch.zeros(len(norm.weight))
         mask[kept] = 1.0
@@ -147,7 +147,7 @@ class _GatedNormOverKept(nn.Module):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         x = x * nn.functional.silu(gate) if self.gate_first else x
         mean = (x.square() @ self.means.T)[..., self.part_of_feature]
-        x = self.weight * x * torch.rsqrt(mean + self.eps)
+        x = self.weight * x * torch.rsqrt(mean + self.variance_epsilon)
         return x if self.gate_first else x * nn.functional.silu(gate)
 
 
