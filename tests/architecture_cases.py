@@ -306,6 +306,17 @@ RECURRENT = ("eager",)
 MAMBA_SMALL = {"state_size": 6, "time_step_rank": 4, "expand": 1}
 MAMBA2_SMALL = {"state_size": 5, "expand": 2, "chunk_size": 4}
 HYBRID_MAMBA_SMALL = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_chunk_size": 4}
+KIMI_SMALL = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 NEMOTRON_H_SMALL = {
     "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "linear_attention"],
     "num_hidden_layers": 5,
@@ -890,6 +901,21 @@ CASES = (
         blocks=False,
     ),
     Case(
+        "Zamba",
+        hugging(
+            "zamba",
+            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            num_hidden_layers=4,
+            n_mamba_heads=4,
+            mamba_d_state=5,
+            mamba_dt_rank=4,
+        ),
+        notes="heads with projections of their own; transformer layers that share weights stay whole",
+        kinds=("ssm_head",),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
         "Jamba",
         hugging(
             "jamba",
@@ -931,6 +957,32 @@ CASES = (
         absent=norms_over_kept,
         notes="full and linear attention mixed, norms over all heads",
         kinds=("linear_attention", "attention", "mlp"),
+    ),
+    Case(
+        "Kimi Linear",
+        hugging(
+            "kimi_linear",
+            **KIMI_SMALL,
+            num_local_experts=4,
+            linear_num_heads=3,
+            linear_head_dim=8,
+        ),
+        notes="delta attention with decays of features; latent attention and whole experts stay",
+        kinds=("linear_attention", "mlp"),
+    ),
+    Case(
+        "Bailing hybrid",
+        hugging("bailing_hybrid", **KIMI_SMALL, num_local_experts=4, n_group=1, topk_group=1, head_dim=8, num_mtp_layers=0),
+        notes="delta attention with decays of features; latent attention and whole experts stay",
+        kinds=("linear_attention", "mlp"),
+        slow=True,
+    ),
+    Case(
+        "LFM3",
+        hugging("lfm3", layer_types=["conv", "full_attention", "sliding_attention"], head_dim=8, sliding_window=4),
+        notes="full and sliding attention and short convolutions mixed, a gate for each query head",
+        kinds=("convolution_channel", "attention", "mlp"),
+        slow=True,
     ),
     Case(
         "Llama in a LightningModule",

@@ -117,7 +117,7 @@ def test_by_default_what_cuda_kernels_read_stays_a_multiple_of_8(model, expected
     assert plan.entries
     assert all(len(e.kept) % expected == 0 for e in plan.entries)
     if expected == 8:
-        free = replace(config, limits=replace(config.limits, multiple_of={kinds[0]: 1}))
+        free = replace(config, pruning_ratio=0.3, limits=replace(config.limits, multiple_of={kinds[0]: 1}))
         _, uneven = make_plan(model, group_sets, None, free)
         assert any(len(e.kept) % 8 for e in uneven.entries)
         apply_plan(model, plan)

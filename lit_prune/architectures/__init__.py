@@ -10,6 +10,7 @@ from lit_prune.architectures.families import (  # noqa: F401
     encoders,
     experts,
     fused,
+    linear_attention,
     recurrent,
     t5,
     torch_modules,

@@ -39,6 +39,7 @@ class SequenceMixer(Block):
         parameters: Names of other parameters (convolutions, decays, scales of norms, projections that forward does not call
             but whose weight it reads), each with the layout of its first dimension. Those that a module lacks are passed
             over. Of a depthwise convolution the number of channels follows.
+        dims: Of ``parameters`` whose groups do not lie along the first dimension, which one it is.
         output: Name of the output projection, which reads the groups.
         features: The section that its columns are.
         read: Names of further projections that read groups, each with the layout of its columns.
@@ -62,6 +63,7 @@ class SequenceMixer(Block):
     features: str = "value"
     shared: Callable[[nn.Module], Mapping[str, int]] = lambda module: {}
     parameters: Mapping[str, Layout] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
     read: Mapping[str, Layout] = field(default_factory=dict)
     attributes: Mapping[str, Layout] = field(default_factory=dict)
     parts: str = ""
@@ -117,7 +119,8 @@ class SequenceMixer(Block):
         for parameter, layout in self.parameters.items():
             path = f"{name}.{parameter}"
             if _has(model, path):
-                yield Slice(path, 0, sections.index(path, layout, parameter_of(model, path).shape[0]))
+                dim = self.dims.get(parameter, 0)
+                yield Slice(path, dim, sections.index(path, layout, parameter_of(model, path).shape[dim]))
         for reader, layout in {**self.read, self.output: (self.features,)}.items():
             found = projection(model, name, reader)
             index = sections.index(f"{name}.{reader}.weight", layout, found.in_features)

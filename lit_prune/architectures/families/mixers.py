@@ -122,3 +122,54 @@ SHORT_CONVOLUTION = SequenceMixer(
     aligned=("conv.weight",),
     optional=True,
 )
+
+
+def _zamba_widths(module: Any) -> dict[str, int]:
+    return {"value": module.mamba_head_dim, "value_and_gate": 2 * module.mamba_head_dim, "head": 1}
+
+
+ZAMBA_MIXER = SequenceMixer(
+    path="layers.*.mamba",
+    kind="ssm_head",
+    widths=_zamba_widths,
+    produced={"in_proj": ("value_and_gate",)},
+    parameters={
+        "conv1d.weight": ("value",),
+        "conv1d.bias": ("value",),
+        "x_proj_weight": ("head",),
+        "dt_proj_weight": ("head",),
+        "dt_proj_bias": ("head",),
+        "A_log": ("head",),
+        "D": ("head",),
+    },
+    attributes={"n_mamba_heads": ("head",), "intermediate_size": ("value",)},
+    aligned=("in_proj", "conv1d.weight"),
+)
+
+
+def _kimi_widths(module: Any) -> dict[str, int]:
+    return {"value": module.head_dim, "head": 1}
+
+
+# decays are for every feature of a head; the norm is over each head
+KIMI_DELTA_ATTENTION = SequenceMixer(
+    path="layers.*.self_attn",
+    kind="linear_attention",
+    widths=_kimi_widths,
+    produced={"q_proj": ("value",), "k_proj": ("value",), "v_proj": ("value",), "b_proj": ("head",)},
+    parameters={
+        "conv1d.weight": ("value", "value", "value"),
+        "forget_gate.dt_bias": ("value",),
+        "forget_gate.A_log": ("head",),
+    },
+    output="o_proj",
+    attributes={
+        "num_heads": ("head",),
+        "qkv_dim": ("value",),
+        "conv_dim": ("value", "value", "value"),
+        "forget_gate.num_heads": ("head",),
+        "forget_gate.qkv_dim": ("value",),
+    },
+    having="forget_gate",
+    optional=True,
+)

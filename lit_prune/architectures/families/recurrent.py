@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_prune.architectures.adaptations import Adapted, become, nothing_to_undo
 from lit_prune.architectures.components import MLP, Attention
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
-from lit_prune.architectures.families.mixers import GATED_DELTA_NET, MAMBA, MAMBA2, SHORT_CONVOLUTION
+from lit_prune.architectures.families.mixers import MAMBA, MAMBA2, SHORT_CONVOLUTION, ZAMBA_MIXER
 from lit_prune.architectures.registry import Architecture, register_architecture
 
 register_architecture(
@@ -159,6 +159,15 @@ register_architecture(
     )
 )
 
+# as Zamba2, but each head is a Mamba with projections of its own, its values and gates side by side
+register_architecture(
+    Architecture(
+        name="zamba",
+        models=("transformers.ZambaPreTrainedModel",),
+        blocks=(ZAMBA_MIXER, replace(ZAMBA_MIXER, path="layers.*.mamba_decoder.mamba", optional=True)),
+    )
+)
+
 register_architecture(
     Architecture(
         name="jamba",
@@ -197,31 +206,17 @@ register_architecture(
     )
 )
 
-# linear attention has separate projections; the norms of queries and keys of full attention are over all heads
+# as LFM2, with a gate for each query head
 register_architecture(
     Architecture(
-        name="olmo-hybrid",
-        models=("transformers.OlmoHybridPreTrainedModel",),
+        name="lfm3",
+        models=("transformers.Lfm3PreTrainedModel",),
         blocks=(
-            replace(
-                GATED_DELTA_NET,
-                produced={
-                    "q_proj": ("key",),
-                    "k_proj": ("key",),
-                    "v_proj": ("value",),
-                    "g_proj": ("value",),
-                    "a_proj": ("value_head",),
-                    "b_proj": ("value_head",),
-                },
-                output="o_proj",
-            ),
+            SHORT_CONVOLUTION,
             Attention(
-                path="layers.*.self_attn",
-                parameters={"q_norm.weight": "query_features", "k_norm.weight": "key_value_features"},
-                skippable=True,
-                optional=True,
+                path="layers.*.self_attn", parameters={"g_proj.weight": "query_heads"}, skippable=True, optional=True
             ),
-            MLP(path="layers.*.mlp"),
+            MLP(path="layers.*.feed_forward", inputs=("w1", "w3"), output="w2"),
         ),
         depth=("config.num_hidden_layers", "config.layer_types"),
     )
