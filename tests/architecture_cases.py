@@ -168,9 +168,7 @@ def all_of(*absent: Any) -> Any:
     """Several of the above at once."""
 
     @contextlib.contextmanager
-    def together(
-        model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]
-    ) -> Iterator[None]:
+    def together(model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for each in absent:
                 stack.enter_context(each(model, group_sets, kept))
@@ -758,6 +756,7 @@ CASES = (
         notes="full and linear attention mixed, fused experts and a shared one",
         kinds=("attention", "linear_attention", "mlp", "expert"),
         blocks=False,
+        slow=True,
     ),
     Case(
         "Qwen3.5-MoE",
@@ -829,6 +828,7 @@ CASES = (
         absent=gated_norms_over_kept,
         notes="one norm over all heads counts those that stay",
         kinds=("ssm_head",),
+        slow=True,
     ),
     Case(
         "Mamba-2, two groups",
@@ -867,6 +867,7 @@ CASES = (
         absent=all_of(gated_norms_over_kept, routers_over_kept),
         notes="attention and state-space layers mixed, fused experts and a shared one",
         kinds=("ssm_head", "attention", "mlp", "expert"),
+        slow=True,
     ),
     *(
         Case(
@@ -899,6 +900,7 @@ CASES = (
         notes="transformer layers that share weights stay whole",
         kinds=("ssm_head",),
         blocks=False,
+        slow=True,
     ),
     Case(
         "Zamba",
@@ -930,6 +932,7 @@ CASES = (
         notes="attention and state-space layers mixed, every other one with experts",
         kinds=("ssm_channel", "attention", "mlp", "expert"),
         blocks=False,
+        slow=True,
     ),
     Case(
         "LFM2",
@@ -957,6 +960,7 @@ CASES = (
         absent=norms_over_kept,
         notes="full and linear attention mixed, norms over all heads",
         kinds=("linear_attention", "attention", "mlp"),
+        slow=True,
     ),
     Case(
         "Kimi Linear",
@@ -969,10 +973,13 @@ CASES = (
         ),
         notes="delta attention with decays of features; latent attention and whole experts stay",
         kinds=("linear_attention", "mlp"),
+        slow=True,
     ),
     Case(
         "Bailing hybrid",
-        hugging("bailing_hybrid", **KIMI_SMALL, num_local_experts=4, n_group=1, topk_group=1, head_dim=8, num_mtp_layers=0),
+        hugging(
+            "bailing_hybrid", **KIMI_SMALL, num_local_experts=4, n_group=1, topk_group=1, head_dim=8, num_mtp_layers=0
+        ),
         notes="delta attention with decays of features; latent attention and whole experts stay",
         kinds=("linear_attention", "mlp"),
         slow=True,

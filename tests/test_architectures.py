@@ -59,7 +59,8 @@ def emptied(model, layers=(0,), kinds=("attention", "mlp")):
 def test_an_unknown_class_says_where_detection_stopped():
     model = hugging("rwkv")("eager")
     with pytest.raises(
-        UnsupportedModelError, match=r"stopped at 'rwkv\.blocks\.0' \(RwkvBlock, one of 3\).*attention: RwkvSelfAttention"
+        UnsupportedModelError,
+        match=r"stopped at 'rwkv\.blocks\.0' \(RwkvBlock, one of 3\).*attention: RwkvSelfAttention",
     ):
         find_group_sets(model)
 

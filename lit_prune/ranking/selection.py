@@ -68,10 +68,10 @@ class Limits:
             the number of blocks, one of which stays in any case; a block that leaves takes all that is in it along.
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets. A block stays if anything in it is protected.
-        multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
-            set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
-            :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and for small sets what kernels ask for
-            (8 for the heads of a Mamba-2), or 1.
+        multiple_of: By kind, a number that the kept groups of a set must be a multiple of. Kinds that are not in it have what
+            kernels ask for (8 for the heads of a Mamba-2), or 1. A set that starts out uneven may stay as it is. ``None``
+            is the largest of :data:`ALIGNMENTS` for which a set has :data:`STEPS` such steps (64 for 3072 groups or more,
+            32 for 1536), and what kernels ask for.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
     """
@@ -138,11 +138,12 @@ class Limits:
 
     def multiples(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
         """The number that the kept groups of every group set must be a multiple of, int array of shape ``(sets,)``."""
+        kernels = np.ones_like(table.sizes) if table.multiple_of is None else table.multiple_of
         if self.multiple_of is None:
             whole = _whole_sizes(table, original)
-            aligned = np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1)
-            return aligned if table.multiple_of is None else np.lcm(aligned, table.multiple_of)
-        return np.array([self.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
+            return np.lcm(np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1), kernels)
+        asked = [self.multiple_of.get(kind, least) for (_, kind), least in zip(table.keys, kernels, strict=True)]
+        return np.array(asked, dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
         """Let so many blocks of every list stay as the floors say, those of the highest scores."""
