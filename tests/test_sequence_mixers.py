@@ -371,3 +371,15 @@ def test_a_table_without_parts_selects_as_before():
     bare = replace(table, equal_parts=None, multiple_of=None)
     for budget in range(int(table.cost[0]), int(table.cost.sum() * 0.7), 97):
         assert np.array_equal(select(table, budget), select(bare, budget))
+
+
+def test_a_uniform_plan_of_heads_keeps_as_many_in_every_layer_and_part(tmp_path, tokens):
+    model = CASE["Nemotron-H"].build()
+    limits = Limits(kinds=("ssm_head",), uniform=True, min_fraction=0)
+    config = PruningConfig("magnitude", 0.4, ratio_of="prunable", limits=limits, repair=None, iterations=1)
+    prune(model, [], lambda batch: None, config)
+    mixers = [m for m in model.modules() if hasattr(m, "A_log")]
+    assert {len(m.A_log) for m in mixers} == {mixers[0].num_heads} and 2 <= mixers[0].num_heads < 8
+    loaded = AutoModelForCausalLM.from_pretrained(save_pruned(model, tmp_path / "model")).eval()
+    assert loaded.config.model_type == "nemotron_h" and loaded.config.mamba_num_heads == mixers[0].num_heads
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

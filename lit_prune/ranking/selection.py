@@ -302,14 +302,14 @@ def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarra
     """Let the n-th steps of all group sets of a kind leave together.
 
     Raises:
-        BudgetError: If the sets of a kind differ in size, or in what the limits let leave.
+        BudgetError: If the sets of a kind that may lose groups differ in size, or in what the limits let leave.
     """
     unit_of_set = _uniform_units(table)
     steps, offset = np.diff(starts), [0]
     for number in range(unit_of_set.max() + 1):
         members = unit_of_set == number
         kind = table.keys[int(np.argmax(members))][1]
-        if len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1:
+        if steps[members].any() and (len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1):
             raise BudgetError(
                 f"A uniform plan needs {kind} group sets of one size and with the same limits; found sizes"
                 f" {sorted(set(table.sizes[members].tolist()))} and removable steps {sorted(set(steps[members].tolist()))}."
