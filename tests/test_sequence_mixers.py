@@ -376,8 +376,8 @@ def test_a_table_without_parts_selects_as_before():
 def test_a_uniform_plan_of_heads_keeps_as_many_in_every_layer_and_part(tmp_path, tokens):
     model = CASE["Nemotron-H"].build()
     limits = Limits(kinds=("ssm_head",), uniform=True, min_fraction=0)
-    config = PruningConfig("magnitude", 0.2, ratio_of="prunable", limits=limits, repair=None, iterations=1)
-    prune(model, [], lambda batch: None, config)
+    config = PruningConfig("magnitude", 0.2, ratio_of="prunable", limits=limits, repair=None)
+    apply_plan(model, make_plan(model, find_group_sets(model), None, config)[1])
     mixers = [m for m in model.modules() if hasattr(m, "A_log")]
     assert {len(m.A_log) for m in mixers} == {mixers[0].num_heads} and 2 <= mixers[0].num_heads < 8
     loaded = AutoModelForCausalLM.from_pretrained(save_pruned(model, tmp_path / "model")).eval()
