@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_prune._renamed import RenamedAttribute, renamed_fields
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.modeling_pruned import BLOCK as BLOCK
+from lit_prune.modeling_pruned import attribute_value
 
 
 @renamed_fields(opaque="unobservable_input")
@@ -84,12 +85,22 @@ class Attribute:
         module: Qualified name of the module.
         name: Name of the attribute; ``config.NAME`` stands for a field that the module's forward reads from its
             config, which the module then sees through a view of its own, so that other layers keep theirs.
-        per_group: The attribute's value is ``per_group`` times the number of kept groups.
+        per_group: The attribute's value is ``per_group`` times the number of kept groups, divided by ``divisor``, plus
+            ``fixed``.
+        fixed: What it counts that belongs to no group: the channels of B and C in a Mamba-2's convolution.
+        divisor: A number that the kept groups are always a multiple of: of the features that one of several norms counts,
+            the number of norms.
     """
 
     module: str
     name: str
     per_group: int
+    fixed: int = 0
+    divisor: int = 1
+
+    def value(self, kept: int) -> int:
+        """What the attribute is once ``kept`` groups are left."""
+        return attribute_value((self.per_group, self.fixed, self.divisor), kept)
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,10 @@ class GroupSet:
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
         minimum: Smallest number of groups with which the module still runs; 0 if all can be removed.
         adaptations: Further changes that the module needs when groups are removed.
+        equal_parts: The groups lie in so many parts of the same size, one after the other, each of which has to keep as
+            many groups as the others: heads that share one of several B and C of a Mamba-2.
+        multiple_of: A number that kernels want the kept groups to be a multiple of; where ``Limits.multiple_of`` says
+            something else, that holds.
     """
 
     name: str
@@ -134,6 +149,8 @@ class GroupSet:
     block: str = ""
     minimum: int = 0
     adaptations: tuple[Adaptation, ...] = ()
+    equal_parts: int = 1
+    multiple_of: int = 1
 
     @property
     def key(self) -> tuple[str, str]:
@@ -156,6 +173,11 @@ class GroupSet:
     def repairable(self) -> tuple[Slice, ...]:
         """The consumers that repair can refit: those whose inputs and outputs can be observed."""
         return tuple(s for s in self.slices if s.consumes and not s.unobservable_input)
+
+    def removed_with(self, group: int) -> tuple[int, ...]:
+        """A group, and those at the same place in the other parts (see ``equal_parts``): what a smallest cut removes."""
+        size = self.size // self.equal_parts
+        return tuple(part * size + group % size for part in range(self.equal_parts))
 
     def kept_to_removed(self, kept: Iterable[int]) -> Tensor:
         """The sorted indices of the groups that are not in ``kept``."""

@@ -88,11 +88,23 @@ def sync_features(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
         module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
     elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
+
+
+def attribute_value(rule: int | Sequence[int], kept: int) -> int:
+    """The value of an integer of a module that follows the number of kept groups.
+
+    Args:
+        rule: What the integer counts for each group; or three numbers: that, what it counts besides, and a number of groups
+            that counts as one.
+        kept: The number of groups.
+    """
+    per_group, fixed, divisor = (rule, 0, 1) if isinstance(rule, int) else rule
+    return fixed + per_group * kept // divisor
 
 
 def to_ranges(indices: Sequence[int]) -> str:
@@ -163,10 +175,9 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
             module: Any = model.get_submodule(local_name(model, name))
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
         for entry in pruning["groups"]:
-            for name, per_group in entry["attributes"].items():
-                _set_attribute(
-                    model, local_name(model, name), per_group * len(from_ranges(entry["kept"], entry["size"]))
-                )
+            kept = len(from_ranges(entry["kept"], entry["size"]))
+            for name, rule in entry["attributes"].items():
+                _set_attribute(model, local_name(model, name), attribute_value(rule, kept))
         for entry in pruning["groups"]:
             if entry["kind"] == BLOCK:
                 blocks = model.get_submodule(local_name(model, entry["name"]))

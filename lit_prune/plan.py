@@ -153,6 +153,7 @@ class PruningPlan:
             )
         sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
         minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
+        equal = {s.key: s.equal_parts for s in group_sets}
         for stack in [stack_of(s.name)[0] for s in group_sets if s.kind == BLOCK]:
             sizes[stack, BLOCK] = sizes.get((stack, BLOCK), 0) + 1
             minimum[stack, BLOCK] = 1
@@ -173,6 +174,13 @@ class PruningPlan:
                     f"The plan keeps {len(entry.kept)} of the {entry.size} groups of {entry.name!r} ({entry.kind}), which"
                     f" runs with {minimum[entry.key]} or more."
                 )
+            if (parts := equal.get(entry.key, 1)) > 1:
+                counts = np.bincount(np.asarray(entry.kept, dtype=np.int64) // (entry.size // parts), minlength=parts)
+                if len(set(counts.tolist())) > 1:
+                    raise PlanError(
+                        f"The plan keeps {counts.tolist()} groups in the {parts} parts of {entry.name!r} ({entry.kind});"
+                        f" expected as many in each, because the {entry.size // parts} groups of a part share weights."
+                    )
         wanted = {(name, kind): size for name, kind, size in self.sets}
         # a plan may have been made for the sets of some kinds alone
         kinds = {kind for _, kind in wanted}

@@ -46,16 +46,17 @@ def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor]
     checked = []
     for position, group_set in enumerate(group_sets):
         whole = group_set.kind == BLOCK
-        if group_set.size - 1 < max(group_set.minimum, 1) and not whole:
+        if group_set.size - group_set.equal_parts < max(group_set.minimum, 1) and not whole:
             continue
         if whole and sum(stack_of(b)[0] == stack_of(group_set.name)[0] for b in blocks) < 2:
             continue
         group = group_set.size // 2
+        removed = group_set.removed_with(group)
         zeroed, smaller = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
         inner = find_model(zeroed)[1]
         for part in () if whole else group_set.slices:
-            inner.get_parameter(part.parameter).index_fill_(part.dim, part.index[group], 0.0)
-        kept = [[g for g in range(s.size) if n != position or g != group] for n, s in enumerate(group_sets)]
+            inner.get_parameter(part.parameter).index_fill_(part.dim, part.index[list(removed)].flatten(), 0.0)
+        kept = [[g for g in range(s.size) if n != position or g not in removed] for n, s in enumerate(group_sets)]
         apply_plan(smaller, PruningPlan.from_kept(group_sets, kept))
         with passed_over(inner, [group_set.name] if whole else ()):
             expected = forward(zeroed)

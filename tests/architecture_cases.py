@@ -130,13 +130,51 @@ def routers_over_kept(
         yield
 
 
+class _GatedNormOverKept(nn.Module):
+    """Root-mean-square norms over equal parts of the features, which count only some features, with a gate."""
+
+    def __init__(self, norm: nn.Module, kept: Tensor, parts: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.gate_first = not getattr(norm, "norm_before_gate", False)
+        mask = torch.zeros(len(norm.weight))
+        mask[kept] = 1.0
+        self.part_of_feature = torch.arange(len(mask)) // (len(mask) // parts)
+        # a row for each part: the mean over its kept features
+        member = nn.functional.one_hot(self.part_of_feature, parts).T * mask
+        self.means = member / member.sum(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = x * nn.functional.silu(gate) if self.gate_first else x
+        mean = (x.square() @ self.means.T)[..., self.part_of_feature]
+        x = self.weight * x * torch.rsqrt(mean + self.variance_epsilon)
+        return x if self.gate_first else x * nn.functional.silu(gate)
+
+
 @contextlib.contextmanager
-def routers_and_norms_over_kept(
+def gated_norms_over_kept(
     model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]
 ) -> Iterator[None]:
-    """Both of the above."""
-    with routers_over_kept(model, group_sets, kept), norms_over_kept(model, group_sets, kept):
-        yield
+    """The norms of Mamba-2 mixers do not count heads that left."""
+    for group_set, keep in zip(group_sets, kept, strict=True):
+        for part in group_set.slices:
+            if group_set.kind == "ssm_head" and part.parameter.endswith("norm.weight"):
+                mixer = model.get_submodule(group_set.name)
+                mixer.norm = _GatedNormOverKept(mixer.norm, part.index[list(keep)].flatten(), mixer.n_groups)
+    yield
+
+
+def all_of(*absent: Any) -> Any:
+    """Several of the above at once."""
+
+    @contextlib.contextmanager
+    def together(model: nn.Module, group_sets: Sequence[GroupSet], kept: Sequence[Sequence[int]]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for each in absent:
+                stack.enter_context(each(model, group_sets, kept))
+            yield
+
+    return together
 
 
 @dataclass(frozen=True)
@@ -257,10 +295,39 @@ T5_SMALL = {
 HYBRID_SMALL = {
     "head_dim": 8,
     "layer_types": ["full_attention", "linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+}
+RECURRENT = ("eager",)
+MAMBA_SMALL = {"state_size": 6, "time_step_rank": 4, "expand": 1}
+MAMBA2_SMALL = {"state_size": 5, "expand": 2, "chunk_size": 4}
+HYBRID_MAMBA_SMALL = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_chunk_size": 4}
+KIMI_SMALL = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+NEMOTRON_H_SMALL = {
+    "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "linear_attention"],
+    "num_hidden_layers": 5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "chunk_size": 4,
+    "head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 12,
 }
 MROPE = {
     "num_attention_heads": 4,
@@ -396,6 +463,7 @@ CASES = (
         "Qwen3.5",
         hugging("qwen3_5_text", **HYBRID_SMALL),
         notes="full and linear attention mixed, a gate behind each head's query",
+        kinds=("attention", "linear_attention", "mlp"),
     ),
     *(
         Case(
@@ -686,14 +754,30 @@ CASES = (
         ),
         absent=routers_over_kept,
         notes="full and linear attention mixed, fused experts and a shared one",
-        kinds=("attention", "mlp", "expert"),
+        kinds=("attention", "linear_attention", "mlp", "expert"),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
+        "Qwen3.5-MoE",
+        hugging(
+            "qwen3_5_moe_text",
+            **HYBRID_SMALL,
+            num_experts_per_tok=2,
+            num_experts=5,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=12,
+        ),
+        absent=routers_over_kept,
+        notes="full and linear attention mixed, fused experts and a shared one",
+        kinds=("attention", "linear_attention", "mlp", "expert"),
         blocks=False,
         slow=True,
     ),
     Case(
         "OLMoE",
         hugging("olmoe", num_hidden_layers=2, num_experts_per_tok=2, num_experts=5),
-        absent=routers_and_norms_over_kept,
+        absent=all_of(routers_over_kept, norms_over_kept),
         notes="fused experts, norms over all heads",
         kinds=("attention", "mlp", "expert"),
         slow=True,
@@ -727,6 +811,185 @@ CASES = (
         absent=routers_over_kept,
         notes="attention sinks, interleaved fused experts with biases",
         kinds=("attention", "mlp", "expert"),
+    ),
+    Case("Mamba", hugging("mamba", **MAMBA_SMALL), attentions=RECURRENT, kinds=("ssm_channel",)),
+    Case(
+        "Falcon-Mamba",
+        hugging("falcon_mamba", **MAMBA_SMALL),
+        attentions=RECURRENT,
+        notes="norms of B, C and the time step",
+        kinds=("ssm_channel",),
+        slow=True,
+    ),
+    Case(
+        "Mamba-2",
+        hugging("mamba2", **MAMBA2_SMALL, num_heads=8, head_dim=8, n_groups=1),
+        attentions=RECURRENT,
+        absent=gated_norms_over_kept,
+        notes="one norm over all heads counts those that stay",
+        kinds=("ssm_head",),
+        slow=True,
+    ),
+    Case(
+        "Mamba-2, two groups",
+        hugging("mamba2", **MAMBA2_SMALL, num_heads=8, head_dim=8, n_groups=2, use_bias=True),
+        attentions=RECURRENT,
+        absent=gated_norms_over_kept,
+        notes="as many heads stay for each B and C",
+        kinds=("ssm_head",),
+    ),
+    Case(
+        "Nemotron-H",
+        hugging("nemotron_h", **NEMOTRON_H_SMALL),
+        absent=gated_norms_over_kept,
+        notes="layers of state-space heads, attention, MLP and experts; whole experts stay",
+        kinds=("ssm_head", "attention", "mlp"),
+    ),
+    Case(
+        "Bamba",
+        hugging("bamba", **HYBRID_MAMBA_SMALL, attn_layer_indices=[1]),
+        absent=gated_norms_over_kept,
+        notes="attention and state-space layers mixed",
+        kinds=("ssm_head", "attention", "mlp"),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
+        "Granite 4 hybrid",
+        hugging(
+            "granitemoehybrid",
+            **HYBRID_MAMBA_SMALL,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            shared_intermediate_size=12,
+        ),
+        absent=all_of(gated_norms_over_kept, routers_over_kept),
+        notes="attention and state-space layers mixed, fused experts and a shared one",
+        kinds=("ssm_head", "attention", "mlp", "expert"),
+        slow=True,
+    ),
+    *(
+        Case(
+            f"Falcon-H1{name}",
+            hugging(
+                "falcon_h1", **HYBRID_MAMBA_SMALL, **norm, mamba_d_ssm=64, ssm_multipliers=[0.5, 0.7, 1.1, 0.9, 1.3]
+            ),
+            absent=gated_norms_over_kept,
+            notes="attention and state-space heads side by side, multipliers of sections",
+            kinds=("ssm_head", "attention", "mlp"),
+            slow=bool(name),
+        )
+        for name, norm in (
+            ("", {}),
+            (", norm", {"mamba_rms_norm": True}),
+            (", norm behind the gate", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+        )
+    ),
+    Case(
+        "Zamba2",
+        hugging(
+            "zamba2",
+            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            num_hidden_layers=4,
+            n_mamba_heads=8,
+            mamba_ngroups=2,
+            mamba_d_state=5,
+        ),
+        absent=gated_norms_over_kept,
+        notes="transformer layers that share weights stay whole",
+        kinds=("ssm_head",),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
+        "Zamba",
+        hugging(
+            "zamba",
+            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            num_hidden_layers=4,
+            n_mamba_heads=4,
+            mamba_d_state=5,
+            mamba_dt_rank=4,
+        ),
+        notes="heads with projections of their own; transformer layers that share weights stay whole",
+        kinds=("ssm_head",),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
+        "Jamba",
+        hugging(
+            "jamba",
+            attn_layer_period=3,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            num_experts=5,
+            mamba_d_state=6,
+            mamba_dt_rank=4,
+        ),
+        absent=routers_over_kept,
+        notes="attention and state-space layers mixed, every other one with experts",
+        kinds=("ssm_channel", "attention", "mlp", "expert"),
+        blocks=False,
+        slow=True,
+    ),
+    Case(
+        "LFM2",
+        hugging("lfm2", layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
+        notes="attention and short convolutions mixed",
+        kinds=("convolution_channel", "attention", "mlp"),
+    ),
+    Case(
+        "LFM2-MoE",
+        hugging(
+            "lfm2_moe",
+            layer_types=["conv", "full_attention", "conv"],
+            num_dense_layers=1,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+        notes="whole experts stay",
+        kinds=("convolution_channel", "attention", "mlp"),
+        slow=True,
+    ),
+    Case(
+        "OLMo Hybrid",
+        hugging("olmo_hybrid", **HYBRID_SMALL),
+        absent=norms_over_kept,
+        notes="full and linear attention mixed, norms over all heads",
+        kinds=("linear_attention", "attention", "mlp"),
+        slow=True,
+    ),
+    Case(
+        "Kimi Linear",
+        hugging(
+            "kimi_linear",
+            **KIMI_SMALL,
+            num_local_experts=4,
+            linear_num_heads=3,
+            linear_head_dim=8,
+        ),
+        notes="delta attention with decays of features; latent attention and whole experts stay",
+        kinds=("linear_attention", "mlp"),
+        slow=True,
+    ),
+    Case(
+        "Bailing hybrid",
+        hugging(
+            "bailing_hybrid", **KIMI_SMALL, num_local_experts=4, n_group=1, topk_group=1, head_dim=8, num_mtp_layers=0
+        ),
+        notes="delta attention with decays of features; latent attention and whole experts stay",
+        kinds=("linear_attention", "mlp"),
+        slow=True,
+    ),
+    Case(
+        "LFM3",
+        hugging("lfm3", layer_types=["conv", "full_attention", "sliding_attention"], head_dim=8, sliding_window=4),
+        notes="full and sliding attention and short convolutions mixed, a gate for each query head",
+        kinds=("convolution_channel", "attention", "mlp"),
+        slow=True,
     ),
     Case(
         "Llama in a LightningModule",

@@ -56,7 +56,9 @@ def uneven_kept(group_sets: Sequence[GroupSet]) -> list[list[int]]:
     for position, group_set in enumerate(group_sets):
         least = max(1, group_set.minimum)
         count = group_set.size if position == len(group_sets) - 1 else max(least, group_set.size - 1 - position % 3)
-        kept.append(sorted(torch.randperm(group_set.size, generator=generator)[:count].tolist()))
+        parts, size = group_set.equal_parts, group_set.size // group_set.equal_parts
+        own = [torch.randperm(size, generator=generator)[: count // parts].tolist() for _ in range(parts)]
+        kept.append(sorted(part * size + group for part, groups in enumerate(own) for group in groups))
     return kept
 
 

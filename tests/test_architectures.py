@@ -57,9 +57,10 @@ def emptied(model, layers=(0,), kinds=("attention", "mlp")):
 
 
 def test_an_unknown_class_says_where_detection_stopped():
-    model = hugging("mamba")("eager")
+    model = hugging("rwkv")("eager")
     with pytest.raises(
-        UnsupportedModelError, match=r"stopped at 'backbone\.layers\.0' \(MambaBlock, one of 3\).*mixer: MambaMixer"
+        UnsupportedModelError,
+        match=r"stopped at 'rwkv\.blocks\.0' \(RwkvBlock, one of 3\).*attention: RwkvSelfAttention",
     ):
         find_group_sets(model)
 
@@ -513,7 +514,15 @@ class Task(pl.LightningModule):
 
 @pytest.mark.parametrize(
     ("name", "importance"),
-    [("ResNet", "taylor"), ("T5", "taylor_2nd"), ("Mixtral", "auto"), ("BERT, sequence classification", "wanda")],
+    [
+        ("ResNet", "taylor"),
+        ("T5", "taylor_2nd"),
+        ("Mixtral", "auto"),
+        ("BERT, sequence classification", "wanda"),
+        ("Mamba", "fisher"),
+        ("Nemotron-H", "auto"),
+        ("Qwen3.5", "fisher"),
+    ],
 )
 def test_it_is_pruned_in_the_middle_of_a_fit(tmp_path, name, importance):
     case = CASE[name]

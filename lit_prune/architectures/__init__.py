@@ -5,7 +5,18 @@ from lit_prune._moved import moved_names
 # importing a file registers what it describes
 from lit_prune.architectures.arguments import Positions
 from lit_prune.architectures.components import MLP, Attention, Component
-from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures.families import (  # noqa: F401
+    alibi,
+    bart,
+    decoders,
+    encoders,
+    experts,
+    fused,
+    linear_attention,
+    recurrent,
+    t5,
+    torch_modules,
+)
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
 from lit_prune.architectures.registry import (
@@ -15,6 +26,7 @@ from lit_prune.architectures.registry import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.sequence_mixers import SequenceMixer
 from lit_prune.architectures.tracing.traced import Traced
 
 __all__ = [
@@ -26,6 +38,7 @@ __all__ = [
     "Experts",
     "MultiheadAttention",
     "Positions",
+    "SequenceMixer",
     "Traced",
     "architectures",
     "find_group_sets",

@@ -112,9 +112,14 @@ def check_computation(
         raise UnsupportedModelError(problems[0] + more)
 
 
-def filled(cache: Cache) -> int:
-    """How many tokens a cache of keys and values holds already."""
-    return int(cache.get_seq_length())
+def filled(cache: Cache) -> str:
+    """What a cache holds already of earlier tokens, in words; empty if nothing."""
+    try:
+        tokens = int(cache.get_seq_length())
+    except ValueError:
+        # recurrent layers alone: they keep a state, and no number of tokens
+        return "a state of earlier tokens" if cache.has_previous_state() else ""
+    return f"{tokens} tokens" if tokens else ""
 
 
 class _CacheWatch:

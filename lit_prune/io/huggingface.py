@@ -20,7 +20,7 @@ from lit_prune._files import write_text
 from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import PruningError, UnsupportedModelError
-from lit_prune.groups import GroupSet, check_weights
+from lit_prune.groups import Attribute, GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.io.model_card import model_card
@@ -242,8 +242,15 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
                 "size": entry.size,
                 "kept": to_ranges(entry.kept),
                 "parameters": parameters,
-                "attributes": {f"{a.module}.{a.name}": a.per_group for a in attributes},
+                "attributes": {f"{a.module}.{a.name}": _attribute_rule(a) for a in attributes},
             }
         )
     info = json.loads(json.dumps(dict(plan.info)))
     return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info}
+
+
+def _attribute_rule(attribute: Attribute) -> int | list[int]:
+    """How ``config.json`` says what an attribute becomes; see :func:`lit_prune.modeling_pruned.attribute_value`."""
+    if attribute.fixed == 0 and attribute.divisor == 1:
+        return attribute.per_group
+    return [attribute.per_group, attribute.fixed, attribute.divisor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,7 +14,28 @@ from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.plan import PruningPlan
 
-_WIDTHS = {"attention": ("num_attention_heads", "num_key_value_heads"), "mlp": ("intermediate_size",)}
+# by kind, the fields that say how many groups there are, or count something for each; those that a config lacks are passed over
+_WIDTHS = {
+    "attention": ("num_attention_heads", "num_key_value_heads"),
+    "mlp": (
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "shared_intermediate_size",
+    ),
+    "linear_attention": ("linear_num_key_heads", "linear_num_value_heads"),
+    "ssm_channel": ("expand", "mamba_expand"),
+    "ssm_head": (
+        "num_heads",
+        "mamba_num_heads",
+        "mamba_n_heads",
+        "n_mamba_heads",
+        "mamba_d_ssm",
+        "expand",
+        "mamba_expand",
+    ),
+}
 
 
 def _stock_config(
@@ -31,17 +53,17 @@ def _stock_config(
     """
     fields, changed = dense.to_dict(), dict(depth)
     for kind in dict.fromkeys(e.kind for e in plan.group_entries):
-        shares = {(e.size, len(e.kept)) for e in plan.entries if e.kind == kind}
+        shares = {Fraction(len(e.kept), e.size) for e in plan.entries if e.kind == kind}
         if len(shares) > 1 or kind not in _WIDTHS:
             return None
-        size, kept = shares.pop()
+        share = shares.pop()
         for name in _WIDTHS[kind]:
             value = getattr(dense, name, None)
             if isinstance(value, int):
-                changed[dense.attribute_map.get(name, name)] = value * kept // size
+                changed[dense.attribute_map.get(name, name)] = int(value * share)
     head_dim = getattr(dense, "head_dim", None)
     if head_dim is not None:
-        changed["head_dim"] = head_dim
+        changed[dense.attribute_map.get("head_dim", "head_dim")] = head_dim
     try:
         config: Any = type(dense).from_dict({**fields, **changed})
         with torch.device("meta"):

@@ -70,9 +70,10 @@ class Limits:
             number of blocks, too, of which at least one is kept; a removed block is removed with everything in it.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets. A block is kept if anything in it is protected.
-        multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
-            set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
-            :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
+        multiple_of: By kind, a number that the kept groups of a set must be a multiple of. Kinds that are not in it have what
+            kernels ask for (8 for the heads of a Mamba-2), or 1. A set that starts out uneven may stay as it is. ``None``
+            is the largest of :data:`ALIGNMENTS` for which a set has :data:`STEPS` such steps (64 for 3072 groups or more,
+            32 for 1536), and what kernels ask for.
         kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers. ``None`` allows all
             kinds but that.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
@@ -140,10 +141,12 @@ class Limits:
 
     def multiples(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
         """The number that the kept groups of every group set must be a multiple of, int array of shape ``(sets,)``."""
+        kernels = np.ones_like(table.sizes) if table.multiple_of is None else table.multiple_of
         if self.multiple_of is None:
             whole = _whole_sizes(table, original)
-            return np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1)
-        return np.array([self.multiple_of.get(kind, 1) for _, kind in table.keys], dtype=np.int64)
+            return np.lcm(np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1), kernels)
+        asked = [self.multiple_of.get(kind, least) for (_, kind), least in zip(table.keys, kernels, strict=True)]
+        return np.array(asked, dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
         """Let so many blocks of every list stay as the floors say, those of the highest scores."""
@@ -229,12 +232,16 @@ def _steps(
         The step of every row (-1 for rows that stay), and the score and cost of every step. The steps of a set are
         numbered in the order in which they must leave.
     """
-    sets, sizes, score = table.set_of_row, table.sizes, table.score
-    order = np.lexsort((score, sets))
+    sets, score = table.set_of_row, table.score
+    # a step takes as many rows from each of the parts of a set that have to stay equally large
+    parts = np.ones_like(table.sizes) if table.equal_parts is None else table.equal_parts
+    sizes = table.sizes // parts
+    order = np.lexsort((score, table.group // np.maximum(sizes, 1)[sets], sets))
     rank = np.empty(len(table), dtype=np.int64)
-    rank[order] = np.arange(len(table)) - np.repeat(table.offsets[:-1], sizes)
+    rank[order] = (np.arange(len(table)) - np.repeat(table.offsets[:-1], table.sizes)) % np.maximum(sizes, 1)[sets]
     multiple = limits.multiples(table, original)
-    floor = -(-limits.floor(table, original) // multiple) * multiple
+    multiple = multiple // np.gcd(multiple, parts)
+    floor = -(-limits.floor(table, original) // (parts * multiple)) * multiple
     removable = np.maximum(sizes - floor, 0)
     # the first step takes what is over the last whole multiple, so that every later state is a whole multiple
     surplus = sizes % multiple
@@ -298,14 +305,14 @@ def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarra
     """Let the n-th steps of all group sets of a kind leave together.
 
     Raises:
-        BudgetError: If the sets of a kind differ in size, or in what the limits let leave.
+        BudgetError: If the sets of a kind that may lose groups differ in size, or in what the limits let leave.
     """
     unit_of_set = _uniform_units(table)
     steps, offset = np.diff(starts), [0]
     for number in range(unit_of_set.max() + 1):
         members = unit_of_set == number
         kind = table.keys[int(np.argmax(members))][1]
-        if len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1:
+        if steps[members].any() and (len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1):
             raise BudgetError(
                 f"A uniform plan needs {kind} group sets of one size and with the same limits; found sizes"
                 f" {sorted(set(table.sizes[members].tolist()))} and removable steps {sorted(set(steps[members].tolist()))}."

@@ -45,6 +45,10 @@ class GroupTable:
         minimum: Smallest number of groups with which each set still runs, int array of shape ``(sets,)``; 0 for all if
             ``None``.
             Not written to files.
+        equal_parts: Of every set the number of parts that have to keep as many groups as each other, int array of shape
+            ``(sets,)``; 1 for all if ``None``. Not written to files.
+        multiple_of: Of every set the number that kernels want the kept groups to be a multiple of, int array of shape
+            ``(sets,)``; 1 for all if ``None``. Not written to files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -54,6 +58,8 @@ class GroupTable:
     cost: np.ndarray
     kept: np.ndarray
     minimum: np.ndarray | None = None
+    equal_parts: np.ndarray | None = None
+    multiple_of: np.ndarray | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -72,6 +78,8 @@ class GroupTable:
             cost=np.repeat(np.array([s.cost for s in group_sets], dtype=np.int64), sizes),
             kept=np.ones(len(values), dtype=bool),
             minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
+            equal_parts=np.array([s.equal_parts for s in group_sets], dtype=np.int64),
+            multiple_of=np.array([s.multiple_of for s in group_sets], dtype=np.int64),
         )
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])

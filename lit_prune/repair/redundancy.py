@@ -54,7 +54,7 @@ def unexplained_shares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     scored = [s for s in group_sets if s.kind != BLOCK]
-    if not all(s.block and len(s.repairable) == len(s.consumers) == 1 for s in scored):
+    if not all(s.block and s.consumers and len(s.repairable) == len(s.consumers) for s in scored):
         return {}
     shares: dict[tuple[str, str], Tensor] = {}
     with evaluation_mode(model if root is None else root):
@@ -63,7 +63,9 @@ def unexplained_shares(
             states = stream.inputs
             for name in progress(stream.blocks):
                 block = shards.plain_copy(model.get_submodule(name))
-                parts = {s.repairable[0].module.removeprefix(f"{name}."): s for s in scored if s.block == name}
+                parts = {
+                    p.module.removeprefix(f"{name}."): (s, p) for s in scored if s.block == name for p in s.repairable
+                }
                 grams: dict[str, Tensor] = {}
                 tokens = torch.zeros((), device=states[0].device)
                 following = []
@@ -81,11 +83,13 @@ def unexplained_shares(
                     tokens += len(a)
                 if all_reduce is not None:
                     grams, tokens = {path: all_reduce(gram) for path, gram in grams.items()}, all_reduce(tokens)
-                for path, group_set in parts.items():
-                    part = group_set.repairable[0]
+                for path, (group_set, part) in parts.items():
                     weight = block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
                     relative = _relative(SHARE_DAMPING, grams[path], tokens)
-                    shares[group_set.key] = unexplained_share(grams[path], weight, part.index, relative)
+                    share = unexplained_share(grams[path], weight, part.index, relative)
+                    # of several consumers, the one where the others can make up for least
+                    earlier = shares.get(group_set.key, share)
+                    shares[group_set.key] = torch.maximum(earlier, share)
                 states = following
     return shares
 

@@ -208,9 +208,9 @@ def _normal_equations(
     ):
         given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
         inputs, target = given[path][0], wanted[number][path]
-        if residual:
+        if residual and target.shape == x_dense.shape:
             target = target + (x_dense - x_pruned)
-            for before in earlier:
+            for before in (p for p in earlier if given[p][1].shape == x_dense.shape):
                 target = target + (wanted[number][before] - given[before][1])
         if bias is not None:
             target = target - bias

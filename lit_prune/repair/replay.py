@@ -165,9 +165,9 @@ def _refuse_filled_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any], name:
         UnsupportedModelError: If the cache holds tokens.
     """
     for cache in (c for c in (*args, *kwargs.values()) if isinstance(c, Cache)):
-        if length := filled(cache):
+        if held := filled(cache):
             raise UnsupportedModelError(
-                f"{name} is called with a cache that holds {length} tokens already (prefix tuning, or a sequence in several"
+                f"{name} is called with a cache that holds {held} already (prefix tuning, or a sequence in several"
                 f" pieces), without which the blocks cannot be run again one after the other. {_WAY_OUT}"
             )
 
@@ -274,6 +274,9 @@ def _dense_pass(
 
 
 def _adds_up(x: Tensor, consumed: Mapping[str, Tensor], output: Tensor) -> bool:
-    """Whether a block gives its input plus what its consumers give, so that a later one can make up for an error."""
-    total = x + sum(consumed.values())
+    """Whether a block gives its input plus what its consumers give, so that a later one can make up for an error.
+
+    Consumers that give something else than hidden states (the time steps of a state-space model) are not among them.
+    """
+    total = x + sum(given for given in consumed.values() if given.shape == x.shape)
     return bool(torch.allclose(output, total, rtol=1e-2, atol=1e-2 * float(output.abs().mean())))

@@ -3,6 +3,7 @@
 from torch import nn
 
 from lit_prune.architectures.components import MLP, Attention
+from lit_prune.architectures.families.mixers import GATED_DELTA_NET
 from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.errors import UnsupportedModelError
 
@@ -88,13 +89,14 @@ register_architecture(
     )
 )
 
-# a gate lies behind each head's query; layers of linear attention stay whole
+# a gate lies behind each head's query; layers of linear attention are mixed in
 register_architecture(
     Architecture(
         name="qwen3.5",
         models=("transformers.Qwen3_5PreTrainedModel",),
         components=(
-            Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
+            Attention(path="layers.*.self_attn", query_parts=2, skippable=True, optional=True),
+            GATED_DELTA_NET,
             MLP(path="layers.*.mlp"),
         ),
         depth=("config.num_hidden_layers", "config.layer_types"),

@@ -12,6 +12,7 @@ from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.adaptations import nothing_to_undo
 from lit_prune.architectures.components import MLP, Attention, Component
 from lit_prune.architectures.config_view import override_config
+from lit_prune.architectures.families.mixers import FUSED_GATED_DELTA_NET, GATED_DELTA_NET
 from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import INTERLEAVED, STACKED, group_set_of, parameter_of, part_of, part_rows
 from lit_prune.errors import UnsupportedModelError
@@ -172,19 +173,24 @@ register_architecture(
 )
 
 # as Qwen3.5 and Qwen2-MoE
-register_architecture(
-    Architecture(
-        name="qwen3-next",
-        models=("transformers.Qwen3NextPreTrainedModel", "transformers.Qwen3_5MoePreTrainedModel"),
-        components=(
-            Attention(path="layers.*.self_attn", query_parts=2, skippable=True),
-            MLP(path="layers.*.mlp", requires="gate_proj"),
-            MLP(path="layers.*.mlp.shared_expert", optional=True),
-            Experts(path="layers.*.mlp", requires="experts"),
-            ExpertChannels(path="layers.*.mlp.experts", optional=True),
-        ),
+for _name, _models, _linear_attention in (
+    ("qwen3-next", ("transformers.Qwen3NextPreTrainedModel",), FUSED_GATED_DELTA_NET),
+    ("qwen3.5-moe", ("transformers.Qwen3_5MoePreTrainedModel",), GATED_DELTA_NET),
+):
+    register_architecture(
+        Architecture(
+            name=_name,
+            models=_models,
+            components=(
+                Attention(path="layers.*.self_attn", query_parts=2, skippable=True, optional=True),
+                _linear_attention,
+                MLP(path="layers.*.mlp", requires="gate_proj"),
+                MLP(path="layers.*.mlp.shared_expert", optional=True),
+                Experts(path="layers.*.mlp", requires="experts"),
+                ExpertChannels(path="layers.*.mlp.experts", optional=True),
+            ),
+        )
     )
-)
 
 # the norms of queries and keys are over all heads, as in OLMo 2
 register_architecture(
