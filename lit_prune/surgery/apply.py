@@ -25,6 +25,7 @@ from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.undoing import module_state, undo_all
 
 
 def check_holders(
@@ -139,11 +140,11 @@ def cut(
             )
     journal: list[Callable[[], None]] = []
     places = _places(model)
+    restore_modules = module_state(model)
 
     def undo() -> None:
         with torch.no_grad():
-            for step in reversed(journal):
-                step()
+            undo_all(journal)
 
     try:
         names = [*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))]
@@ -161,10 +162,11 @@ def cut(
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
+        return undo
     except BaseException:
-        undo()
+        with torch.no_grad():
+            undo_all([restore_modules, *journal])
         raise
-    return undo
 
 
 def _check_weights(

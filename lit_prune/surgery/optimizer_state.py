@@ -327,7 +327,7 @@ class StateCutter:
                 continue
             if any(p is parameter for group in wrapper.param_groups for p in group["params"]):
                 mapping[parameter] = self._begun(wrapper, mapping[like], parameter, like)
-                self.journal.append(lambda mapping=mapping: mapping.pop(parameter))  # type: ignore[misc]
+                self.journal.append(lambda mapping=mapping: mapping.pop(parameter, None))  # type: ignore[misc]
 
     def _begun(self, wrapper: Any, state: Mapping[str, Any], parameter: Tensor, like: Tensor) -> dict[str, Any]:
         begun: dict[str, Any] = {}
@@ -356,8 +356,10 @@ class StateCutter:
         """Forget parameters that leave the model."""
         for mapping in self.mappings:
             keys = [key for key in (key_of(mapping, p) for p in parameters) if key in mapping]
-            dropped = {key: mapping.pop(key) for key in keys}
+            dropped = {key: mapping[key] for key in keys}
             self.journal.append(lambda mapping=mapping, dropped=dropped: mapping.update(dropped))  # type: ignore[misc]
+            for key in keys:
+                del mapping[key]
 
 
 def _likeness(state: Tensor, weight: Tensor) -> tuple[float, float]:
