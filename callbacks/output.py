@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 
 from lit_prune._files import check_writable
 from lit_prune.callbacks.ranks import ranks_of
@@ -55,5 +56,5 @@ def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
     """Turn an error of the file system into a warning: a full disk is no reason to lose the run."""
     try:
         yield
-    except (OSError, PruningError) as error:
+    except (OSError, SafetensorError, PruningError) as error:
         rank_zero_warn(one_line(f"{what.capitalize()} was not written to {folder}: {error}. The run goes on."))
