@@ -78,7 +78,7 @@ def a_bias(model):
     return replace(plan, biases=("model.layers.1.mlp.down_proj",)), None
 
 
-@pytest.mark.parametrize("first, planned", enumerate([heads_and_channels, a_layer, a_bias]))
+@pytest.mark.parametrize(("first", "planned"), enumerate([heads_and_channels, a_layer, a_bias]))
 def test_an_interrupt_at_any_line_of_a_cut(first, planned, monkeypatch):
     def build():
         sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -52,7 +53,7 @@ def module_state(model: nn.Module) -> Step:
     return restore
 
 
-def _refill(mapping: dict, items: dict) -> None:  # type: ignore[type-arg]
+def _refill(mapping: dict[str, Any], items: dict[str, Any]) -> None:
     same = list(mapping) == list(items) and all(mapping[key] is value for key, value in items.items())
     if not same:
         mapping.clear()

@@ -84,12 +84,27 @@ def test_other_groups_than_before_are_refused_by_name_and_the_optimizer_stays(tm
 
 def test_a_full_disk_does_not_end_a_run_that_copies_its_teacher(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    callback, teacher = pruning(), Distillation(directory=tmp_path / "copy")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.warns(UserWarning, match=r"was not written to .*teacher\.safetensors"):
-            callback = pruning()
-            fit(tmp_path, callback, Distillation(directory=tmp_path / "copy"), module=Taught())
+            fit(tmp_path, callback, teacher, module=Taught())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert callback.stages_done == 1
     assert not list((tmp_path / "copy").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "error", "message"),
+    [
+        (lambda: Distillation(teacher="/nowhere/teacher.gguf"), FileNotFoundError, "No file at"),
+        (lambda: Distillation(teacher="/nowhere"), Exception, "'/nowhere'"),
+        (lambda: LoRARecovery(target_modules=["down_proj", "dwon_proj"]), PruningError, r"\['dwon_proj'\] are no ends"),
+    ],
+)
+def test_what_recovery_cannot_do_is_refused_before_training(tmp_path, callback, error, message):
+    module = Odd(1)
+    with pytest.raises(error, match=message):
+        fit(tmp_path, pruning(), callback(), module=module)
+    assert module.steps == 0
