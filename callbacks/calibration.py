@@ -218,9 +218,9 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
     }
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     should_stop = trainer.should_stop
-    trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
-    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
+        trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
+        trainer.loggers = [DummyLogger() for _ in loggers]
         with random_state_kept():
             yield snapshot
     finally:

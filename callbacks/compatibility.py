@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
@@ -91,16 +92,19 @@ def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
     ]
 
 
-def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> None:
+def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> Callable[[], None]:
     """Cut averaged copies of the module as the module was, all or none.
 
     :func:`restart_averages` has to follow: an average of weights from before the cut and repaired ones from after it would
     be neither.
+
+    Returns:
+        A function that undoes this.
     """
     with contextlib.ExitStack() as undos:
         for _, module in averages(trainer):
             undos.callback(cut(find_model(module, path)[1], plan))
-        undos.pop_all()
+        return undos.pop_all().close
 
 
 def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from lit_prune.architectures.adaptations import nothing_to_undo
 from lit_prune.callbacks.calibration import calibration, measured, progress_bar
 from lit_prune.callbacks.compatibility import (
     check_references,
@@ -70,8 +71,12 @@ def _record(
     stage: int,
     table: GroupTable,
     plan: PruningPlan,
-) -> None:
-    """Take over the result of a stage right after its cut, so that no checkpoint has the one without the other."""
+) -> Callable[[], None]:
+    """Take over the result of a stage right after its cut, so that no checkpoint has the one without the other.
+
+    Returns:
+        A function that undoes this.
+    """
     before, known = pruning.runs.current, pruning.plan
     reached = before.reached
     if not pruning.dry_run:
@@ -87,9 +92,14 @@ def _record(
         reached=reached,
         unfinished=True,
     )
-    if not pruning.dry_run:
-        prune_weight_averages(trainer, plan, pruning.model_path)
-    pruning.runs.commit(run)
+    undo_averages = nothing_to_undo if pruning.dry_run else prune_weight_averages(trainer, plan, pruning.model_path)
+    forget = pruning.runs.commit(run)
+
+    def undo() -> None:
+        forget()
+        undo_averages()
+
+    return undo
 
 
 def finish_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

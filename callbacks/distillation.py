@@ -35,11 +35,12 @@ from lit_prune.calibration.token_masks import has_decoder, output_mask
 from lit_prune.callbacks.output import check_output, warn_if_unwritten
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
+from lit_prune.callbacks.ranks import on_all_ranks
 from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import plan_digest
-from lit_prune.io.sources import load_model
+from lit_prune.io.sources import check_source, load_model
 from lit_prune.plan import get_plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -198,10 +199,13 @@ class Distillation(Callback):
                 " hand (automatic_optimization=False). Call lit_prune.callbacks.distillation.distillation_loss in its step."
             )
 
+    @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the copy can be written."""
+        """Check that the copy can be written, or that the teacher is there."""
         if self.directory is not None:
             check_output(trainer, self.directory)
+        if self.teacher is not None:
+            check_source(self.teacher)
 
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Copy the dense model, before the first cut."""

@@ -27,10 +27,11 @@ from lit_prune.arguments import (
 )
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
-from lit_prune.callbacks.renewal import _any_cut, _renew_optimizers
+from lit_prune.callbacks.ranks import on_all_ranks
+from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks, _renew_optimizers
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.strategies import renew_wrapper
-from lit_prune.errors import UnsupportedCallbackError, UnsupportedStrategyError
+from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import ADAPTERS, ADAPTERS_FORMAT
 
 _DROPOUT: Rule[float] = Rule("a number from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
@@ -123,6 +124,26 @@ class LoRARecovery(Callback):
                 "LoRARecovery puts layers into the model in the middle of a run, which FSDP2 cannot take up. Use DDP or one"
                 " device, or save the pruned model and fine-tune it with peft in a run of its own."
             )
+
+    @on_all_ranks("the checks before training")
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that there are layers of the names given.
+
+        Raises:
+            PruningError: Naming those that the model does not have.
+        """
+        if self.target_modules is None or _adapted(pl_module):
+            return
+        for pruning in _pruning_callbacks(trainer):
+            model = pruning.model(pl_module)
+            paths = [path for path, _ in model.named_modules()]
+            unknown = [n for n in self.target_modules if not any(p == n or p.endswith(f".{n}") for p in paths)]
+            if unknown:
+                pruned = {part.module.rpartition(".")[2] for s in find_group_sets(model) for part in s.slices}
+                raise PruningError(
+                    f"LoRARecovery's target_modules {unknown} are no ends of paths of modules of {type(model).__name__};"
+                    f" expected such ends. Those of what is pruned are {sorted(pruned)}."
+                )
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Add the adapters after the last cut."""

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 
 from lit_prune._files import check_writable
+from lit_prune.callbacks.ranks import ranks_of
+from lit_prune.distributed.ranks import together
 from lit_prune.errors import PruningError
 from lit_prune.text_escape import one_line
 
@@ -23,15 +26,18 @@ def check_on_rank_zero(trainer: pl.Trainer, check: Callable[[], None], about: st
         about: What the message begins with.
 
     Raises:
-        PruningError: With the message of the check.
+        PruningError: With the message of the check. Any other error of the check is raised, too: on the other ranks as a
+            :class:`RankError`.
     """
+    ranks = ranks_of(trainer)
     message: str | None = None
-    if trainer.is_global_zero:
-        try:
-            check()
-        except PruningError as error:
-            message = str(error)
-    message = trainer.strategy.broadcast(message)
+    with together(ranks, "the checks before training"):
+        if trainer.is_global_zero:
+            try:
+                check()
+            except PruningError as error:
+                message = str(error)
+        message = message if ranks is None else ranks.gather(message)[0]
     if message is not None:
         raise PruningError(about + message)
 
@@ -50,5 +56,5 @@ def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
     """Turn an error of the file system into a warning: a full disk is no reason to lose the run."""
     try:
         yield
-    except (OSError, PruningError) as error:
+    except (OSError, SafetensorError, PruningError) as error:
         rank_zero_warn(one_line(f"{what.capitalize()} was not written to {folder}: {error}. The run goes on."))

@@ -277,6 +277,7 @@ class StructuredPruning(Callback):
         check_parameters(model, group_sets, pl_module)
         self.stage_config().check(model, group_sets)
 
+    @on_all_ranks("the checks before training")
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every stage can come; in a resumed fit, do what its checkpoint left to be done.
 

@@ -49,6 +49,7 @@ class LearningRateRewarmup(Callback):
         self._since_cut: PerModule[list[int] | None] = PerModule(_nothing)
         self._hooked: list[Optimizer] = []
         self._handles: list[Any] = []
+        self._warmed: list[_Warmed] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the state kept for this module, and release the optimizers of a fit that ended in an error."""
@@ -87,14 +88,32 @@ class LearningRateRewarmup(Callback):
         self._release()
         self._hooked = list(optimizers)
         for number, optimizer in enumerate(optimizers):
-            warmed = _Warmed(self, number)
+            warmed = _Warmed(self, number, optimizer)
+            self._warmed.append(warmed)
             self._handles.append(optimizer.register_step_pre_hook(warmed.before))
             self._handles.append(optimizer.register_step_post_hook(warmed.after))
 
     def _release(self) -> None:
+        self._end_steps()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._hooked = [], []
+        self._handles, self._hooked, self._warmed = [], [], []
+
+    def _end_steps(self) -> None:
+        for warmed in self._warmed:
+            warmed.end()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the learning rates of the schedule back if an error ended a step that the module went on after."""
+        del trainer, pl_module, batch, batch_idx
+        self._end_steps()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the learning rates of the schedule back if the error came within a step: checkpoints are written now."""
+        del trainer, pl_module, exception
+        self._end_steps()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the optimizers."""
@@ -113,11 +132,15 @@ class LearningRateRewarmup(Callback):
 
 
 class _Warmed:
-    """The step hooks of one optimizer."""
+    """The step hooks of one optimizer.
 
-    def __init__(self, owner: LearningRateRewarmup, number: int) -> None:
+    Lightning computes the loss within the step, so that whatever goes wrong there ends the step without its second hook.
+    """
+
+    def __init__(self, owner: LearningRateRewarmup, number: int, optimizer: Optimizer) -> None:
         self._owner = owner
         self._number = number
+        self._optimizer = optimizer
         self._rates: list[Any] = []
         # an optimizer whose step calls that of its base class runs the hooks of both
         self._depth = 0
@@ -132,10 +155,20 @@ class _Warmed:
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * factor
 
-    def after(self, optimizer: Optimizer, *_: Any) -> None:
+    def after(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             assert self._owner._since_cut.value is not None
             self._owner._since_cut.value[self._number] += 1
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
+            self._restore()
+
+    def end(self) -> None:
+        """Put the learning rates back if a step was begun and not ended."""
+        if self._depth:
+            self._depth = 0
+            self._restore()
+
+    def _restore(self) -> None:
+        # groups that were added within the step have the rate that they came with
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate

@@ -195,11 +195,17 @@ class Runs:
             )
         self._model = weakref.ref(model)
 
-    def commit(self, run: PruningRun) -> None:
-        """Make a run the current one, for the same model."""
+    def commit(self, run: PruningRun) -> Callable[[], None]:
+        """Make a run the current one, for the same model, and return a function that undoes this."""
+        before, made = self.current, set(self._made)
+
+        def undo() -> None:
+            self.current, self._made = before, made
+
         if run.now != run.start and run.now is not None:
             self._made.add(run.now)
         self.current = run
+        return undo
 
     def _choose(self, model: nn.Module) -> None:
         bound = None if self._model is None else self._model()

@@ -76,6 +76,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise PruningError(f"{path} is there and is no ordinary file, so it cannot be replaced. Name another output.")
+    # a link stays, and the file that it leads to is replaced
+    path = Path(os.path.realpath(path))
     with _folder(path.parent):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)

@@ -443,7 +443,8 @@ def weight_files(path: Any, **hub: Any) -> list[str]:
     if index is None:
         raise FileNotFoundError(f"{path} has no weights: expected {WEIGHTS} or {WEIGHTS_INDEX}.")
     try:
-        names: Any = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) or {""}
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        names: Any = set(content["weight_map"].values()) or {""}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise PrunedModelError(
             f"{WEIGHTS_INDEX} in {path} is damaged: expected JSON with a mapping 'weight_map' ({type(error).__name__})."
@@ -453,6 +454,9 @@ def weight_files(path: Any, **hub: Any) -> list[str]:
             raise PrunedModelError(
                 f"{WEIGHTS_INDEX} in {path} is damaged: it names the file {_short(name)}; expected one in the same folder."
             )
+    # transformers reads it, too
+    if not isinstance(content.get("metadata"), dict):
+        raise PrunedModelError(f"{WEIGHTS_INDEX} in {path} is damaged: expected JSON with a mapping 'metadata'.")
     files = []
     for name in sorted(names):
         file = cached_file(path, name, **optional)

@@ -40,6 +40,7 @@ from lit_prune.repair.refit import least_squares
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
+from lit_prune.surgery.undoing import undo_all
 
 __getattr__ = moved_names("lit_prune.pipeline")
 
@@ -224,7 +225,7 @@ def prune_with(
     ranks: Ranks | None = None,
     agree: Callable[[PruningPlan], None] = lambda plan: None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    record: Callable[[GroupTable, PruningPlan], None] = lambda table, plan: None,
+    record: Callable[[GroupTable, PruningPlan], Callable[[], None] | None] = lambda table, plan: None,
     dry_run: bool = False,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
@@ -241,7 +242,8 @@ def prune_with(
         ranks: The processes of a distributed run.
         agree: Called with every plan before it is carried out; raises if another process has a different one.
         progress: Wraps the sequence of blocks that are repaired.
-        record: Called with the result right after the last cut; if it raises, all cuts are undone.
+        record: Called with the result right after the last cut; if it raises, all cuts are undone. It may return a function
+            that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
     """
     all_reduce = None if ranks is None else ranks.sum
@@ -253,7 +255,11 @@ def prune_with(
     if not dry_run:
         touched = touched_parameters(model, group_sets, config.limits.kinds)
         biases = config.repair == "bias"
-        check_holders(model, model if root is None else root, list(optimizers), touched, adds_biases=biases)
+        refitted = (
+            [part.parameter for s in group_sets for part in s.repairable] if config.repair == "least_squares" else []
+        )
+        holder = model if root is None else root
+        check_holders(model, holder, optimizers, touched, adds_biases=biases, repaired=refitted)
     with data(CHECK) as (batches, loss), together(ranks, "calibration"):
         check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
     steps = config.steps(model, group_sets)
@@ -310,7 +316,8 @@ def prune_with(
         assert table is not None
         assert made is not None
         with together(ranks, "taking over the result"):
-            record(table, made)
+            if (forget := record(table, made)) is not None:
+                undos.append(forget)
     except BaseException:
         try:
             with together(ranks, "pruning"):
@@ -318,8 +325,7 @@ def prune_with(
         finally:
             # where sharded parameters are gathered, those who did not meet the error are not there to undo anything with
             if ranks is None or ranks.mean_gradients or not ranks.lost:
-                for undo in reversed(undos):
-                    undo()
+                undo_all(undos)
     return table, made
 
 

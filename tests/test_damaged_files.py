@@ -19,6 +19,7 @@ from lit_prune._files import read_json
 from lit_prune.io.conversion import convert_checkpoint
 from lit_prune.io.gguf import check_output
 from lit_prune.io.huggingface import save_pruned
+from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
 from lit_prune.io.manifest import MANIFEST
 from lit_prune.io.sources import gguf_file, load_model
@@ -132,7 +133,9 @@ def test_the_type_of_another_family(copy_of):
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "/outside.safetensors")}, "in the same folder"),
         (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "..")}, "in the same folder"),
         (lambda i: {"weight_map": {}}, "names the file ''"),
-        (lambda i: {"weight_map": dict.fromkeys(i["weight_map"], "gone.safetensors")}, "has no file gone"),
+        (lambda i: {**i, "weight_map": dict.fromkeys(i["weight_map"], "gone.safetensors")}, "has no file gone"),
+        (lambda i: {"weight_map": i["weight_map"]}, "is damaged.*'metadata'"),
+        (lambda i: {**i, "metadata": 5}, "is damaged.*'metadata'"),
     ],
 )
 def test_a_list_of_shards_that_is_wrong(copy_of, tmp_path, change, said):
@@ -143,6 +146,19 @@ def test_a_list_of_shards_that_is_wrong(copy_of, tmp_path, change, said):
         load_pruned(folder)
     with pytest.raises((PrunedModelError, OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_is_no_folder_is_refused_before_anybody_is_asked(copy_of):
+    folder = copy_of("whole")
+    with pytest.raises(PruningError, match=r"config\.json is a file; expected the folder"):
+        load_pruned(folder / "config.json")
+    with pytest.raises(TypeError, match="directory must be a path"):
+        load_pruned(5)
+
+
+def test_the_name_of_a_checkpoint_in_place_of_it_is_refused():
+    with pytest.raises(TypeError, match=r"checkpoint must be the loaded checkpoint.*found str"):
+        rebuild_from_checkpoint(tiny(), "last.ckpt")
 
 
 def test_a_shard_that_is_missing_or_cut_short(copy_of):

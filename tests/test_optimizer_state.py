@@ -306,6 +306,23 @@ def test_a_repair_moves_what_mirrors_weights_along(name):
         assert (difference - expected).norm() < 1e-3 * scale, key
 
 
+def test_an_optimizer_that_computes_weights_from_its_state_is_refused_with_a_repair():
+    """FTRL's next step would put the weights back that the repair changed; without a repair it trains on."""
+    model, optimizer = trained("ftrl")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(OptimizerStateError, match=r"FTRL computes the weights anew from state 'z'.*repair=None"):
+        prune(model, BATCHES, lambda ids: 1 / 0, PruningConfig(pruning_ratio=0.2), [optimizer])
+    key = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(OptimizerStateError, match="FTRL computes the weights anew"):
+        apply_plan(model, plan_of(model), [optimizer], weights={key: torch.randn(16, 7)})
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    apply_plan(model, plan_of(model), [optimizer])
+    step(model, optimizer, BATCHES[0])
+    # before its first step it has no state that could be in the way
+    model, optimizer = trained("ftrl", steps=0)
+    apply_plan(model, plan_of(model), [optimizer], weights={key: torch.randn(16, 7)})
+
+
 def test_slow_weights_are_the_new_weights_where_they_were_the_old_ones():
     """At a synchronisation of Lookahead slow and fast weights are one, and a dense run with the repair has them so, too."""
     model, optimizer = trained("Lookahead")

@@ -419,3 +419,12 @@ def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
             pytest.fail("it was opened for writing")
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_link_to_a_file_stays(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    with replacing(tmp_path / "link") as temporary:
+        Path(temporary).write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"

@@ -95,7 +95,7 @@ def kept_heads(module: nn.Module, kept: Tensor, mixin: type[KeptHeads]) -> Calla
     module.kept_heads = kept.tolist()  # type: ignore[assignment]
 
     def undo_all() -> None:
-        del module.kept_heads
+        vars(module).pop("kept_heads", None)
         back()
 
     return undo_all
@@ -139,8 +139,14 @@ def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[
     def apply(module: nn.Module, kept: Tensor) -> Callable[[], None]:
         if len(kept):
             return nothing_to_undo
+        back = become(module, WithoutHeads)
         module.output_of_no_heads = output  # type: ignore[assignment]
-        return become(module, WithoutHeads)
+
+        def undo() -> None:
+            vars(module).pop("output_of_no_heads", None)
+            back()
+
+        return undo
 
     return apply
 
@@ -183,6 +189,10 @@ def without_continuous_batching(size: int) -> Callable[[nn.Module, Tensor], Call
         if len(kept) == size or not hasattr(model, name) or name in vars(model):
             return nothing_to_undo
         setattr(model, name, refuse_continuous_batching)
-        return lambda: delattr(model, name)
+
+        def undo() -> None:
+            vars(model).pop(name, None)
+
+        return undo
 
     return apply

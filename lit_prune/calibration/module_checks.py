@@ -20,7 +20,9 @@ from lit_prune.architectures.plain_modules import (
     class_forward,
     hook_name,
 )
+from lit_prune.calibration.collect import _together
 from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.weight_gradients import _everywhere
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import UnsupportedModelError
@@ -94,9 +96,10 @@ def check_computation(
             cache.start()
             for watch in watches:
                 watch.start()
-            for batch in islice(batches, _ATTEMPTS):
+            # all processes run the same number: a step may wait for the others
+            for batch in islice(_together(batches, ranks), _ATTEMPTS):
                 forward(batch)
-                if cache.called or any(watch.called for watch in watches):
+                if _everywhere(cache.called or any(watch.called for watch in watches), ranks):
                     break
         finally:
             cache.stop()

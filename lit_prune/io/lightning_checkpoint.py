@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_prune.architectures import find_group_sets, find_model
-from lit_prune.errors import PlanError, UnsupportedModelError
+from lit_prune.errors import ArgumentTypeError, PlanError, UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan, get_plan
 from lit_prune.surgery.apply import cut
 
@@ -132,6 +132,7 @@ def rebuild_from_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> No
         checkpoint: The loaded checkpoint; its ``state_dict`` changes if there are adapters to merge.
 
     Raises:
+        ArgumentTypeError: If ``checkpoint`` is not a dictionary (the name of a file, for instance).
         PlanError: If the model is cut in another way than the checkpoint, or its run's first model, was; if the plan was
             changed after it was saved; or if there is no plan and the weights are of a model that was cut.
 
@@ -141,6 +142,11 @@ def rebuild_from_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> No
             def on_load_checkpoint(self, checkpoint):
                 lit_prune.rebuild_from_checkpoint(self, checkpoint)
     """
+    if not isinstance(checkpoint, dict):
+        raise ArgumentTypeError(
+            "checkpoint must be the loaded checkpoint, a dict as torch.load(path, weights_only=True) gives it; found"
+            f" {type(checkpoint).__name__}."
+        )
     check_weights(module, checkpoint)
     cut_as_saved(module, checkpoint)
     merge_adapters(module, checkpoint)

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from lit_prune import modeling_pruned
 from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
+from lit_prune.arguments import PATH
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.io.manifest import MANIFEST, verify_weights
 from lit_prune.io.output_folder import leftover
@@ -80,13 +81,14 @@ def load_pruned(
         The pruned model, in eval mode. :func:`lit_prune.get_plan` gives its plan.
 
     Raises:
+        ArgumentTypeError: If ``directory`` is no path.
         FileNotFoundError: If the folder or a file is missing.
         PlanError: If the plan was changed, or does not fit the weights.
         PruningError: If files are damaged, weights are missing, unknown, not floating or not finite, the model was not
             pruned, or ``verify`` finds other weights than were saved.
         UnsupportedModelError: If the model's class or type is unknown, or quantisation is asked for.
     """
-    _check_folder(Path(directory))
+    _check_folder(PATH.check("directory", directory))
     options.pop("trust_remote_code", None)
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
@@ -126,7 +128,10 @@ def _check_folder(directory: Path) -> None:
 
     Raises:
         FileNotFoundError: If the folder or its ``config.json`` is missing.
+        PruningError: If it is a file.
     """
+    if directory.is_file():
+        raise PruningError(f"{directory} is a file; expected the folder that lit_prune.save_pruned wrote.")
     if (old := leftover(directory)) is not None:
         raise FileNotFoundError(
             f"There is no folder {directory}: a process was killed while it replaced it. What was there is whole, in {old};"

@@ -97,6 +97,18 @@ def load_model(
         return _from_weights(source, dtype, trust_remote_code, config)
 
 
+def check_source(source: str) -> None:
+    """Refuse a source that :func:`load_model` would not find; reads no weights, only a config or the name of a file.
+
+    Raises:
+        FileNotFoundError: If a local file is missing, or there is no such model.
+        ArgumentValueError: If what is there cannot be read as a model.
+    """
+    with reading(f"The model {source!r}"):
+        if gguf_file(source) is None:
+            AutoConfig.from_pretrained(source)
+
+
 def _from_config(source: str, dtype: torch.dtype, trust_remote_code: bool, config: dict[str, Any]) -> nn.Module:
     loaded = (
         AutoConfig.for_model(**_config_file(source))

@@ -20,11 +20,12 @@ from lit_prune.surgery import references
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
 from lit_prune.surgery.optimizer_groups import add_bias
 from lit_prune.surgery.optimizer_search import check_new_parameters, check_ownership, find_optimizers
-from lit_prune.surgery.optimizer_state import StateCutter, check_state, reset_histories
+from lit_prune.surgery.optimizer_state import StateCutter, check_repairable, check_state, reset_histories
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.undoing import module_state, undo_all
 
 
 def check_holders(
@@ -34,6 +35,7 @@ def check_holders(
     touched: Mapping[str, Collection[int]],
     *,
     adds_biases: bool = False,
+    repaired: Iterable[str] = (),
 ) -> list[Any]:
     """Refuse whatever holds parameters, or tensors of their sizes, and cannot follow a cut.
 
@@ -43,6 +45,7 @@ def check_holders(
         optimizers: The optimizers whose state is to be pruned, too.
         touched: By parameter name, the dimensions that may become smaller; see :func:`touched_parameters`.
         adds_biases: Whether the plan may give linear layers biases.
+        repaired: Names of the parameters that may get new weights.
 
     Returns:
         All optimizers that can be reached from those given, the modules and the hooks of parameters.
@@ -58,6 +61,7 @@ def check_holders(
     references.check_hooks(model, touched)
     references.check_copies(root, model, touched)
     check_state(model, found, touched)
+    check_repairable(found, [model.get_parameter(name) for name in repaired])
     if adds_biases:
         check_new_parameters(model, optimizers, found)
     return found
@@ -128,7 +132,8 @@ def cut(
     before = count_parameters(model) if previous is None else composed.info.get(BEFORE)
     _check_weights(model, cuts, weights, plan)
     touched = {name: {c.dim for c in of_one} for name, of_one in cuts.items()}
-    found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases))
+    repaired = [name for name in weights if not _is_added(name, plan)]
+    found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
         shards.reshard(model)
         shards.check_layout(model, group_sets)
@@ -139,14 +144,14 @@ def cut(
             )
     journal: list[Callable[[], None]] = []
     places = _places(model)
+    restore_modules = module_state(model)
 
     def undo() -> None:
         with torch.no_grad():
-            for step in reversed(journal):
-                step()
+            undo_all(journal)
 
     try:
-        names = [*cuts, *(n for n in weights if n not in cuts and not _is_added(n, plan))]
+        names = [*cuts, *(n for n in repaired if n not in cuts)]
         changed = {id(model.get_parameter(name)) for name in names}
         reset_histories(found, changed | _leaving(model, plan), journal)
         cutter = StateCutter(found, journal)
@@ -161,10 +166,11 @@ def cut(
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
+        return undo
     except BaseException:
-        undo()
+        with torch.no_grad():
+            undo_all([restore_modules, *journal])
         raise
-    return undo
 
 
 def _check_weights(

@@ -79,7 +79,7 @@ def _set_attribute(module: nn.Module, name: str, value: Any, journal: list[Calla
 
     def undo() -> None:
         if before is missing:
-            delattr(module, name)
+            vars(module).pop(name, None)
         else:
             setattr(module, name, before)
 

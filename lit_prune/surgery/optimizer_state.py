@@ -27,6 +27,8 @@ Path = tuple[Any, ...]
 _ADVICE = "prune before training begins, while the optimizer has no state yet, or use another optimizer."
 # a mirror of weights points where they do, while what is made of gradients is nearly orthogonal to them
 _MIRROR_COSINE = 0.5
+# signs of gradients agree with those of weights by chance: one in two
+_FEWEST_SIGNS, _STRAY_SIGNS = 32, 0.01
 
 
 class _Position(int):
@@ -115,6 +117,36 @@ def check_state(model: nn.Module, optimizers: Sequence[Any], touched: Mapping[st
                             f" cannot be cut: {_ADVICE}"
                         )
         _check_loose(optimizer, {name: parameters[name] for name in touched})
+
+
+def check_repairable(optimizers: Sequence[Any], parameters: Sequence[Tensor]) -> None:
+    """Refuse optimizers that compute the weights anew from their state in every step, and so would lose new weights.
+
+    Those of the family of dual averaging (FTRL) keep a sum whose entries all have the opposite sign of the weights.
+
+    Args:
+        optimizers: All optimizers, see :func:`lit_prune.surgery.optimizer_search.find_optimizers`.
+        parameters: The parameters that a repair may give new weights.
+
+    Raises:
+        OptimizerStateError: Naming optimizer and state key.
+    """
+    for optimizer in optimizers:
+        for attribute, mapping in () if is_lbfgs(optimizer) else states(optimizer):
+            opposed: dict[Path, Tensor] = {}
+            for parameter in parameters:
+                for found in tensors_in(_state_of(mapping, parameter)):
+                    if found.value.shape == parameter.shape and found.value.is_floating_point():
+                        sign = shards.local(found.value.detach()).sign() * shards.local(parameter.detach()).sign()
+                        counts = torch.stack([(sign < 0).sum(), (sign > 0).sum()]).cpu()
+                        opposed[found.path] = opposed.get(found.path, torch.zeros(2)) + counts
+            for path, (against, along) in opposed.items():
+                if against >= _FEWEST_SIGNS and along <= _STRAY_SIGNS * against:
+                    raise OptimizerStateError(
+                        f"{type(optimizer).__name__} computes the weights anew from {attribute} {Found(path, None)} in every"
+                        " step, so weights that the repair changes would soon be lost. Use repair=None, or another"
+                        " optimizer."
+                    )
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:
@@ -327,7 +359,7 @@ class StateCutter:
                 continue
             if any(p is parameter for group in wrapper.param_groups for p in group["params"]):
                 mapping[parameter] = self._begun(wrapper, mapping[like], parameter, like)
-                self.journal.append(lambda mapping=mapping: mapping.pop(parameter))  # type: ignore[misc]
+                self.journal.append(lambda mapping=mapping: mapping.pop(parameter, None))  # type: ignore[misc]
 
     def _begun(self, wrapper: Any, state: Mapping[str, Any], parameter: Tensor, like: Tensor) -> dict[str, Any]:
         begun: dict[str, Any] = {}
@@ -356,8 +388,10 @@ class StateCutter:
         """Forget parameters that leave the model."""
         for mapping in self.mappings:
             keys = [key for key in (key_of(mapping, p) for p in parameters) if key in mapping]
-            dropped = {key: mapping.pop(key) for key in keys}
+            dropped = {key: mapping[key] for key in keys}
             self.journal.append(lambda mapping=mapping, dropped=dropped: mapping.update(dropped))  # type: ignore[misc]
+            for key in keys:
+                del mapping[key]
 
 
 def _likeness(state: Tensor, weight: Tensor) -> tuple[float, float]:

@@ -9,14 +9,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from processes import run, run_well
 from test_ddp import RANKS, Plain, trainer_of
 from test_fsdp import Sharded, strategy
-from test_pruning import pruning
+from test_pruning import Module, pruning
 
+import lit_prune.callbacks.cutting
+import lit_prune.callbacks.report
 import lit_prune.pipeline
 from lit_prune import CalibrationError, PruningError
+from lit_prune.callbacks import PruningReport
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import PlanError, RankError
 
@@ -209,6 +212,71 @@ def all_meet(kind: type[Exception], same: bool) -> None:
         assert "process 0 of 2, in inner: PlanError: of 0; process 1 of 2, in inner: PlanError: of 1" in str(
             caught.value
         )
+
+
+class Lonely(Small):
+    """Waits for the others in each step in eval mode, and skips its first batch on one process, before the model."""
+
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            torch.distributed.all_reduce(torch.ones(1))
+            Small.seen += 1
+            if Small.seen == 1 and self.trainer.global_rank == 1:
+                return None
+        return Module.training_step(self, batch, batch_idx)
+
+
+def fails_around_the_cut(folder: str) -> None:
+    """Errors of one process in places where the others used to be left with half of the result, or waiting."""
+    rank = int(os.environ["LOCAL_RANK"])
+    options = {"epoch": 0, "validate": False, "iterations": 1, "importance": "magnitude", "repair": None}
+
+    # while the result of the cut is taken over: the other one gives it back, with its average of the weights
+    own = lit_prune.callbacks.cutting.prune_weight_averages
+
+    def fails(*args):
+        if rank == 1:
+            raise Boom("average")
+        return own(*args)
+
+    lit_prune.callbacks.cutting.prune_weight_averages = fails
+    module, callback, average = Small(), pruning(**options), EMAWeightAveraging()
+    sizes = [p.shape for p in module.parameters()]
+    with pytest.raises(RankError, match="process 1 of 2, in taking over the result: Boom: average"):
+        trainer_of(RANKS, callback, average, max_epochs=1).fit(module)
+    lit_prune.callbacks.cutting.prune_weight_averages = own
+    assert callback.plan is None and callback.stages_done == 0 and not callback.runs.current.unfinished
+    assert [p.shape for p in module.parameters()] == sizes
+    assert [p.shape for p in average._average_model.module.parameters()] == sizes
+
+    # before training
+    callback = pruning(**options)
+    callback.runs.bind, bind, calls = lambda *a: calls.append(a) or (late(calls) or bind(*a)), callback.runs.bind, []
+
+    def late(calls):
+        if rank == 1 and len(calls) == 2:
+            raise Boom("bind")
+
+    with pytest.raises(RankError, match="process 1 of 2, in the checks before training: Boom: bind"):
+        trainer_of(RANKS, callback, max_epochs=1).fit(Small())
+    assert len(calls) == 2
+
+    # a check that only one process runs, and an error that it does not expect
+    def refuses(folder):
+        raise Boom("strange disk")
+
+    lit_prune.callbacks.report.check_writable = refuses
+    with pytest.raises(RankError, match="process 0 of 2, in the checks before training: Boom: strange disk"):
+        trainer_of(RANKS, pruning(**options), PruningReport(output_dir=folder), max_epochs=1).fit(Small())
+
+    # a batch that one process skips before its model is reached: all run the next one
+    callback = pruning(**options)
+    trainer_of(RANKS, callback, max_epochs=1).fit(Lonely())
+    assert callback.stages_done == 1
+
+
+def test_errors_of_one_process_around_the_cut(tmp_path):
+    run_well(fails_around_the_cut, str(tmp_path), folder=tmp_path, processes=RANKS)
 
 
 def alone() -> None:
