@@ -15,6 +15,8 @@ LAYERS = [
     "version",
     "_moved",
     "errors",
+    "torch_internals",
+    "transformers_internals",
     "arguments",
     "text_escape",
     "_files",

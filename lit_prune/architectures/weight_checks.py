@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lit_prune.distributed import shards
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet, check_names
+from lit_prune.torch_internals import TABLES, tables
+from lit_prune.transformers_internals import accelerate_hook
 
 
 def check_parameters(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Module | None = None) -> None:
@@ -36,7 +38,7 @@ def check_parameters(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.
 def _offloaded_by(model: nn.Module, name: str) -> str:
     owner = name.rpartition(".")[0]
     while True:
-        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+        hook = accelerate_hook(model.get_submodule(owner))
         if hook is not None:
             return f": accelerate's {type(hook).__name__} at {owner or '(root)'!r} offloads it"
         if not owner:
@@ -50,9 +52,7 @@ def _check_beside(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Mod
     by_address = {address: name for name, p in parameters.items() if (address := _address(p))}
     inside = {id(module) for module in model.modules()}
     for path, module in _reachable(root):
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = by_identity.get(id(parameter)) if id(module) not in inside else None
             if id(parameter) not in by_identity:
                 name = by_address.get(_address(parameter))
@@ -82,8 +82,8 @@ def _reachable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 continue
             seen.add(id(value))
             yield path, value
-            children: Iterable[tuple[Any, Any]] = [*value._modules.items(), *vars(value).items()]
-            children = [(k, v) for k, v in children if k not in ("_modules", "_parameters", "_buffers")]
+            children: Iterable[tuple[Any, Any]] = [*tables(value)[2].items(), *vars(value).items()]
+            children = [(k, v) for k, v in children if k not in TABLES]
             depth = 0
         elif isinstance(value, Mapping) and depth < 3:
             children = value.items()

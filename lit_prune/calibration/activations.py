@@ -16,6 +16,7 @@ from lit_prune.calibration.reduce import piece_size, pieces
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import version_of
 
 ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
 # the sums over tokens that a statistic of activations is made of
@@ -140,7 +141,7 @@ class ActivationObserver:
             if recomputing() or not is_observed():
                 return
             inputs: Tensor = args[0]
-            state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)
+            state = (version_of(inputs), self._token_masks.batches)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
                 self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
             _add_sums(self._batch, name, self._last[2])

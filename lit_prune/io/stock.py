@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.plan import PruningPlan
+from lit_prune.transformers_internals import build
 
 _WIDTHS = {"attention": ("num_attention_heads", "num_key_value_heads"), "mlp": ("intermediate_size",)}
 
@@ -45,7 +46,7 @@ def _stock_config(
     try:
         config: Any = type(dense).from_dict({**fields, **changed})
         with torch.device("meta"):
-            built = base._from_config(config)
+            built = build(base, config)
     except Exception:  # a config class may refuse the widths in whatever way it likes
         return None
     if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_prune.distributed import shards
 from lit_prune.errors import ReferenceHeldError
+from lit_prune.torch_internals import hook_tables
 
 _OWN = frozenset(vars(nn.Module()))
 
@@ -40,14 +41,8 @@ def attributes(owner: Any) -> Iterator[tuple[str, Any]]:
 
 def parameter_hooks(parameter: Tensor) -> Iterator[Callable[..., Any]]:
     """The hooks that are called with a parameter's gradient, or once it is accumulated."""
-    for hooks in _hook_tables(parameter):
+    for hooks in hook_tables(parameter):
         yield from list(hooks.values())
-
-
-def _hook_tables(parameter: Tensor) -> Iterator[dict[int, Callable[..., Any]]]:
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if hooks := getattr(parameter, name, None):
-            yield hooks
 
 
 def held_by(hook: Any) -> Iterator[tuple[str, Any]]:
@@ -123,7 +118,7 @@ def suspended_hooks(root: nn.Module) -> Iterator[None]:
     Calibration's gradients are no training's: a hook that steps an optimizer would change the weights, one that logs would
     log them, one that changes the gradient would change the ranking. Hooks that are registered meanwhile are called.
     """
-    taken = [(hooks, dict(hooks)) for p in root.parameters() for hooks in _hook_tables(p)]
+    taken = [(hooks, dict(hooks)) for p in root.parameters() for hooks in hook_tables(p)]
     for hooks, _ in taken:
         hooks.clear()
     try:
@@ -151,7 +146,7 @@ def check_ties(root: nn.Module, model: nn.Module, touched: Iterable[str]) -> Non
     for path, module in root.named_modules():
         if id(module) in inside:
             continue
-        for attribute, parameter in module._parameters.items():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) in names:
                 raise ReferenceHeldError(
                     f"{names[id(parameter)]!r} of the model is tied to {f'{path}.{attribute}'.lstrip('.')!r}, a module"
