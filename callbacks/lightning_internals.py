@@ -65,7 +65,7 @@ def train_data_source(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop._data_source
 
 
-def prepared_train_dataloader(trainer: pl.Trainer, loader: DataLoader) -> DataLoader:
+def prepared_train_dataloader(trainer: pl.Trainer, loader: DataLoader) -> Any:
     """Return a dataloader as a fit would use it, with a distributed sampler where there are several processes."""
     return trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
 

@@ -93,12 +93,12 @@ def convolve(kind: type, module: nn.Module, x: Tensor) -> Tensor:
     return kind._conv_forward(module, x, module.weight, module.bias)  # type: ignore[attr-defined]
 
 
-def keep_from_fused_path(attention: nn.MultiheadAttention) -> Callable[[], None]:
+def keep_from_fused_path(attention: nn.Module) -> Callable[[], None]:
     """Keep ``nn.TransformerEncoderLayer`` off its fused path, which reads the weights past the attention; return the undo."""
-    attention._qkv_same_embed_dim = False
+    attention._qkv_same_embed_dim = False  # type: ignore[assignment]
 
     def undo() -> None:
-        attention._qkv_same_embed_dim = True
+        attention._qkv_same_embed_dim = True  # type: ignore[assignment]
 
     return undo
 
