@@ -13,6 +13,13 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.calibration.statistic_registry import (
+    GradientStatistic,
+    GroupStatistic,
+    InputStatistic,
+    register_statistic,
+    statistic_names,
+)
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
@@ -42,8 +49,11 @@ __all__ = [
     "Criterion",
     "ExpertChannels",
     "Experts",
+    "GradientStatistic",
     "GroupSet",
+    "GroupStatistic",
     "GroupTable",
+    "InputStatistic",
     "Limits",
     "MultiheadAttention",
     "PlanError",
@@ -67,8 +77,10 @@ __all__ = [
     "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",
+    "register_statistic",
     "repair",
     "save_pruned",
+    "statistic_names",
     "unexplained_shares",
     "verify_architecture",
 ]

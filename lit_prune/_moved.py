@@ -137,10 +137,8 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.reporting.throughput": "tokens_per_second",
     },
     "lit_prune.statistics": {
-        "lit_prune.calibration.statistics": (
-            "ELEMENTWISE GROUPWISE STATISTICS MODES GRADIENT_DTYPES Statistics check_gathering"
-        ),
-        "lit_prune.calibration.activations": "ACTIVATION ActivationStatistics",
+        "lit_prune.calibration.statistics": ("MODES GRADIENT_DTYPES Statistics check_gathering"),
+        "lit_prune.calibration.activations": "ActivationStatistics",
         "lit_prune.calibration.collect": "collect_statistics",
         "lit_prune.calibration.evaluation": "evaluation_mode",
     },

@@ -136,7 +136,6 @@ def test_reset_plateau():
 
 
 def test_dynamo_is_loaded_by_what_compiles(monkeypatch):
-    import torch._dynamo
 
     assert torch_internals.is_dynamo_loaded()
     monkeypatch.delitem(sys.modules, "torch._dynamo")
