@@ -1,4 +1,4 @@
-"""Finds the groups of a model. Every file but the machinery (base, adapt, traced) is nothing but descriptions."""
+"""Finds the groups of a model, and has what a description of a new kind of component is made of (docs/architectures.md)."""
 
 # importing a file registers what it describes
 from lit_prune.architectures.arguments import Positions
@@ -13,20 +13,45 @@ from lit_prune.architectures.registry import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.slices import (
+    INTERLEAVED,
+    STACKED,
+    consumed,
+    group_set_of,
+    parameter_of,
+    part_of,
+    part_rows,
+    produced,
+    reader_adaptations,
+)
 from lit_prune.architectures.tracing.traced import Traced
+from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice
 
 __all__ = [
+    "INTERLEAVED",
     "MLP",
+    "STACKED",
+    "Adaptation",
     "Architecture",
     "Attention",
+    "Attribute",
     "Block",
     "ExpertChannels",
     "Experts",
+    "GroupSet",
     "MultiheadAttention",
     "Positions",
+    "Slice",
     "Traced",
     "architectures",
+    "consumed",
     "find_group_sets",
     "find_model",
+    "group_set_of",
+    "parameter_of",
+    "part_of",
+    "part_rows",
+    "produced",
+    "reader_adaptations",
     "register_architecture",
 ]
