@@ -92,6 +92,7 @@ class TrainingStep:
                 # as in Lightning, which warns
                 output = None if batch is None else self._run(batch)
         except BaseException as error:
+            # also where a step exits or is interrupted, the weights are as before
             self._optimization.forget()
             self._guard.restore()
             if isinstance(error, Exception) and hasattr(error, "add_note"):

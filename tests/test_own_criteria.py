@@ -29,14 +29,19 @@ AGAIN = {
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch, request):
+def registered(monkeypatch):
     """What a test registers is forgotten."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    saved = []
     for name in ("_REGISTRY", "INPUT_SUMS"):
         # the same objects, which others have imported
         known = getattr(statistic_registry, name)
         before = dict(known)
-        request.addfinalizer(lambda known=known, before=before: (known.clear(), known.update(before)))
+        saved.append((known, before))
+    yield
+    for known, before in saved:
+        known.clear()
+        known.update(before)
 
 
 def calibration_ids():

@@ -47,7 +47,26 @@ def _offloaded_by(model: nn.Module, name: str) -> str:
 
 
 def _check_beside(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Module) -> None:
-    parameters = {s.parameter: model.get_parameter(s.parameter) for g in group_sets for s in g.slices}
+    for name, key, path, module in shared_beside(root, model, [s.parameter for g in group_sets for s in g.slices]):
+        raise UnsupportedModelError(
+            f"{name!r} shares its values with {key!r} of {path or '(root)'} ({type(module).__name__}): cutting one would"
+            " break the tie, or the other module. Untie them first: give one of them"
+            " nn.Parameter(weight.detach().clone())."
+        )
+
+
+def shared_beside(root: nn.Module, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, str, nn.Module]]:
+    """Find parameters of a model that a module beside it holds, too, as the same parameter or at the same memory.
+
+    Args:
+        root: The module that holds the model; modules that it holds as plain attributes are searched as well.
+        model: The model.
+        names: Names of the model's parameters to look for.
+
+    Returns:
+        The parameter's name, its name in the other module, and that module's path and the module itself.
+    """
+    parameters = {name: model.get_parameter(name) for name in names}
     by_identity = {id(p): name for name, p in parameters.items()}
     by_address = {address: name for name, p in parameters.items() if (address := _address(p))}
     inside = {id(module) for module in model.modules()}
@@ -57,11 +76,7 @@ def _check_beside(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Mod
             if id(parameter) not in by_identity:
                 name = by_address.get(_address(parameter))
             if name is not None:
-                raise UnsupportedModelError(
-                    f"{name!r} shares its values with {key!r} of {path or '(root)'} ({type(module).__name__}): cutting one would"
-                    " break the tie, or the other module. Untie them first: give one of them"
-                    " nn.Parameter(weight.detach().clone())."
-                )
+                yield name, key, path, module
 
 
 def _address(parameter: Tensor) -> int:

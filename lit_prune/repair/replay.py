@@ -194,6 +194,7 @@ def _replayed(name: str) -> Iterator[None]:
     except (Reached, PruningError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        # the user's forward, called as it was not written to be called, may raise anything
         raise UnsupportedModelError(
             f"{name} cannot be run on its own with what it was called with in the model ({type(error).__name__}: {error})."
             f" {_WAY_OUT}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.architectures.weight_checks import shared_beside
 from lit_prune.distributed import shards
 from lit_prune.errors import ReferenceHeldError
 from lit_prune.torch_internals import hook_tables
@@ -141,18 +142,11 @@ def check_ties(root: nn.Module, model: nn.Module, touched: Iterable[str]) -> Non
     Raises:
         ReferenceHeldError: Naming both.
     """
-    inside = {id(m) for m in model.modules()}
-    names = {id(model.get_parameter(name)): name for name in touched}
-    for path, module in root.named_modules():
-        if id(module) in inside:
-            continue
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) in names:
-                raise ReferenceHeldError(
-                    f"{names[id(parameter)]!r} of the model is tied to {f'{path}.{attribute}'.lstrip('.')!r}, a module"
-                    " beside the model, which does not follow the cut. Untie them, or protect the layer"
-                    " (protect=[...])."
-                )
+    for name, attribute, path, _ in shared_beside(root, model, touched):
+        raise ReferenceHeldError(
+            f"{name!r} of the model is tied to {f'{path}.{attribute}'.lstrip('.')!r}, a module beside the model, which does"
+            " not follow the cut. Untie them, or protect the layer (protect=[...])."
+        )
 
 
 def stale_copies(owner: Any, model: nn.Module, touched: Collection[str]) -> Iterator[tuple[str, str]]:
