@@ -28,8 +28,9 @@ from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
-from lit_prune.pipeline import calibrate, make_plan, prune, repair
+from lit_prune.pipeline import calibrate, prune, repair
 from lit_prune.plan import PruningPlan, get_plan
+from lit_prune.planning import make_plan
 from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable

@@ -106,6 +106,7 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.calibration.mask_gradients": "Key observable watch_block MaskCollector",
     },
     "lit_prune.pipeline": {
+        "lit_prune.planning": "make_plan",
         "lit_prune.config": "DEFAULT AUTO CANDIDATES HELD_BACK PruningConfig",
         "lit_prune.ranking.model_table": "model_size",
         "lit_prune.ranking.candidates": "masked masked_loss",

@@ -57,6 +57,11 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks that run after a module's forward."""
+    return list(module._forward_hooks.values())
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks that run before a module's forward, which is where ``torch.nn.utils`` keeps its reparametrizations."""
     return list(module._forward_pre_hooks.values())

@@ -98,6 +98,9 @@ def test_hooks_of_tensors_and_modules():
     assert called == ["gradient", "accumulated"], "a hook ran that was taken out of its table"
     layer = nn.Linear(2, 2)
     prune.l1_unstructured(layer, "weight", 1)
+    hooked = nn.Linear(1, 1)
+    hooked.register_forward_hook(print)
+    assert torch_internals.forward_hooks(hooked) == [print] and torch_internals.forward_hooks(layer) == []
     (hook,) = torch_internals.forward_pre_hooks(layer)
     assert torch_internals.pruned_name(hook) == "weight"
 

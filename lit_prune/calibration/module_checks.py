@@ -24,7 +24,7 @@ from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.torch_internals import convolve, tree_leaves
+from lit_prune.torch_internals import convolve, forward_hooks, forward_pre_hooks, tree_leaves
 
 # batches to look at until one reaches the model: a training step may skip some
 _ATTEMPTS = 8
@@ -167,8 +167,8 @@ class _Watch:
         self._linear = linear and isinstance(module, LINEAR)
         self._given: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._hooks = [hook_name(h) for h in module._forward_hooks.values()]
-        self._pre_hooks = [hook_name(h) for h in module._forward_pre_hooks.values()]
+        self._hooks = [hook_name(h) for h in forward_hooks(module)]
+        self._pre_hooks = [hook_name(h) for h in forward_pre_hooks(module)]
 
     def start(self) -> None:
         """Put the hooks on, around those that are there."""

@@ -82,7 +82,7 @@ class GroupObserver(Protocol):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> object:
+    ) -> bool | None:
         """Stop, and leave no hook behind."""
 
     def end_batch(self) -> None:
