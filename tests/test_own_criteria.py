@@ -14,6 +14,8 @@ from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.ranking import registry
 from lit_prune.ranking.criteria import fisher, fluctuation, magnitude, output_wanda, second_order, taylor, wanda
 
+pytestmark = pytest.mark.core
+
 AGAIN = {
     "taylor": (lit_prune.Term(taylor, "gradient"),),
     "taylor_2nd": (lit_prune.Term(taylor, "gradient"), lit_prune.Term(second_order, "squared_gradient")),
