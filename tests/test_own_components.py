@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import lit_prune
-from lit_prune.architectures import Block, consumed, group_set_of, part_of, registry
+from lit_prune.architectures import Block, consumed, group_set_of, part_of
 
 pytestmark = pytest.mark.core
 
@@ -58,8 +58,7 @@ class Bilinear(Block):
 
 
 @pytest.fixture
-def model(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", list(registry._REGISTRY))
+def model(registries):
     lit_prune.register_architecture(
         lit_prune.Architecture(name="bilinear", models=(BilinearModel,), blocks=(Bilinear("layers.*"),))
     )

@@ -14,7 +14,7 @@ from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.ranking import registry
 from lit_prune.ranking.criteria import fisher, fluctuation, magnitude, output_wanda, second_order, taylor, wanda
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("registries")]
 
 AGAIN = {
     "taylor": (lit_prune.Term(taylor, "gradient"),),
@@ -28,22 +28,6 @@ AGAIN = {
     "magnitude": (lit_prune.Term(magnitude),),
     "random": (),
 }
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """What a test registers is forgotten."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    saved = []
-    for name in ("_REGISTRY", "INPUT_SUMS"):
-        # the same objects, which others have imported
-        known = getattr(statistic_registry, name)
-        before = dict(known)
-        saved.append((known, before))
-    yield
-    for known, before in saved:
-        known.clear()
-        known.update(before)
 
 
 def calibration_ids():
