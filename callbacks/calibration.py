@@ -8,13 +8,12 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -23,6 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lit_prune._moved import moved_names
+from lit_prune.callbacks.lightning_internals import (
+    metrics_kept,
+    prepared_train_dataloader,
+    set_up_datamodule,
+    train_data_source,
+)
 from lit_prune.callbacks.manual_optimization import nothing, replaced
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
@@ -30,6 +35,7 @@ from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, name
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import shards
 from lit_prune.errors import CalibrationError
+from lit_prune.torch_internals import is_dynamo_loaded, new_iterator
 
 __getattr__ = moved_names("lit_prune.callbacks.calibration")
 
@@ -123,20 +129,14 @@ def _train_dataloader(trainer: pl.Trainer) -> Any:
     """The train dataloaders of a fit, or those that a fit would have."""
     if trainer.train_dataloader is not None:
         return trainer.train_dataloader
-    source = trainer.fit_loop._data_source
+    source = train_data_source(trainer)
     if not source.is_defined():
         raise CalibrationError(
             "There is no train dataloader to calibrate on; give StructuredPruning a calibration_dataloader."
         )
     if is_a(source.instance, pl.LightningDataModule):
-        call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
-    return apply_to_collection(
-        source.dataloader(),
-        DataLoader,
-        trainer._data_connector._prepare_dataloader,
-        shuffle=True,
-        mode=RunningStage.TRAINING,
-    )
+        set_up_datamodule(trainer)
+    return apply_to_collection(source.dataloader(), DataLoader, partial(prepared_train_dataloader, trainer))
 
 
 def progress_bar(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -157,7 +157,7 @@ class _Fresh:
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.loader, DataLoader) and self.loader.persistent_workers:
-            return self.loader._get_iterator()
+            return new_iterator(self.loader)
         return iter(self.loader)
 
     def __len__(self) -> int:
@@ -199,7 +199,6 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
         dataloader: A dataloader that the trainer does not know.
     """
     module = trainer.lightning_module
-    connector = trainer._logger_connector
     shards.reshard(module)
     snapshot = Snapshot(
         [
@@ -212,22 +211,16 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
             *((f"lr_schedulers[{n}]", config.scheduler) for n, config in enumerate(trainer.lr_scheduler_configs)),
         ]
     )
-    values = {
-        name: dict(getattr(connector, name))
-        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-    }
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     should_stop = trainer.should_stop
     try:
         trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
         trainer.loggers = [DummyLogger() for _ in loggers]
-        with random_state_kept():
+        with metrics_kept(trainer), random_state_kept():
             yield snapshot
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
         trainer.should_stop = should_stop
-        for name, value in values.items():
-            setattr(connector, name, value)
         shards.reshard(module)
         snapshot.restore()
         _warn_of_traces(trainer, snapshot.lost)
@@ -236,7 +229,7 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Run compiled modules eagerly: compiled code does not see hooks that come after it."""
-    if "torch._dynamo" not in sys.modules:
+    if not is_dynamo_loaded():
         yield
         return
     with torch.compiler.set_stance("force_eager"):

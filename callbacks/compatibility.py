@@ -12,13 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from lit_prune.architectures.registry import find_model
+from lit_prune.callbacks.lightning_internals import averaged_model
 from lit_prune.callbacks.packages import is_a
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.apply import cut
 from lit_prune.surgery.references import attributes, items, stale_copies
+from lit_prune.torch_internals import reset_plateau, tables
 
 
 def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
@@ -58,7 +61,7 @@ def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
     candidates = [
         (path, item)
         for path, holder in pl_module.named_modules()
-        for value in (*holder._modules.values(), *(v for _, v in attributes(holder)))
+        for value in (*tables(holder)[2].values(), *(v for _, v in attributes(holder)))
         for item in items(value)
         if isinstance(item, nn.Module) and id(item) not in inside
     ]
@@ -83,12 +86,12 @@ def _is_copy(module: nn.Module, model: nn.Module) -> bool:
     return type(found) is type(model) and [p.shape for p in found.parameters()] == [p.shape for p in model.parameters()]
 
 
-def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
-    """Lightning's averaging callbacks with the LightningModule that each of them averages into."""
+def averages(trainer: pl.Trainer) -> list[tuple[AveragedModel, nn.Module]]:
+    """The averages of Lightning's averaging callbacks, each with the LightningModule that it averages into."""
     return [
-        (callback, callback._average_model.module)
+        (average, average.module)
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if is_a(callback, WeightAveraging) and callback._average_model is not None
+        if is_a(callback, WeightAveraging) and (average := averaged_model(callback)) is not None
     ]
 
 
@@ -109,9 +112,9 @@ def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | No
 
 def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Start the averages again from the module's present weights."""
-    for callback, module in averages(trainer):
+    for average, module in averages(trainer):
         module.load_state_dict(pl_module.state_dict())
-        callback._average_model.n_averaged.zero_()  # type: ignore[union-attr]
+        average.n_averaged.zero_()
 
 
 def optimizers_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Optimizer]:
@@ -135,7 +138,7 @@ def reset_best_scores(trainer: pl.Trainer) -> None:
             callback.wait_count = 0
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
-            config.scheduler._reset()
+            reset_plateau(config.scheduler)
 
 
 def _forget(callback: ModelCheckpoint) -> None:

@@ -21,7 +21,7 @@ from lit_prune.callbacks.compatibility import (
     reset_best_scores,
     restart_averages,
 )
-from lit_prune.callbacks.output import warn_if_unwritten
+from lit_prune.callbacks.output import warn_instead
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
 from lit_prune.callbacks.strategies import renew_wrapper
@@ -128,7 +128,7 @@ def _measure(pruning: Pruning, trainer: pl.Trainer, stage: str) -> None:
 def _write(pruning: Pruning) -> None:
     folder = pruning.output_dir
     if folder is not None and pruning.plan is not None:
-        with warn_if_unwritten("the plan and group table", folder):
+        with warn_instead(f"The plan and group table was not written to {folder}"):
             pruning.plan.save(folder / "plan.json")
             # a resumed run has no table of the stages before
             if pruning.table is not None:

@@ -32,7 +32,7 @@ from lit_prune.arguments import (
     optional,
 )
 from lit_prune.calibration.token_masks import has_decoder, output_mask
-from lit_prune.callbacks.output import check_output, warn_if_unwritten
+from lit_prune.callbacks.output import check_output, warn_instead
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
@@ -216,7 +216,10 @@ class Distillation(Callback):
         self._held = _fingerprint(self._model)
         self._state.value = _Teaching(copy=self._held)
         if self._file is not None and trainer.is_global_zero:
-            with warn_if_unwritten("the copy that a resumed run needs", self._file), replacing(self._file) as name:
+            with (
+                warn_instead(f"What a resumed run needs was not written to {self._file}"),
+                replacing(self._file) as name,
+            ):
                 save_weights(self._model, name, metadata={"copy": self._held})
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:

@@ -12,13 +12,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_leaves
 
+from lit_prune.callbacks.lightning_internals import wrapped_optimizers
 from lit_prune.callbacks.write_guard import WriteGuard
+from lit_prune.torch_internals import TABLES, has_gradient_hooks, leaf_of, tree_leaves
 
 # a container of optimizers or schedulers has not more of them
 _FEW = 100
-_OF_MODULES = {"_parameters", "_buffers", "_modules"}
 
 
 class RecordedOptimization:
@@ -77,7 +77,7 @@ class RecordedOptimization:
             replace(self._module, "untoggle_optimizer", lambda *_, **__: self._toggle(None))
             for name in ("clip_gradients", "configure_gradient_clipping"):
                 replace(self._module, name, nothing)
-            wrapped = self._trainer.strategy._lightning_optimizers
+            wrapped = wrapped_optimizers(self._trainer)
             for optimizer in (*(o for o, _ in self._optimizers.values()), *wrapped):
                 for name in _methods(optimizer):
                     replace(optimizer, name, self._replacement(name, optimizer))
@@ -123,13 +123,8 @@ class RecordedOptimization:
             self._backward(tensor, gradient)
 
     def _differentiate_inputs(self, loss: Tensor) -> None:
-        leaves = [
-            node.variable
-            for node in _graph(loss)
-            if hasattr(node, "variable")
-            and id(node.variable) not in self._parameters
-            and not node.variable._backward_hooks
-        ]
+        found = [leaf for node in _graph(loss) if (leaf := leaf_of(node)) is not None]
+        leaves = [leaf for leaf in found if id(leaf) not in self._parameters and not has_gradient_hooks(leaf)]
         if leaves:
             for leaf, gradient in zip(
                 leaves, torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True), strict=True
@@ -143,7 +138,7 @@ class RecordedOptimization:
             self._outputs.update(t.grad_fn for t in leaves)
 
     def _reaches_model(self, loss: Tensor) -> bool:
-        return any(n in self._outputs or id(getattr(n, "variable", None)) in self._own for n in _graph(loss))
+        return any(n in self._outputs or id(leaf_of(n)) in self._own for n in _graph(loss))
 
     def _toggle(self, optimizer: Any) -> None:
         self._toggled = None if optimizer is None else self._key(optimizer)
@@ -236,7 +231,7 @@ def _held(module: nn.Module) -> Sequence[Any]:
     values: list[Any] = []
     for name, value in vars(module).items():
         values.append(value)
-        if isinstance(value, (list, tuple, dict)) and len(value) < _FEW and name not in _OF_MODULES:
+        if isinstance(value, (list, tuple, dict)) and len(value) < _FEW and name not in TABLES:
             values += value.values() if isinstance(value, dict) else value
     return values
 

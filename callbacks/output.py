@@ -52,9 +52,16 @@ def check_output(trainer: pl.Trainer, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def warn_if_unwritten(what: str, folder: Path) -> Iterator[None]:
-    """Turn an error of the file system into a warning: a full disk is no reason to lose the run."""
+def warn_instead(
+    what: str, errors: type[Exception] | tuple[type[Exception], ...] = (OSError, SafetensorError, PruningError)
+) -> Iterator[None]:
+    """Turn errors of some classes into a warning: the run is worth more than what was to be made of it.
+
+    Args:
+        what: What did not happen, as the warning begins.
+        errors: The classes; by default those of writing files, a full disk say.
+    """
     try:
         yield
-    except (OSError, SafetensorError, PruningError) as error:
-        rank_zero_warn(one_line(f"{what.capitalize()} was not written to {folder}: {error}. The run goes on."))
+    except errors as error:
+        rank_zero_warn(one_line(f"{what}: {type(error).__name__}: {error}. The run goes on."))

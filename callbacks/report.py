@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import statistics
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,13 @@ from torch import nn
 from lit_prune._files import check_writable
 from lit_prune._renamed import RenamedAttribute
 from lit_prune.arguments import COUNT, FLAG, PATH, TEXT, optional
-from lit_prune.callbacks.output import check_on_rank_zero
+from lit_prune.callbacks.output import check_on_rank_zero, warn_instead
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.validation import missing_validation
-from lit_prune.errors import ArgumentValueError, PruningError
+from lit_prune.callbacks.wandb_report import log_model, log_pictures, log_plan, log_tables
+from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.output_folder import check_replaceable
@@ -37,7 +36,7 @@ from lit_prune.io.sources import load_tokenizer
 from lit_prune.ranking.table import GroupTable
 from lit_prune.reporting.page import report_table, write_report
 from lit_prune.reporting.throughput import tokens_per_second
-from lit_prune.text_escape import for_console, one_line
+from lit_prune.text_escape import for_console
 
 
 class PruningReport(Callback):
@@ -227,7 +226,7 @@ class PruningReport(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=trainer.global_step)
             if is_a(logger, WandbLogger) and trainer.is_global_zero and pruning.table is not None:
-                _log_tables(logger, pruning.table, trainer.global_step)
+                log_tables(logger, pruning.table, trainer.global_step)
 
     def _count(self, table: GroupTable) -> None:
         """Add to what each kind of group lost: parameters, those that left with a whole block apart, and groups."""
@@ -263,7 +262,7 @@ class PruningReport(Callback):
         if not self._pruning.dry_run:
             self.metrics["recovered"] = {**_size(model), **self._state.value.validated}
             if self._dense is not None:
-                with _warning("The speed was not measured"):
+                with warn_instead("The speed was not measured", _ANYTHING):
                     self._measure(model)
             recovered = {f"pruning/recovered/{n}": v for n, v in self.metrics["recovered"].items()}
             for logger in trainer.loggers:
@@ -271,12 +270,12 @@ class PruningReport(Callback):
         self._dense = None
         drawn = self._write(trainer, model)
         for logger in trainer.loggers:
-            with _warning(f"{type(logger).__name__} did not take the report"):
+            with warn_instead(f"{type(logger).__name__} did not take the report", _ANYTHING):
                 if is_a(logger, TensorBoardLogger):
                     for name, figure in drawn.items():
                         logger.experiment.add_figure(f"pruning/{name}", figure, global_step=trainer.global_step)
                 if is_a(logger, WandbLogger):
-                    self._log_files(logger, self._folder(trainer), drawn, trainer.global_step)
+                    self._log_to_wandb(logger, self._folder(trainer), drawn, trainer.global_step)
         self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,16 +322,16 @@ class PruningReport(Callback):
             return {}
         folder = self._folder(trainer)
         drawn: dict[str, Figure] = {}
-        with _warning(f"The report was not written to {folder}"):
+        with warn_instead(f"The report was not written to {folder}", _ANYTHING):
             # the table is None in a run that was resumed after the last cut
             drawn = write_report(
                 folder, self.metrics, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
             )
         if self.save_model and not pruning.dry_run:
             tokenizer = None
-            with _warning("The tokenizer was not saved with the model"):
+            with warn_instead("The tokenizer was not saved with the model", _ANYTHING):
                 tokenizer = self._load_tokenizer(trainer)
-            with _warning(f"The pruned model was not written to {folder / 'model'}"):
+            with warn_instead(f"The pruned model was not written to {folder / 'model'}", _ANYTHING):
                 save_pruned(
                     model, folder / "model", tokenizer, metrics=self.metrics, self_contained=self.self_contained
                 )
@@ -342,26 +341,13 @@ class PruningReport(Callback):
         source = self.tokenizer or getattr(getattr(trainer.datamodule, "hparams", None), "tokenizer", None)  # type: ignore[attr-defined]
         return None if source is None else load_tokenizer(source)
 
-    def _log_files(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Figure], step: int) -> None:
-        """The pictures, the plan and, if asked for, the model; the model's metadata say which plan it was cut by."""
-        import wandb
-
+    def _log_to_wandb(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Figure], step: int) -> None:
         assert self._pruning is not None and self._pruning.plan is not None
-        images = {f"pruning/{name}": wandb.Image(figure) for name, figure in drawn.items()}
-        if images:
-            logger.log_metrics(images, step=step)  # type: ignore[arg-type]
-        plan, run = self._pruning.plan, logger.experiment
-        described = {"digest": plan.digest(), "dense_model": self.dense_artifact, **plan.info}
-        artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
-        for name in ("plan.json", "group_table.csv", "report.html"):
-            if (folder / name).exists():
-                artifact.add_file(str(folder / name))
-        run.log_artifact(artifact)
+        plan = self._pruning.plan
+        log_pictures(logger, drawn, step)
+        origin = log_plan(logger, folder, plan, self.dense_artifact)
         if self.log_model and (folder / "model").is_dir():
-            origin = {"plan": artifact.name, "plan_digest": plan.digest(), "dense_model": self.dense_artifact}
-            model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata={**origin, "metrics": self.metrics})
-            model.add_dir(str(folder / "model"))
-            run.log_artifact(model)
+            log_model(logger, folder / "model", {**origin, "metrics": self.metrics})
 
     def _note_on_metrics(self, trainer: pl.Trainer) -> str:
         if self._pruning is None or self._pruning.metrics:
@@ -380,13 +366,8 @@ class PruningReport(Callback):
         console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)
 
 
-@contextlib.contextmanager
-def _warning(what: str) -> Iterator[None]:
-    """Warn of an error: whatever goes wrong with a report, the training that it reports on is done and stays."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(one_line(f"{what}: {type(error).__name__}: {error}"))
+# loggers, tokenizers and models of others may raise anything, at the end of a training that is worth more than its report
+_ANYTHING = Exception
 
 
 @dataclass
@@ -402,55 +383,11 @@ class _Reported:
     validated: dict[str, float] = field(default_factory=dict)
 
 
-def wandb_run(checkpoint: str | Path) -> dict[str, Any]:
-    """Arguments for ``WandbLogger`` that continue the run which wrote a checkpoint.
-
-    Args:
-        checkpoint: A checkpoint of a run with :class:`PruningReport` and a ``WandbLogger``.
-
-    Returns:
-        ``id`` and ``resume``.
-
-    Raises:
-        PruningError: If the checkpoint carries no run.
-
-    Example::
-
-        trainer = L.Trainer(logger=WandbLogger(project="pruning", **wandb_run("last.ckpt")), callbacks=[...])
-        trainer.fit(module, ckpt_path="last.ckpt")
-    """
-    states = torch.load(checkpoint, map_location="cpu", weights_only=True).get("callbacks", {}).values()
-    ids = [s["wandb_run"] for s in states if isinstance(s, Mapping) and s.get("wandb_run")]
-    if not ids:
-        raise PruningError(f"{checkpoint} carries no Weights & Biases run; expected one written with PruningReport.")
-    return {"id": ids[0], "resume": "allow"}
-
-
 def _options(pruning: StructuredPruning) -> dict[str, Any]:
     options = asdict(pruning.config)
     options["stages"] = [asdict(stage) for stage in pruning.stages]
     options["calibration_batches"] = pruning.calibration_batches
     return json.loads(json.dumps(options))
-
-
-def _log_tables(logger: WandbLogger, table: GroupTable, step: int) -> None:
-    import wandb
-
-    columns = table.to_arrow()
-    names = columns.column_names
-    rows = [list(row) for row in zip(*(columns[name].to_pylist() for name in names), strict=True)]
-    kept = [len(groups) for groups in table.kept_groups()]
-    layers = [
-        [f"{kind} {layer}", kind, int(layer), int(size), count]
-        for (_, kind), layer, size, count in zip(table.keys, table.layers, table.sizes, kept, strict=True)
-    ]
-    by_layer = wandb.Table(columns=["place", "kind", "layer", "groups", "kept"], data=layers)
-    with warnings.catch_warnings():
-        # a table of a large model has more rows than one panel shows; the artifact of the plan holds them all
-        warnings.filterwarnings("ignore", message=".*Truncating wandb.Table.*")
-        logger.log_metrics({"pruning/group_table": wandb.Table(columns=names, data=rows)}, step=step)  # type: ignore[dict-item]
-    chart = wandb.plot.bar(by_layer, "place", "kept", title="Groups kept")
-    logger.log_metrics({"pruning/kept_by_layer": by_layer, "pruning/kept_chart": chart}, step=step)  # type: ignore[dict-item]
 
 
 def _size(model: nn.Module) -> dict[str, float]:

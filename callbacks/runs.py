@@ -19,6 +19,39 @@ from lit_prune.ranking.table import GroupTable
 T = TypeVar("T")
 
 
+class _ByModule(Generic[T]):
+    """The module that a value is of, and the values of other modules, put aside; modules are held by weak references.
+
+    Attributes:
+        found: Whether a module was given, even if it is gone by now.
+    """
+
+    def __init__(self) -> None:
+        self._module: weakref.ref[nn.Module] | None = None
+        self._others: weakref.WeakKeyDictionary[nn.Module, T] = weakref.WeakKeyDictionary()
+
+    @property
+    def found(self) -> bool:
+        return self._module is not None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
+    @module.setter
+    def module(self, module: nn.Module | None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+
+    def put_aside(self, value: T) -> None:
+        """Keep the value of the module at hand, if it lives."""
+        if (module := self.module) is not None:
+            self._others[module] = value
+
+    def take(self, module: nn.Module) -> T | None:
+        """Return the value that was put aside for a module, once."""
+        return self._others.pop(module, None)
+
+
 class PerModule(Generic[T]):
     """The state of a callback, one for each module that it was given. Modules are held by weak references.
 
@@ -32,8 +65,7 @@ class PerModule(Generic[T]):
     def __init__(self, new: Callable[[], T]) -> None:
         self.value = new()
         self._new = new
-        self._module: weakref.ref[nn.Module] | None = None
-        self._others: weakref.WeakKeyDictionary[nn.Module, T] = weakref.WeakKeyDictionary()
+        self._of: _ByModule[T] = _ByModule()
 
     def __getstate__(self) -> dict[str, Any]:
         """The present state; which object its module was means nothing in another process."""
@@ -46,14 +78,13 @@ class PerModule(Generic[T]):
 
     def begin(self, module: nn.Module) -> None:
         """Make the state of a module the present one."""
-        bound = None if self._module is None else self._module()
-        if bound is module:
+        if self._of.module is module:
             return
-        if bound is not None:
-            self._others[bound] = self.value
-        if self._module is not None:
-            self.value = self._others.pop(module) if module in self._others else self._new()
-        self._module = weakref.ref(module)
+        self._of.put_aside(self.value)
+        if self._of.found:
+            known = self._of.take(module)
+            self.value = self._new() if known is None else known
+        self._of.module = module
 
     def reset(self) -> None:
         """Begin anew with the same module."""
@@ -132,8 +163,7 @@ class Runs:
 
     def __init__(self) -> None:
         self.current = PruningRun()
-        self._model: weakref.ref[nn.Module] | None = None
-        self._others: weakref.WeakKeyDictionary[nn.Module, PruningRun] = weakref.WeakKeyDictionary()
+        self._of: _ByModule[PruningRun] = _ByModule()
         self._made: set[str] = set()
         self._loaded = False
 
@@ -160,8 +190,8 @@ class Runs:
         """Take over the run of a checkpoint, in place of the one chosen; :meth:`bind` checks that it fits the model."""
         if run.now == self.current.now and run.stages_done == self.current.stages_done:
             run = replace(run, table=self.current.table)
-        self._put_aside()
-        self._model, self._loaded = None, True
+        self._of.put_aside(self.current)
+        self._of.module, self._loaded = None, True
         self.commit(run)
 
     def bind(self, model: nn.Module, blocks: bool) -> None:
@@ -176,7 +206,7 @@ class Runs:
         """
         if not self._loaded:
             self._choose(model)
-        found, known = plan_digest(model), self._model is not None
+        found, known = plan_digest(model), self._of.found
         if self.current.reference is None and not known and found in self._made:
             raise PruningError(
                 f"The model carries the plan {_short(found)}, which this StructuredPruning made in an earlier fit, but it is"
@@ -193,7 +223,7 @@ class Runs:
                 f" {_short(self.current.now)}. Was it pruned by something else in between, or are its weights of another"
                 " checkpoint? Use a new StructuredPruning for it."
             )
-        self._model = weakref.ref(model)
+        self._of.module = model
 
     def commit(self, run: PruningRun) -> Callable[[], None]:
         """Make a run the current one, for the same model, and return a function that undoes this."""
@@ -208,21 +238,15 @@ class Runs:
         return undo
 
     def _choose(self, model: nn.Module) -> None:
-        bound = None if self._model is None else self._model()
-        if bound is model:
+        if self._of.module is model:
             return
         found = plan_digest(model)
-        unbound = self._model is None and self.current.reference is not None
-        self._put_aside()
-        if model in self._others:
-            self.current, self._model = self._others.pop(model), weakref.ref(model)
+        unbound = not self._of.found and self.current.reference is not None
+        self._of.put_aside(self.current)
+        if (known := self._of.take(model)) is not None:
+            self.current, self._of.module = known, model
         elif not (unbound and found == self.current.now != self.current.start):
-            self.current, self._model = PruningRun(start=found, now=found), None
-
-    def _put_aside(self) -> None:
-        bound = None if self._model is None else self._model()
-        if bound is not None:
-            self._others[bound] = self.current
+            self.current, self._of.module = PruningRun(start=found, now=found), None
 
 
 def _short(digest: str | None) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -18,10 +17,10 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lit_prune.architectures import find_model
 from lit_prune.callbacks.compatibility import averages, optimizers_of
+from lit_prune.callbacks.lightning_internals import METADATA_FILENAME, start_method
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import ranks_of
@@ -59,9 +58,9 @@ def check_strategy(strategy: Strategy) -> None:
         raise UnsupportedStrategyError(
             f"{name} gives parameters and optimizer state to DeepSpeed's engine, where they cannot be replaced. {_SHARDED}"
         )
-    if is_a(strategy.launcher, _MultiProcessingLauncher):
+    if (method := start_method(strategy)) is not None:
         raise UnsupportedStrategyError(
-            f"{name} is to start its processes by {strategy.launcher._start_method!r} (ddp_spawn, ddp_fork, ddp_notebook). They"
+            f"{name} is to start its processes by {method!r} (ddp_spawn, ddp_fork, ddp_notebook). They"
             " hand weights back to a model that was not cut. Use strategy='ddp', or start the processes with torchrun."
         )
     supported = any(is_a(strategy, kind) for kind in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
@@ -206,5 +205,5 @@ def _is_pruning(state: Any) -> bool:
 def _metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside weights and optimizer states."""
     if path.is_dir():
-        return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
+        return torch.load(path / METADATA_FILENAME, map_location="cpu", weights_only=True)
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -9,9 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -19,6 +17,13 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.evaluation import unobserved
 from lit_prune.calibration.statistics import SKIPPED
+from lit_prune.callbacks.lightning_internals import (
+    IteratorFetcher,
+    call_module_hook,
+    last_fetched,
+    step_arguments,
+    transferred,
+)
 from lit_prune.callbacks.manual_optimization import RecordedOptimization
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.write_guard import WriteGuard
@@ -52,7 +57,7 @@ class TrainingStep:
         self._number = -1
         # the outputs of a step whose batch has not ended yet
         self._outputs: Mapping[str, Any] | None = None
-        self._fetcher: _DataLoaderIterDataFetcher | None = None
+        self._fetcher: IteratorFetcher | None = None
 
     def batches(self, loader: CombinedLoader, limit: int, progress: Callable[[], object]) -> Iterator[Any]:
         """The batches of a loader, on the device, as the step expects them.
@@ -66,7 +71,7 @@ class TrainingStep:
         if is_param_in_hook_signature(self._module.training_step, "dataloader_iter", explicit=True):
             iterator: Iterator[Any] = self._iterators(loader)
         else:
-            iterator = (self._transferred(batch) for batch, *_ in loader)
+            iterator = (transferred(self._trainer, batch) for batch, *_ in loader)
         for _ in range(limit):
             try:
                 batch = next(iterator)
@@ -87,6 +92,7 @@ class TrainingStep:
                 # as in Lightning, which warns
                 output = None if batch is None else self._run(batch)
         except BaseException as error:
+            # also where a step exits or is interrupted, the weights are as before
             self._optimization.forget()
             self._guard.restore()
             if isinstance(error, Exception) and hasattr(error, "add_note"):
@@ -130,14 +136,13 @@ class TrainingStep:
 
     def _run(self, batch: Any) -> Any:
         fetcher = self._fetcher
-        shown = batch if fetcher is None else fetcher._batch
-        number = self._number if fetcher is None else fetcher._batch_idx
+        shown, number = (batch, self._number) if fetcher is None else last_fetched(fetcher)
         with unobserved():
-            response = call._call_lightning_module_hook(self._trainer, "on_train_batch_start", shown, number)
+            response = call_module_hook(self._trainer, "on_train_batch_start", shown, number)
         # Lightning ends the epoch here; calibration goes on to the next batch
         if response == -1:
             return None
-        arguments = self._trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, self._number)
+        arguments = step_arguments(self._trainer, batch, self._number)
         if fetcher is not None:
             arguments = OrderedDict(any=batch)
         with self._trainer.precision_plugin.train_step_context():
@@ -165,10 +170,9 @@ class TrainingStep:
         try:
             if self._outputs is not None:
                 fetcher = self._fetcher
-                shown = batch if fetcher is None else fetcher._batch
-                number = self._number if fetcher is None else fetcher._batch_idx
+                shown, number = (batch, self._number) if fetcher is None else last_fetched(fetcher)
                 with self._guard.watching(), self._optimization.active(), unobserved():
-                    call._call_lightning_module_hook(self._trainer, "on_train_batch_end", self._outputs, shown, number)
+                    call_module_hook(self._trainer, "on_train_batch_end", self._outputs, shown, number)
         finally:
             self._outputs = None
             self._optimization.forget()
@@ -183,18 +187,13 @@ class TrainingStep:
             hooks = ["on_train_epoch_start"] if progress.started < progress.ready else []
         with self._guard.watching(), self._optimization.active(), unobserved():
             for hook in hooks:
-                call._call_lightning_module_hook(self._trainer, hook)
+                call_module_hook(self._trainer, hook)
         self._optimization.forget()
         self._guard.restore()
 
-    def _transferred(self, batch: Any) -> Any:
-        batch = self._trainer.precision_plugin.convert_input(batch)
-        batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return call._call_strategy_hook(self._trainer, "batch_to_device", batch, dataloader_idx=0)
-
     def _iterators(self, loader: CombinedLoader) -> Iterator[Any]:
         """The same iterator again and again, for as long as it has batches: the step takes as many as it wants."""
-        self._fetcher = _DataLoaderIterDataFetcher()
+        self._fetcher = IteratorFetcher()
         self._fetcher.setup(loader)
         iter(self._fetcher)
         while not self._fetcher.done:

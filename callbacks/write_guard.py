@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.distributed import shards
+from lit_prune.torch_internals import DispatchMode, set_version, version_of, written_arguments
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class WriteGuard(TorchDispatchMode):
+class WriteGuard(DispatchMode):
     """Copies a tensor the moment before something within :meth:`watching` writes into it, and puts it back later.
 
     What PyTorch's dispatcher does not see (NumPy views, pointers) is found by a checksum, but cannot be put back.
@@ -60,7 +60,7 @@ class WriteGuard(TorchDispatchMode):
                 content = tensor.detach().clone()
                 self._before.setdefault(key, (tensor, content))
                 for mark in new:
-                    mark[key] = (tensor, content, tensor._version)
+                    mark[key] = (tensor, content, version_of(tensor))
 
     def mark(self) -> int:
         """Note that a graph is complete, whose backward pass still has to find the tensors as they are.
@@ -75,8 +75,7 @@ class WriteGuard(TorchDispatchMode):
         """Put back what was written since a mark, in such a way that autograd takes it for untouched."""
         for tensor, content, version in self._marks[mark].values() if mark is not None else ():
             tensor.data.copy_(content)
-            # as torch.autograd._unsafe_preserve_version_counter does
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+            set_version(tensor, version)
 
     def restore(self) -> None:
         """Put back everything that was written since the last call."""
@@ -114,11 +113,7 @@ def _storage(tensor: Tensor) -> int:
 @functools.cache
 def _written(func: Any) -> list[Callable[[Any, Any], Any]]:
     """Functions of an operation's arguments, each of which gives a tensor, or a list of them, that it writes into."""
-    takers: list[Callable[[Any, Any], Any]] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            takers.append(functools.partial(_argument, position, argument.name))
-    return takers
+    return [functools.partial(_argument, position, name) for position, name in written_arguments(func)]
 
 
 def _argument(position: int, name: str, args: Any, kwargs: Any) -> Any:

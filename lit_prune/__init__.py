@@ -14,6 +14,13 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.calibration.statistic_registry import (
+    GradientStatistic,
+    GroupStatistic,
+    InputStatistic,
+    register_statistic,
+    statistic_names,
+)
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
@@ -22,8 +29,9 @@ from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
-from lit_prune.pipeline import calibrate, make_plan, prune, repair
+from lit_prune.pipeline import calibrate, prune, repair
 from lit_prune.plan import PruningPlan, get_plan
+from lit_prune.planning import make_plan
 from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
@@ -43,8 +51,11 @@ __all__ = [
     "Criterion",
     "ExpertChannels",
     "Experts",
+    "GradientStatistic",
     "GroupSet",
+    "GroupStatistic",
     "GroupTable",
+    "InputStatistic",
     "Limits",
     "MultiheadAttention",
     "PlanError",
@@ -69,8 +80,10 @@ __all__ = [
     "rebuild_from_checkpoint",
     "register_architecture",
     "register_criterion",
+    "register_statistic",
     "repair",
     "save_pruned",
+    "statistic_names",
     "unexplained_shares",
     "verify_architecture",
 ]

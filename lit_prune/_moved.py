@@ -111,6 +111,7 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.calibration.mask_gradients": "Key observable watch_block MaskCollector",
     },
     "lit_prune.pipeline": {
+        "lit_prune.planning": "make_plan",
         "lit_prune.config": "DEFAULT AUTO CANDIDATES HELD_BACK PruningConfig",
         "lit_prune.ranking.model_table": "model_size",
         "lit_prune.ranking.candidates": "masked masked_loss",
@@ -142,10 +143,8 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.reporting.throughput": "tokens_per_second",
     },
     "lit_prune.statistics": {
-        "lit_prune.calibration.statistics": (
-            "ELEMENTWISE GROUPWISE STATISTICS MODES GRADIENT_DTYPES Statistics check_gathering"
-        ),
-        "lit_prune.calibration.activations": "ACTIVATION ActivationStatistics",
+        "lit_prune.calibration.statistics": ("MODES GRADIENT_DTYPES Statistics check_gathering"),
+        "lit_prune.calibration.activations": "ActivationStatistics",
         "lit_prune.calibration.collect": "collect_statistics",
         "lit_prune.calibration.evaluation": "evaluation_mode",
     },

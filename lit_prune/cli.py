@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import statistics as numbers
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,39 +14,26 @@ import torch
 from jsonargparse import ArgumentParser
 from pydantic import Field
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from lit_prune._files import check_writable, write_text
-from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import (
-    BIGGEST,
-    COUNT,
-    INTEGER,
     NATURAL,
     TEXT,
     Rule,
-    check_fields,
-    count,
-    either,
     mapping_of,
-    sequence_of,
 )
-from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
-from lit_prune.errors import ArgumentValueError, PruningError
-from lit_prune.groups import count_bytes, count_parameters
+from lit_prune.groups import count_parameters
 from lit_prune.io.conversion import convert_checkpoint
 from lit_prune.io.huggingface import save_pruned, to_pretrained, write_pruned
 from lit_prune.io.loading import load_pruned
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
-from lit_prune.pipeline import CALIBRATION, calibrate, prune_with, repair
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.ranking.registry import criteria
 from lit_prune.ranking.table import GroupTable
 from lit_prune.reporting.page import report_table, write_report
 from lit_prune.reporting.throughput import tokens_per_second
-from lit_prune.surgery.apply import apply_plan
+from lit_prune.session import Calibration, Session
 from lit_prune.text_escape import for_console
 from lit_prune.user_errors import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences, reading
 from lit_prune.version import __version__
@@ -63,39 +45,6 @@ _METRICS: Rule[dict[str, Any]] = mapping_of(
     TEXT,
     mapping_of("metrics by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
 )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that calibration runs on, and how much of it.
-
-    Args:
-        text: A text, JSON, CSV or Parquet file, or several as a list; python-docs for the documentation that every Python
-            ships.
-        batches: Number of calibration batches.
-        batch_size: Sequences of a batch.
-        block_size: Tokens of a sequence.
-        held_out: Sequences from the end of the text to measure perplexity on, before and after; 0 measures nothing.
-        seed: Seed of the choice of calibration sequences.
-    """
-
-    text: str | list[str] = "python-docs"
-    batches: int = 32
-    batch_size: int = 1
-    block_size: int = 128
-    held_out: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ArgumentTypeError: If one is of another type.
-            ArgumentValueError: If one is out of its range.
-        """
-        files = either("a path or name, or a list of at least one path", TEXT, sequence_of("paths", TEXT, empty=False))
-        counts = {"batches": COUNT, "batch_size": COUNT, "block_size": count(2, BIGGEST), "held_out": NATURAL}
-        check_fields(self, {"text": files, **counts, "seed": INTEGER})
 
 
 DEFAULT_CALIBRATION = Calibration()
@@ -123,7 +72,7 @@ def plan(
         dtype: Data type of the weights; auto takes that of the files.
     """
     check_writable(output)
-    session = _Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
+    session = Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     dense = session.metrics()
     table, made = session.prune(pruning)
     metrics = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
@@ -159,7 +108,7 @@ def apply(
     check_replaceable(output, [model])
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
-    session = _Session(model, calibration, device, dtype, blocks=blocks)
+    session = Session(model, calibration, device, dtype, blocks=blocks)
     if given is not None:
         given.validate(session.group_sets)
     metrics = {"dense": session.metrics()}
@@ -283,7 +232,7 @@ def compare(
     speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
     if output is not None:
         check_writable(output, file=True)
-    sessions = {name: _Session(name, calibration, device, dtype) for name in models}
+    sessions = {name: Session(name, calibration, device, dtype) for name in models}
     metrics = {name: session.metrics() for name, session in sessions.items()}
     if speed_tokens:
         first = next(iter(sessions.values()))
@@ -296,110 +245,6 @@ def compare(
     Console().print(report_table(metrics))
     if output is not None:
         write_text(output, json.dumps(metrics, indent=1) + "\n")
-
-
-class _Session:
-    """A model, its tokenizer and text: what every command begins with."""
-
-    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
-        from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
-
-        self.device = _device(device)
-        wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-        if dtype == "auto" and gguf_file(source) is not None:
-            wanted = torch.float32
-        self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
-        self.tokenizer = load_tokenizer(source)
-        self.group_sets = find_group_sets(self.model, blocks=blocks)
-        self.calibration = calibration
-        self.batches, self.held_out = self._text()
-
-    def _text(self) -> tuple[list[Tensor], list[Tensor]]:
-        from lit_prune.training.data import load_texts, pack
-
-        options = self.calibration
-        loaded = load_texts(options.text)
-        documents = loaded.get("train") or next(iter(loaded.values()))
-        blocks: Tensor = pack(documents, self.tokenizer, "text", options.block_size)[:]["input_ids"]
-        needed = options.batches * options.batch_size
-        if len(blocks) < needed + options.held_out:
-            raise PruningError(
-                f"{options.text} makes {len(blocks)} sequences of {options.block_size} tokens; expected"
-                f" {needed} for calibration and {options.held_out} held out. Bring more text, or lower them."
-            )
-        usable = len(blocks) - options.held_out
-        chosen = torch.randperm(usable, generator=torch.Generator().manual_seed(options.seed))[:needed]
-        batches = blocks[chosen].to(self.device).split(options.batch_size)
-        held_out = blocks[usable:].to(self.device).split(1) if options.held_out else ()
-        return list(batches), list(held_out)
-
-    def loss(self, batch: Tensor) -> Tensor:
-        """The causal loss of token ids of shape ``(batch, tokens)``."""
-        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
-
-    def prune(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan]:
-        """Calibrate, plan, repair and cut, as the callback does."""
-        return prune_with(self.model, self._data, config, progress=partial(_progress, what="Blocks"))
-
-    def cut(self, made: PruningPlan, config: PruningConfig) -> None:
-        """Repair and cut by a plan that is there already."""
-        with self._data(CALIBRATION) as (batches, loss):
-            statistics = (
-                calibrate(self.model, self.group_sets, batches, loss, config)
-                if config.repair == "bias"
-                else Statistics()
-            )
-        made, weights = repair(
-            self.model,
-            self.group_sets,
-            made,
-            statistics,
-            self.batches,
-            self.loss,
-            config,
-            progress=partial(_progress, what="Repair"),
-        )
-        apply_plan(self.model, made, weights=weights)
-
-    def _data(self, purpose: str) -> AbstractContextManager[tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]]:
-        shown = _progress(self.batches, purpose.capitalize()) if purpose == CALIBRATION else self.batches
-        return nullcontext((shown, self.loss))
-
-    @torch.inference_mode()
-    def metrics(self) -> dict[str, float]:
-        """Parameters, megabytes, and perplexity on the held-out text."""
-        metrics = {"parameters": float(count_parameters(self.model)), "megabytes": count_bytes(self.model) / 1e6}
-        if self.held_out:
-            losses = [float(self.loss(batch)) for batch in _progress(self.held_out, "Perplexity")]
-            metrics["perplexity"] = math.exp(sum(losses) / len(losses))
-        return metrics
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, the first GPU or the CPU for auto.
-
-    Raises:
-        ArgumentValueError: If there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("tensors there hold no values")
-        # a device may be named that cannot compute, or not give anything back
-        torch.ones(1, device=device).cpu()
-    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
-        raise ArgumentValueError(
-            f"There is no device {name!r} to compute on: {str(error).partition(chr(10))[0].partition('. ')[0]}"
-        ) from error
-    return device
-
-
-def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """The items, with a bar in a terminal."""
-    console = Console(stderr=True)
-    return track(items, what, transient=True, console=console, disable=not console.is_terminal)
 
 
 def _print(metrics: dict[str, dict[str, float]], folder: Path) -> None:

@@ -263,7 +263,7 @@ def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
     """
     places: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group_set in group_sets:

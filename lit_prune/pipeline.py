@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,16 @@ from lit_prune.arguments import BATCHES
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
-from lit_prune.config import DEFAULT, PruningConfig
-from lit_prune.distributed import shards
+from lit_prune.config import PruningConfig
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
-    ArgumentValueError,
     SmallBudgetError,
     UnsupportedModelError,
 )
-from lit_prune.groups import GroupSet, check_names, count_parameters
+from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
+from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
-from lit_prune.ranking.importance import group_importance, mixed_importance
-from lit_prune.ranking.model_table import group_table, select_in_model
-from lit_prune.ranking.registry import get_criterion
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.bias import bias_fold
 from lit_prune.repair.redundancy import unexplained_shares
@@ -89,86 +85,6 @@ def _collect(
         root=root,
         ranks=ranks,
     )
-
-
-def make_plan(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    statistics: Statistics | None,
-    config: PruningConfig,
-    *,
-    measure: Callable[[PruningPlan], float] | None = None,
-) -> tuple[GroupTable, PruningPlan]:
-    """Score, rank and select the groups; gives the global table and the plan.
-
-    Args:
-        model: The model.
-        group_sets: Its group sets.
-        statistics: What :func:`calibrate` collected; may be ``None`` for a criterion that needs nothing.
-        config: The configuration.
-        measure: Gives the loss of a plan, for example :func:`masked_loss`; called only if there are several candidates.
-
-    Raises:
-        BudgetError: If the ratio cannot be reached under the limits.
-        CalibrationError: If an importance is not finite.
-        UnsupportedModelError: If the group sets are of another model.
-        ValueError: If there are several candidates and no ``measure``.
-    """
-    shards.reshard(model)
-    check_names(model, group_sets)
-    parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    before = count_parameters(model)
-    results: list[tuple[GroupTable, PruningPlan]] = []
-    measured: dict[str, float] = {}
-    if len(config.candidates) > 1 and measure is None:
-        raise ArgumentValueError(
-            f"importance={config.importance!r} chooses between plans and needs a measure of them; found None."
-        )
-    for label, weights in config.candidates.items():
-        parts = []
-        for name, weight in weights.items():
-            criterion = get_criterion(name)
-            normalize = criterion.normalize if config.normalize == DEFAULT else config.normalize
-            importance = group_importance(
-                criterion, parameters, group_sets, statistics, normalize=normalize, seed=config.seed
-            )
-            parts.append((weight, importance))
-        total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
-        if statistics is not None and statistics.unexplained:
-            total = _discounted(total, group_sets, statistics.unexplained)
-        table = group_table(model, group_sets, total)
-        removed = select_in_model(model, group_sets, table, config.budget(model, group_sets), config.limits)
-        info = {
-            "importance": label,
-            "weights": dict(weights),
-            "normalize": config.normalize,
-            "repair": config.repair,
-            "pruning_ratio": config.pruning_ratio,
-            "ratio_of": config.ratio_of,
-            "calibration_batches": statistics.batches if statistics is not None else 0,
-            **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
-            "parameters_before": before,
-            "parameters_after": before - removed,
-        }
-        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
-        results.append((table, plan))
-        if measure is not None and len(config.candidates) > 1:
-            measured[label] = measure(plan)
-    if not measured:
-        return results[0]
-    best = min(measured, key=measured.__getitem__)
-    table, plan = results[list(measured).index(best)]
-    return table, replace(plan, info={**plan.info, "candidates": measured})
-
-
-def _discounted(
-    importance: Sequence[Tensor], group_sets: Sequence[GroupSet], unexplained: Mapping[tuple[str, str], Tensor]
-) -> list[Tensor]:
-    """Importance times the square root of the shares, which measured better than the shares themselves."""
-    return [
-        i * unexplained[s.key].sqrt().to(i) if s.key in unexplained else i
-        for i, s in zip(importance, group_sets, strict=True)
-    ]
 
 
 def prune(
@@ -250,23 +166,12 @@ def prune_with(
     optimizers = list(optimizers)
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
-    config.check(model, group_sets)
-    check_parameters(model, group_sets, root)
-    if not dry_run:
-        touched = touched_parameters(model, group_sets, config.limits.kinds)
-        biases = config.repair == "bias"
-        refitted = (
-            [part.parameter for s in group_sets for part in s.repairable] if config.repair == "least_squares" else []
-        )
-        holder = model if root is None else root
-        check_holders(model, holder, optimizers, touched, adds_biases=biases, repaired=refitted)
-    with data(CHECK) as (batches, loss), together(ranks, "calibration"):
-        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
+    _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None
     made: PruningPlan | None = None
-    try:
+    with _undone_at_error(undos, ranks):
         for number, step in enumerate(steps[-1:] if dry_run else steps):
             group_sets = find_group_sets(model, blocks=blocks)
             try:
@@ -318,6 +223,40 @@ def prune_with(
         with together(ranks, "taking over the result"):
             if (forget := record(table, made)) is not None:
                 undos.append(forget)
+    return table, made
+
+
+def _check_before(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    data: Data,
+    config: PruningConfig,
+    optimizers: Sequence[Optimizer],
+    root: nn.Module | None,
+    ranks: Ranks | None,
+    *,
+    cuts: bool,
+) -> None:
+    """Refuse, before any work is done, what could not be carried out later."""
+    config.check(model, group_sets)
+    check_parameters(model, group_sets, root)
+    if cuts:
+        touched = touched_parameters(model, group_sets, config.limits.kinds)
+        biases = config.repair == "bias"
+        refitted = (
+            [part.parameter for s in group_sets for part in s.repairable] if config.repair == "least_squares" else []
+        )
+        holder = model if root is None else root
+        check_holders(model, holder, optimizers, touched, adds_biases=biases, repaired=refitted)
+    with data(CHECK) as (batches, loss), together(ranks, "calibration"):
+        check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
+
+
+@contextlib.contextmanager
+def _undone_at_error(undos: list[Callable[[], None]], ranks: Ranks | None) -> Iterator[None]:
+    """Undo at an error, of whichever process, what was done so far, the last first."""
+    try:
+        yield
     except BaseException:
         try:
             with together(ranks, "pruning"):
@@ -326,7 +265,6 @@ def prune_with(
             # where sharded parameters are gathered, those who did not meet the error are not there to undo anything with
             if ranks is None or ranks.mean_gradients or not ranks.lost:
                 undo_all(undos)
-    return table, made
 
 
 def _unexplained(

@@ -35,6 +35,7 @@ def errors_as_sentences(program: str, *, debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # all are looked at, and those that are no user's mistake go on
         usage = isinstance(error, (ArgumentError, argparse.ArgumentError)) or _of_parser(error)
         if debug or not (usage or isinstance(error, _MISTAKES)):
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune import find_group_sets, find_model
+from lit_prune.architectures import registry as architectures
+from lit_prune.calibration import statistic_registry
 from lit_prune.groups import GroupSet
+from lit_prune.ranking import registry as criteria
 
 SMALL = {
     "vocab_size": 64,
@@ -104,3 +107,16 @@ def batches() -> list[torch.Tensor]:
 def loss_of() -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
     """The causal loss of a model as a function of a batch of token ids."""
     return lambda model: lambda ids: model(input_ids=ids, labels=ids).loss
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a test registers (criteria, statistics, architectures) is forgotten after it."""
+    known = [criteria._REGISTRY, statistic_registry._REGISTRY, statistic_registry.INPUT_SUMS]
+    before, described = [dict(registry) for registry in known], list(architectures._REGISTRY)
+    yield
+    for registry, content in zip(known, before, strict=True):
+        # the same objects, which others have imported
+        registry.clear()
+        registry.update(content)
+    architectures._REGISTRY[:] = described

@@ -20,6 +20,8 @@ from lit_prune.training import CausalLMModule, TextDataModule
 from lit_prune.training.command_line import run
 from lit_prune.user_errors import errors_as_sentences, reading
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:

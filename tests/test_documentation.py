@@ -181,6 +181,7 @@ def check_files(snippet: Snippet, names: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(s.language == "python" for s in snippets(p))], ids=lambda p: p.stem
 )
+@pytest.mark.usefixtures("registries")
 def test_python_runs_with_the_stated_result(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -19,6 +19,8 @@ from lit_prune import (
     register_architecture,
 )
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(("kv_heads", "share"), [(8, 1), (4, 2), (2, 4)])
 def test_attention_groups_of_every_kind_are_read_from_the_shapes(kv_heads, share):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 # lowest first; the order of docs/how_it_works.md and of a pruning step
@@ -16,6 +18,8 @@ LAYERS = [
     "_moved",
     "_renamed",
     "errors",
+    "torch_internals",
+    "transformers_internals",
     "arguments",
     "text_escape",
     "_files",
@@ -23,6 +27,7 @@ LAYERS = [
     "user_errors",
     "groups",
     "distributed",
+    "plan_entries",
     "plan",
     "architectures",
     "surgery",
@@ -31,11 +36,13 @@ LAYERS = [
     "ranking",
     "repair",
     "config",
+    "planning",
     "pipeline",
     "reporting",
     "io",
     "callbacks",
     "training",
+    "session",
     "cli",
 ]
 
@@ -123,3 +130,96 @@ def test_the_old_paths_of_release_0_1_warn_and_work():
                 ):
                     found = getattr(module, name)
                 assert found is getattr(importlib.import_module(new), now or name)
+
+
+# what may be longer, each with its reason
+LONG_FILES = {
+    "lit_prune.modeling_pruned": "it is copied beside weights as one file, and self-contained folders name it",
+}
+LONG_FUNCTIONS = {
+    "lit_prune.callbacks.pruning.StructuredPruning.__init__": "one argument a line, and one check for each",
+    "lit_prune.pipeline.prune_with": "the steps of pruning in their order, on one page",
+}
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
+
+
+def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Qualified name and number of lines, without those of the docstring, of every function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not isinstance(node, ast.ClassDef):
+                first = node.body[0]
+                docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                described = first.end_lineno - first.lineno + 1 if docstring else 0
+                yield f"{prefix}{node.name}", node.end_lineno - node.lineno + 1 - described
+            yield from functions(node, f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_files_and_functions_are_short(module):
+    text = MODULES[module].read_text(encoding="utf-8")
+    long = len(text.splitlines()) > LINES_OF_A_FILE
+    assert long == (module in LONG_FILES), f"{module} has {len(text.splitlines())} lines: split it by concept"
+    for name, lines in functions(ast.parse(text)):
+        listed = f"{module}.{name}" in LONG_FUNCTIONS
+        assert (lines > LINES_OF_A_FUNCTION) == listed, f"{module}.{name} has {lines} lines without its docstring"
+
+
+# the one module for each library that may use what that library does not document
+INTERNALS = {"lit_prune.torch_internals", "lit_prune.transformers_internals", "lit_prune.callbacks.lightning_internals"}
+PRIVATE_ELSEWHERE = {
+    "lit_prune.modeling_pruned": {
+        "_parameters": "it imports nothing of this package",
+        "_modules": "it imports nothing of this package",
+        "_model_mapping": "it imports nothing of this package",
+    },
+    "lit_prune.calibration.mask_shapes": {"_asdict": "documented of named tuples"},
+    "lit_prune.callbacks.pruning": {"_generate_state_key": "Lightning documents it for a callback's state_key"},
+    "lit_prune.cli": {"_actions": "of jsonargparse, which has no other way to the options' help; see test_internals"},
+}
+
+
+def defined_names() -> set[str]:
+    """Every private name that a module of this package defines or assigns, for itself or its objects."""
+    found = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif (
+                isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)
+            ):
+                found |= {node.attr} if node.value.id in ("self", "cls") else set()
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(node.target.id)
+    return found
+
+
+OURS = defined_names()
+# names that are ours on some objects, and torch's on modules
+OF_MODULES = set(vars(nn.Module()))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - INTERNALS))
+def test_internals_of_libraries_are_used_in_one_place(module):
+    found = {}
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if node.attr not in OURS or (node.attr in OF_MODULES and not own):
+                found[node.attr] = node.lineno
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lit_prune"):
+            parts = (node.module or "").split(".")
+            found |= {p: node.lineno for p in (*parts, *(a.name for a in node.names)) if is_private(p)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            found |= {name: node.lineno} if is_private(str(name)) and name not in OURS else {}
+    allowed = PRIVATE_ELSEWHERE.get(module, {})
+    assert found.keys() == allowed.keys(), (
+        f"{module} uses what a library does not document: {found}; expected {sorted(allowed)}. Put it into the library's"
+        f" ..._internals module, with a test in tests/test_internals.py."
+    )

@@ -15,6 +15,8 @@ from lit_prune import PruningConfig, find_group_sets, make_plan
 from lit_prune.reporting.page import html_report, write_report
 from lit_prune.reporting.plots import importance_figure, pictures, score_figure, timeline_figure
 
+pytestmark = pytest.mark.core
+
 FIGURES = {
     "dense": {"parameters": 1000.0, "val_perplexity": 26.0},
     "recovered": {"parameters": 700.0, "val_perplexity": 35.0},

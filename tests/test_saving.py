@@ -19,6 +19,8 @@ from lit_prune import PruningPlan, UnsupportedModelError, apply_plan, find_group
 from lit_prune.io.huggingface import to_pretrained
 from lit_prune.surgery.apply import cut
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize(
     ("make", "kind"),

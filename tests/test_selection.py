@@ -14,6 +14,8 @@ from lit_prune import BudgetError, CalibrationError, GroupTable, Limits, PlanErr
 from lit_prune.plan import PlanEntry
 from lit_prune.ranking.selection import parameter_budget, select
 
+pytestmark = pytest.mark.core
+
 
 def table_of(*sets: tuple[str, int, list[float]], layers=None) -> GroupTable:
     """A table from (kind, cost, importances) of each set."""

@@ -11,6 +11,8 @@ from conftest import tiny, uneven_kept, zeroed
 from lit_prune import PlanError, PruningError, PruningPlan, apply_plan, find_group_sets, get_plan
 from lit_prune.surgery.plan_cuts import parameter_cuts
 
+pytestmark = pytest.mark.core
+
 FAMILIES = {
     "llama": {},
     "llama-mha": {"num_key_value_heads": 8},

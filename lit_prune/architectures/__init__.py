@@ -1,4 +1,4 @@
-"""Finds the groups of a model, by the description of its architecture."""
+"""Finds the groups of a model, and has what a description of a new kind of component is made of (docs/architectures.md)."""
 
 from lit_prune._moved import moved_names
 
@@ -27,22 +27,47 @@ from lit_prune.architectures.registry import (
     register_architecture,
 )
 from lit_prune.architectures.sequence_mixers import SequenceMixer
+from lit_prune.architectures.slices import (
+    INTERLEAVED,
+    STACKED,
+    consumed,
+    group_set_of,
+    parameter_of,
+    part_of,
+    part_rows,
+    produced,
+    reader_adaptations,
+)
 from lit_prune.architectures.tracing.traced import Traced
+from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice
 
 __all__ = [
+    "INTERLEAVED",
     "MLP",
+    "STACKED",
+    "Adaptation",
     "Architecture",
     "Attention",
+    "Attribute",
     "Component",
     "ExpertChannels",
     "Experts",
+    "GroupSet",
     "MultiheadAttention",
     "Positions",
     "SequenceMixer",
+    "Slice",
     "Traced",
     "architectures",
+    "consumed",
     "find_group_sets",
     "find_model",
+    "group_set_of",
+    "parameter_of",
+    "part_of",
+    "part_rows",
+    "produced",
+    "reader_adaptations",
     "register_architecture",
 ]
 

@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.torch_internals import forward_pre_hooks, pruned_name
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -38,9 +39,9 @@ def check_plain(module: nn.Module, path: str) -> None:
                 f" be cut. Call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) on it before pruning, and"
                 " parametrize the pruned module again."
             )
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module):
         if isinstance(hook, BasePruningMethod):
-            found, remedy = "masked by torch.nn.utils.prune", f"prune.remove(module, {hook._tensor_name!r})"
+            found, remedy = "masked by torch.nn.utils.prune", f"prune.remove(module, {pruned_name(hook)!r})"
         elif isinstance(hook, WeightNorm):
             found, remedy = "computed by weight_norm", f"remove_weight_norm(module, {hook.name!r})"
         elif isinstance(hook, SpectralNorm):

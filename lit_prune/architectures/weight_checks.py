@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lit_prune.distributed import shards
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet, check_names
+from lit_prune.torch_internals import TABLES, tables
+from lit_prune.transformers_internals import accelerate_hook
 
 
 def check_parameters(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Module | None = None) -> None:
@@ -36,7 +38,7 @@ def check_parameters(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.
 def _offloaded_by(model: nn.Module, name: str) -> str:
     owner = name.rpartition(".")[0]
     while True:
-        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+        hook = accelerate_hook(model.get_submodule(owner))
         if hook is not None:
             return f": accelerate's {type(hook).__name__} at {owner or '(root)'!r} offloads it"
         if not owner:
@@ -45,23 +47,36 @@ def _offloaded_by(model: nn.Module, name: str) -> str:
 
 
 def _check_beside(model: nn.Module, group_sets: Sequence[GroupSet], root: nn.Module) -> None:
-    parameters = {s.parameter: model.get_parameter(s.parameter) for g in group_sets for s in g.slices}
+    for name, key, path, module in shared_beside(root, model, [s.parameter for g in group_sets for s in g.slices]):
+        raise UnsupportedModelError(
+            f"{name!r} shares its values with {key!r} of {path or '(root)'} ({type(module).__name__}): cutting one would"
+            " break the tie, or the other module. Untie them first: give one of them"
+            " nn.Parameter(weight.detach().clone())."
+        )
+
+
+def shared_beside(root: nn.Module, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, str, nn.Module]]:
+    """Find parameters of a model that a module beside it holds, too, as the same parameter or at the same memory.
+
+    Args:
+        root: The module that holds the model; modules that it holds as plain attributes are searched as well.
+        model: The model.
+        names: Names of the model's parameters to look for.
+
+    Returns:
+        The parameter's name, its name in the other module, and that module's path and the module itself.
+    """
+    parameters = {name: model.get_parameter(name) for name in names}
     by_identity = {id(p): name for name, p in parameters.items()}
     by_address = {address: name for name, p in parameters.items() if (address := _address(p))}
     inside = {id(module) for module in model.modules()}
     for path, module in _reachable(root):
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = by_identity.get(id(parameter)) if id(module) not in inside else None
             if id(parameter) not in by_identity:
                 name = by_address.get(_address(parameter))
             if name is not None:
-                raise UnsupportedModelError(
-                    f"{name!r} shares its values with {key!r} of {path or '(root)'} ({type(module).__name__}): cutting one would"
-                    " break the tie, or the other module. Untie them first: give one of them"
-                    " nn.Parameter(weight.detach().clone())."
-                )
+                yield name, key, path, module
 
 
 def _address(parameter: Tensor) -> int:
@@ -82,8 +97,8 @@ def _reachable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 continue
             seen.add(id(value))
             yield path, value
-            children: Iterable[tuple[Any, Any]] = [*value._modules.items(), *vars(value).items()]
-            children = [(k, v) for k, v in children if k not in ("_modules", "_parameters", "_buffers")]
+            children: Iterable[tuple[Any, Any]] = [*tables(value)[2].items(), *vars(value).items()]
+            children = [(k, v) for k, v in children if k not in TABLES]
             depth = 0
         elif isinstance(value, Mapping) and depth < 3:
             children = value.items()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_prune.torch_internals import base_of
+
 
 class _Accumulator:
     """Sums tensors by key, in a dtype, where they are or in CPU memory.
@@ -41,7 +43,7 @@ class _Accumulator:
     def _add(self, key: Any, value: Tensor) -> None:
         if key in self.sums:
             self.sums[key] += value
-        elif value.dtype == self._dtype and value._base is None and value.is_contiguous():
+        elif value.dtype == self._dtype and base_of(value) is None and value.is_contiguous():
             self.sums[key] = value
         else:
             self.sums[key] = value.to(self._dtype, copy=True)

@@ -13,25 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.reduce import piece_size, pieces
+from lit_prune.calibration.statistic_registry import INPUT_SUMS, InputStatistic, get_statistic
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import GroupSet
-
-ACTIVATION = ("activation_mean_abs", "activation_l1", "activation_l2", "activation_variance")
-# the sums over tokens that a statistic of activations is made of
-SUMS = {
-    "activation_mean_abs": ("sum_abs",),
-    "activation_l1": ("sum_abs",),
-    "activation_l2": ("sum_squares",),
-    "activation_variance": ("sum", "sum_squares"),
-}
-
-
-_OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": torch.Tensor.detach,
-    "sum_abs": torch.abs,
-    "sum_squares": torch.square,
-}
+from lit_prune.torch_internals import version_of
 
 
 @dataclass
@@ -40,12 +26,25 @@ class ActivationStatistics:
 
     Args:
         count: Number of tokens.
-        sums: Those of the sums ``"sum"`` (of the values), ``"sum_abs"`` and ``"sum_squares"`` that were asked for, float64
-            tensors of shape ``(in_features,)``.
+        sums: By name the sums that were asked for, of ``"sum"`` (of the values), ``"sum_abs"``, ``"sum_squares"`` and those of
+            statistics that were registered; float64 tensors of shape ``(in_features,)``.
     """
 
     count: int
     sums: dict[str, Tensor]
+
+    def statistic(self, statistic: InputStatistic) -> Tensor:
+        """Return a statistic of each feature.
+
+        Raises:
+            CalibrationError: If calibration did not keep the sums that it is made of.
+        """
+        return statistic.value({name: self._total(name) for name in statistic.sums}, self.count)
+
+    def _named(self, name: str) -> Tensor:
+        statistic = get_statistic(name)
+        assert isinstance(statistic, InputStatistic)
+        return self.statistic(statistic)
 
     def _total(self, name: str) -> Tensor:
         if name not in self.sums:
@@ -62,22 +61,22 @@ class ActivationStatistics:
     @property
     def mean_abs(self) -> Tensor:
         """Mean absolute value of each feature."""
-        return self._total("sum_abs") / self.count
+        return self._named("activation_mean_abs")
 
     @property
     def l1(self) -> Tensor:
         """L1 norm of each feature over all tokens."""
-        return self._total("sum_abs")
+        return self._named("activation_l1")
 
     @property
     def l2(self) -> Tensor:
         """L2 norm of each feature over all tokens."""
-        return self._total("sum_squares").sqrt()
+        return self._named("activation_l2")
 
     @property
     def variance(self) -> Tensor:
         """Population variance of each feature."""
-        return (self._total("sum_squares") / self.count - self.mean.square()).clamp_min(0)
+        return self._named("activation_variance")
 
 
 def observed_modules(group_sets: Sequence[GroupSet]) -> list[str]:
@@ -140,7 +139,7 @@ class ActivationObserver:
             if recomputing() or not is_observed():
                 return
             inputs: Tensor = args[0]
-            state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)
+            state = (version_of(inputs), self._token_masks.batches)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
                 self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
             _add_sums(self._batch, name, self._last[2])
@@ -157,7 +156,7 @@ class ActivationObserver:
                 # not by index, which would wait for the device to say how many there are
                 part = torch.where(mask[index], part, 0.0)
             for key, line in result.items():
-                line += _OF_INPUTS[key](part).sum(dim=0)
+                line += INPUT_SUMS[key](part).sum(dim=0)
         result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
         return result
 

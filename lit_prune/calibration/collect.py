@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,24 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.accumulator import _Accumulator
-from lit_prune.calibration.activations import (
-    ACTIVATION,
-    SUMS,
-    ActivationObserver,
-    observed_modules,
-)
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.mask_gradients import MaskCollector, observable
+from lit_prune.calibration.observers import Observers
 from lit_prune.calibration.statistics import (
-    ELEMENTWISE,
-    GROUPWISE,
     SKIPPED,
     Statistics,
     check_gathering,
 )
 from lit_prune.calibration.terms import Term
-from lit_prune.calibration.token_masks import TokenMasks
-from lit_prune.calibration.weight_gradients import _everywhere, _GradientCollector
+from lit_prune.calibration.weight_gradients import _everywhere
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import CalibrationError
@@ -82,80 +72,36 @@ def collect_statistics(
     """
     check_gathering(mode, gradient_dtype)
     check_names(model, group_sets)
-    terms = list(dict.fromkeys(terms))
     root = model if root is None else root
     shards.reshard(root)
-    needed = {t.statistic for t in terms if t.statistic is not None}
-    gradients = bool(needed & {*ELEMENTWISE, *GROUPWISE})
+    accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
+    observers = Observers(
+        model, root, group_sets, terms, mode=mode, activations=activations, accumulator=accumulator, ranks=ranks
+    )
     statistics = Statistics()
     losses: list[Tensor | None] = []
-    accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
-    masked = [t for t in terms if t.statistic in GROUPWISE] if observable(group_sets) else []
-    of_weights = [t for t in terms if t not in masked]
-    collector = _GradientCollector(model, root, group_sets, of_weights, mode, accumulator, ranks) if gradients else None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(root))
-        consumers = [part.module for s in group_sets for part in s.consumers]
-        token_masks = stack.enter_context(TokenMasks(model, [*observed_modules(group_sets), *consumers]))
-        masks = MaskCollector(model, group_sets, masked, ranks, token_masks) if masked else None
-        observer = None
-        sums = {s for name in (ACTIVATION if activations else needed & set(ACTIVATION)) for s in SUMS[name]}
-        if sums:
-            observer = stack.enter_context(ActivationObserver(model, group_sets, sorted(sums), token_masks))
-        if collector is not None:
-            stack.enter_context(collector)
-        if masks is not None:
-            stack.enter_context(masks)
-        stack.enter_context(torch.set_grad_enabled(gradients))
+    with evaluation_mode(root), observers, torch.set_grad_enabled(observers.gradients):
         for number, batch in enumerate(_together(batches, ranks)):
-            token_masks.start_batch(batch)
+            observers.start_batch(batch)
             loss = loss_fn(batch)
-            counts = loss is not SKIPPED and not (gradients and loss is None)
+            counts = loss is not SKIPPED and not (observers.gradients and loss is None)
             if not _everywhere(counts, ranks):
                 statistics.skipped += 1
-                _forget_batch(observer, masks)
+                observers.skip_batch()
                 del loss
                 continue
-            if collector is not None:
+            if observers.gradients:
                 losses.append(_checked_loss(loss, number, ranks).detach())
-                collector.start_batch()
-                if masks is not None:
-                    masks.start_backward()
-                loss.backward()
-                collector.end_batch(masks.end_batch() if masks is not None else [])
             else:
                 losses.append(loss.detach().float().mean() if isinstance(loss, Tensor) else None)
-            if observer is not None:
-                observer.end_batch()
+            observers.end_batch(loss)
             statistics.batches += 1
             del loss
     if statistics.batches == 0:
         raise CalibrationError(_nothing_to_calibrate_on(statistics.skipped))
     statistics.loss = _mean_loss(losses, ranks)
-    if collector is not None:
-        collector.finish(statistics)
-    if masks is not None:
-        statistics.reduced.update(masks.finish())
-    if observer is not None:
-        statistics.activations = observer.finish()
-        missing = sorted(set(observed_modules(group_sets)) - set(statistics.activations))
-        if not _everywhere(not missing, ranks):
-            named = missing[:5] or "modules that another process's batches went through"
-            raise CalibrationError(f"No calibration batch went through {named}; their inputs cannot be measured.")
-        if ranks is not None:
-            statistics.reduce_activations(ranks)
-        for name, activation in statistics.activations.items():
-            if not all(bool(value.isfinite().all()) for value in activation.sums.values()):
-                raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
+    observers.finish(statistics)
     return statistics
-
-
-def _forget_batch(observer: ActivationObserver | None, masks: MaskCollector | None) -> None:
-    """Drop what the forward pass of a skipped batch left."""
-    if observer is not None:
-        observer.skip_batch()
-    if masks is not None:
-        masks.skip_batch()
 
 
 def _nothing_to_calibrate_on(skipped: int) -> str:

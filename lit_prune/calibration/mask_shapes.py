@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.transformers_internals import frames_of
+
 # additive masks hold less than this where nothing is to be seen, and biases (ALiBi) more
 _HIDDEN = -1e4
 
@@ -70,7 +72,7 @@ def in_frames(module: nn.Module, mask: Tensor, positions: int) -> Tensor | None:
     Returns:
         Bool tensor of shape ``(batch, positions)``; ``None`` if the module has no such method, or it gives another number.
     """
-    lengths = getattr(module, "_get_feat_extract_output_lengths", None)
+    lengths = frames_of(module)
     if lengths is None:
         return None
     found = lengths(torch.cat([mask.sum(dim=-1), mask.new_tensor([mask.shape[1]], dtype=torch.long)]))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import convolve, forward_hooks, forward_pre_hooks, tree_leaves
 
 # batches to look at until one reaches the model: a training step may skip some
 _ATTEMPTS = 8
@@ -175,8 +175,8 @@ class _Watch:
         self._linear = linear and isinstance(module, LINEAR)
         self._given: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._hooks = [hook_name(h) for h in module._forward_hooks.values()]
-        self._pre_hooks = [hook_name(h) for h in module._forward_pre_hooks.values()]
+        self._hooks = [hook_name(h) for h in forward_hooks(module)]
+        self._pre_hooks = [hook_name(h) for h in forward_pre_hooks(module)]
 
     def start(self) -> None:
         """Put the hooks on, around those that are there."""
@@ -266,7 +266,5 @@ def _product(module: Any, x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(module.weight.dtype)
     if isinstance(module, CONVOLUTIONS):
-        base: Any = next(c for c in CONVOLUTIONS if isinstance(module, c))
-        # torch's own, past what a subclass makes of it; it knows of padding modes
-        return base._conv_forward(module, x, module.weight, module.bias)
+        return convolve(next(c for c in CONVOLUTIONS if isinstance(module, c)), module, x)
     return functional.linear(x, module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias)

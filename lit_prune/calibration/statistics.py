@@ -1,4 +1,4 @@
-"""The result of a calibration, and the names of what it can hold."""
+"""The result of a calibration."""
 
 from __future__ import annotations
 
@@ -8,22 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lit_prune.calibration.activations import (
-    ACTIVATION,
-    ActivationStatistics,
-)
+from lit_prune.calibration.activations import ActivationStatistics
+from lit_prune.calibration.statistic_registry import InputStatistic, get_statistic
 from lit_prune.calibration.terms import Term
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.groups import Slice
-
-ELEMENTWISE = ("gradient", "absolute_gradient", "squared_gradient")
-
-
-GROUPWISE = ("mask_gradient",)
-
-
-STATISTICS = (*ELEMENTWISE, *GROUPWISE, *ACTIVATION)
-
 
 MODES = ("streaming", "elementwise")
 
@@ -54,7 +43,7 @@ class Statistics:
             parameter only the local shard.
         reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,
             a mean over the batches; of a sharded parameter only what the local shard adds to it. Terms of whole groups
-            (``mask_gradient``) are at position 0, and whole in every process.
+            (``mask_gradient``, a :class:`GroupStatistic`) are at position 0, and whole in every process.
         activations: By module, the statistics of its inputs.
         loss: Mean calibration loss, if losses were computed.
         unexplained: By group-set key, what share of each group's contribution others cannot make up for, tensors of shape
@@ -87,14 +76,14 @@ class Statistics:
         A bias or a norm's scale multiplies the constant 1 in every token; for want of better,
         so does a slice whose input cannot be observed.
         """
-        name = statistic.removeprefix("activation_")
+        known = get_statistic(statistic)
+        assert isinstance(known, InputStatistic)
         module = self.activations.get(part.module)
         if not part.observable or part.input_dim is None or module is None:
-            constant = {"mean_abs": 1.0, "l1": float(self.tokens), "l2": float(self.tokens) ** 0.5, "variance": 0.0}
-            return torch.full((), constant[name], device=weight.device)
+            return torch.full((), known.of_constant(self.tokens), device=weight.device)
         shape = [1] * weight.dim()
         shape[part.input_dim] = -1
-        return getattr(module, name).to(device=weight.device, dtype=torch.float32).view(shape)
+        return module.statistic(known).to(device=weight.device, dtype=torch.float32).view(shape)
 
 
 def check_gathering(mode: str, gradient_dtype: str) -> None:

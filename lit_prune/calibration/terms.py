@@ -17,9 +17,10 @@ class Term:
     Args:
         function: Maps a parameter, and the statistic if there is one, to the importance of each element.
         statistic: Name of the statistic that ``function`` takes as its second argument, one of
-            :data:`lit_prune.calibration.statistics.STATISTICS`, or ``None``.
+            :func:`lit_prune.calibration.statistic_registry.statistic_names`, or ``None``.
         consumers_only: Whether only the slices that read the groups count (``o_proj``, ``down_proj``).
-        per_group: Whether ``function`` takes the statistic alone, which is one number a group and batch.
+        per_group: Whether ``function`` takes the statistic alone, which is of groups: ``mask_gradient``, or a
+            :class:`~lit_prune.calibration.statistic_registry.GroupStatistic`.
         per_input: Whether ``function`` takes a consumer's weight as ``(out_features, in_features)`` and gives one number
             an input feature, in place of one an element.
         of_product: The same function for a single batch's gradient (or the mean gradient, if that is the statistic), given

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from lit_prune.calibration.accumulator import _Accumulator
 from lit_prune.calibration.mask_gradients import watch_block
 from lit_prune.calibration.reduce import add_line, product_lines
-from lit_prune.calibration.statistics import (
-    ELEMENTWISE,
-    GROUPWISE,
-    Statistics,
-)
+from lit_prune.calibration.statistic_registry import GradientStatistic, get_statistic
+from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
@@ -27,19 +24,23 @@ def _identity(values: Tensor) -> Tensor:
     return values
 
 
-_PER_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
-    "gradient": _identity,
-    "absolute_gradient": torch.abs,
-    "squared_gradient": torch.square,
-}
-
-
 def _everywhere(flag: bool, ranks: Ranks | None) -> bool:
     return flag if ranks is None else ranks.all(flag)
 
 
+def _function(term: Term) -> Callable[[Tensor], Tensor] | None:
+    """The function of a batch's gradient that a term's statistic is the mean of; ``None`` for the gradient itself."""
+    statistic = get_statistic(str(term.statistic))
+    assert isinstance(statistic, GradientStatistic)
+    return statistic.function
+
+
 class _GradientCollector:
-    """Takes each parameter's gradient the moment it is ready, adds it to what the terms need, and frees it."""
+    """Takes each parameter's gradient the moment it is ready, adds it to what the terms need, and frees it.
+
+    Hooks of parameters that would step an optimizer within the backward pass have to be off meanwhile, see
+    :func:`lit_prune.surgery.references.suspended_hooks`.
+    """
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class _GradientCollector:
         self._model = model
         self._root = root
         self._mode = mode
-        self._terms = [t for t in terms if t.statistic in ELEMENTWISE]
-        self._groupwise = [t for t in terms if t.statistic in GROUPWISE]
+        self._terms = [t for t in terms if not t.per_group]
+        self._groupwise = [t for t in terms if t.per_group]
         self._blocks = {s.key: model.get_submodule(s.name) for s in group_sets if s.kind == BLOCK and self._groupwise}
         self._block_gradients: dict[tuple[str, str], Tensor] = {}
         self._uses: dict[str, list[tuple[GroupSet, int]]] = {}
@@ -88,7 +89,6 @@ class _GradientCollector:
         # of the batch at hand: the derivative of the loss by a mask of the groups
         self._mask_gradients: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
-        self._silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._batches = 0
         self._ranks = ranks
         # gradients that wait for those before them: the processes have to average them in one order, the last layers first
@@ -108,7 +108,6 @@ class _GradientCollector:
             # FSDP2 fixes at its first forward which parameters it will ever reduce gradients of: leave it its flags
             if not shards.is_sharded(parameter):
                 parameter.requires_grad_(id(parameter) in scored)
-        self._silence_hooks(everything)
         for name, parameter in self._parameters.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
         for key, block in self._blocks.items():
@@ -118,20 +117,10 @@ class _GradientCollector:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for hooks, before in self._silenced:
-            hooks.update(before)
         for parameter, requires_grad in self._flags:
             parameter.requires_grad_(requires_grad)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-
-    def _silence_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take out the hooks that others run once a gradient is there, such as an optimizer's step within backward."""
-        for parameter in parameters:
-            hooks = parameter._post_accumulate_grad_hooks
-            if hooks and not shards.is_sharded(parameter):
-                self._silenced.append((hooks, dict(hooks)))
-                hooks.clear()
 
     def start_batch(self) -> None:
         """Get ready for the backward pass of a batch."""
@@ -190,20 +179,21 @@ class _GradientCollector:
         weight = shards.local(parameter.detach())
         wanted: list[tuple[Callable[[Tensor], Tensor], int, Tensor]] = []
         masked: dict[int, Tensor] = {}
-        accumulated = set()
+        accumulated: dict[str, Callable[[Tensor], Tensor] | None] = {}
         for term, dims in self._dims[name].items():
-            assert term.statistic is not None
-            if term.statistic in GROUPWISE:
+            if term.per_group:
                 masked = {dim: weight.new_zeros(weight.shape[dim], dtype=torch.float32) for dim in dims}
                 wanted += [(_identity, dim, line) for dim, line in masked.items()]
-            elif self._mode == "elementwise" or term.statistic == "gradient":
-                accumulated.add(term.statistic)
+                continue
+            function = _function(term)
+            if self._mode == "elementwise" or function is None:
+                accumulated[str(term.statistic)] = function
             else:
                 lines = {dim: self._line(term, name, dim, weight) for dim in dims}
                 if term.of_product is not None:
                     wanted += [(term.of_product, dim, line) for dim, line in lines.items()]
                     continue
-                values = term.function(weight.float(), _PER_BATCH[term.statistic](gradient.float()))
+                values = term.function(weight.float(), function(gradient.float()))
                 for dim, line in lines.items():
                     add_line(line, values, dim)
         self._batch_finite[name] = product_lines(weight, gradient, wanted).isfinite()
@@ -211,8 +201,8 @@ class _GradientCollector:
             part = group_set.slices[position]
             if self._groupwise[0].applies(group_set, part):
                 self._add(self._mask_gradients, group_set.key, shards.sum_by_group(part, masked[part.dim], parameter))
-        for statistic in accumulated:
-            value = gradient if statistic == "gradient" else _PER_BATCH[statistic](gradient.float())
+        for statistic, function in accumulated.items():
+            value = gradient if function is None else function(gradient.float())
             self._accumulator.add((statistic, name), value)
 
     def _line(self, term: Term, name: str, dim: int, weight: Tensor) -> Tensor:

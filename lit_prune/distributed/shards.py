@@ -6,7 +6,7 @@ than one parameter at a time, and gradients are never gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -16,6 +16,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lit_prune.errors import UnsupportedStrategyError
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
+from lit_prune.torch_internals import (
+    copy_without_hooks,
+    forget_fsdp_unit,
+    fsdp_parameters,
+    is_fsdp_unit,
+    manage_anew,
+    tables,
+)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -141,26 +149,16 @@ def shard_like(whole: Tensor, like: DTensor) -> DTensor:
 def _managed(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """FSDP2's own record of every parameter that it shards, with the name of the module that it shards it as a part of."""
     for name, module in model.named_modules():
-        if hasattr(module, "_get_fsdp_state"):
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for group in groups:
-                if group is not None:
-                    yield from ((name, record) for record in group.fsdp_params)
+        yield from ((name, record) for record in fsdp_parameters(module))
 
 
 def release(block: nn.Module) -> Callable[[], None]:
     """Let FSDP2 forget a block that leaves its model, whose parameters it manages from within; return what undoes this."""
-    lists = []
-    for module in block.modules():
-        if hasattr(module, "_get_fsdp_state"):
-            state = module._get_fsdp_state()  # type: ignore[operator]
-            lists.append((state._state_ctx.all_states, list(state._state_ctx.all_states)))
-            state._state_ctx.all_states[:] = [s for s in state._state_ctx.all_states if s is not state]
+    undos = [forget_fsdp_unit(module) for module in block.modules()]
 
     def undo() -> None:
-        for states, before in reversed(lists):
-            states[:] = before
+        for put_back in reversed(undos):
+            put_back()
 
     return undo
 
@@ -168,8 +166,8 @@ def release(block: nn.Module) -> Callable[[], None]:
 def reshard(model: nn.Module) -> None:
     """Let every module hold its shards: after a forward without a backward the outermost one holds whole parameters."""
     for module in model.modules():
-        if hasattr(module, "_get_fsdp_state"):
-            module.reshard()  # type: ignore[operator]
+        if is_fsdp_unit(module):
+            module.reshard()
 
 
 def replace(root: nn.Module, old: DTensor, whole: Tensor) -> nn.Parameter:
@@ -184,22 +182,7 @@ def replace(root: nn.Module, old: DTensor, whole: Tensor) -> nn.Parameter:
         The new sharded parameter, which is in its place already.
     """
     record = next(p for _, p in _managed(root) if p.sharded_param is old)
-    placement = record.fsdp_placement
-    new = nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad)
-    # FSDP2's own set-up of one parameter, once more: sizes, padding, the shard, and its place in the modules
-    record._init_sharded_param(new, record.device, lambda _: placement, record.mesh_info)
-    if record.post_forward_mesh_info:
-        record._init_sharded_post_forward_param_metadata(new)
-    record._init_extensions()
-    record.all_gather_outputs = []
-    record.unsharded_accumulated_grad = None
-    if hasattr(record, "_unsharded_param"):
-        del record._unsharded_param
-    record.__dict__.pop("_sharded_post_forward_param_data", None)
-    if hooks := getattr(old, "_post_accumulate_grad_hooks", None):
-        # the only hooks of a sharded parameter that FSDP2 calls
-        record.sharded_param._post_accumulate_grad_hooks = hooks
-    return record.sharded_param
+    return manage_anew(record, old, nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad))
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
@@ -215,22 +198,12 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def _plain(module: nn.Module, done: dict[int, Any]) -> nn.Module:
     if id(module) in done:
         return done[id(module)]
-    kind: Any = type(module)
-    if hasattr(module, "_get_fsdp_state"):
-        # fully_shard gives a module a class of its own, made of FSDPModule and the class it had
-        kind = kind.__bases__[-1]
-    copy = kind.__new__(kind)
-    done[id(module)] = copy
-    for name, value in module.__dict__.items():
-        if name.startswith("__composable_api"):
-            # where fully_shard keeps its own state
-            continue
-        hooks = "hooks" in name and isinstance(value, Mapping)
-        copy.__dict__[name] = type(value)() if hooks else value
-    copy.__dict__["_parameters"] = {
-        n: None if p is None else nn.Parameter(full(p.detach()).clone(), requires_grad=p.requires_grad)
-        for n, p in module._parameters.items()
-    }
-    copy.__dict__["_buffers"] = dict(module._buffers)
-    copy.__dict__["_modules"] = {n: None if m is None else _plain(m, done) for n, m in module._modules.items()}
+    copy = done[id(module)] = copy_without_hooks(module)
+    parameters, _, modules = tables(copy)
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            whole = full(parameter.detach()).clone()
+            parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    for name, inner in modules.items():
+        modules[name] = None if inner is None else _plain(inner, done)
     return copy

@@ -30,6 +30,7 @@ from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
+from lit_prune.transformers_internals import build
 
 
 @renamed_arguments(figures="metrics")
@@ -139,7 +140,7 @@ def to_pretrained(
     base = _dense_class(type(model))
     dense_config = _dense_config(model)
     with torch.device("meta"):
-        dense = base._from_config(dense_config)
+        dense = build(base, dense_config)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -165,7 +166,7 @@ def to_pretrained(
         config = PrunedConfig.from_dict(fields)
     config.dtype = model.dtype
     with torch.device("meta"):
-        whole = cls._from_config(config)
+        whole = build(cls, config)
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
     if model.can_generate():
@@ -187,7 +188,7 @@ def _check_self_contained(
     """
     config: Any = type(dense_config).from_dict(dense_config.to_dict())
     with torch.device("meta"):
-        rebuilt = base._from_config(config)
+        rebuilt = build(base, config)
         modeling_pruned.resize(rebuilt, pruning)
     for (name, found), (_, wanted) in zip(rebuilt.named_modules(), model.named_modules(), strict=True):
         if name and type(found) is not type(wanted):

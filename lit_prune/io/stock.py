@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.plan import PruningPlan
+from lit_prune.transformers_internals import build
 
 # by kind, the fields that say how many groups there are, or count something for each; those that a config lacks are passed over
 _WIDTHS = {
@@ -67,7 +68,7 @@ def _stock_config(
     try:
         config: Any = type(dense).from_dict({**fields, **changed})
         with torch.device("meta"):
-            built = base._from_config(config)
+            built = build(base, config)
     except Exception:  # a config class may refuse the widths in whatever way it likes
         return None
     if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):

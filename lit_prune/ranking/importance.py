@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration.reduce import add_line, product_lines
-from lit_prune.calibration.statistics import ELEMENTWISE, Statistics
+from lit_prune.calibration.statistic_registry import GradientStatistic, get_statistic
+from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
@@ -150,9 +151,10 @@ def _term_importance(
     streamed = statistics.reduced.get((term, group_set.key, position))
     if streamed is not None:
         return streamed
-    if term.statistic in ELEMENTWISE:
+    known = get_statistic(term.statistic)
+    if isinstance(known, GradientStatistic):
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
-        if term.statistic == "gradient" and term.of_product is not None:
+        if known.function is None and term.of_product is not None:
             whole = shards.local(weight)
             line = torch.zeros(whole.shape[part.dim], device=whole.device)
             product_lines(whole, value, [(term.of_product, part.dim, line)])

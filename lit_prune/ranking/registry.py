@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.calibration.statistics import GROUPWISE, STATISTICS
+from lit_prune.calibration.statistic_registry import GroupStatistic, InputStatistic, MaskStatistic, get_statistic
 from lit_prune.calibration.terms import Term
 from lit_prune.ranking.criteria import (
     fisher,
@@ -89,16 +89,18 @@ def register_criterion(
             than a function and a statistic. The other arguments are then left out.
         function: Maps a parameter, and the statistic if one is named, to the importance of each element, a tensor of
             the parameter's shape.
-        statistic: One of :data:`lit_prune.calibration.statistics.STATISTICS`, or ``None``. With ``"mask_gradient"`` the function
-            takes that alone, as :func:`fisher` does, and is averaged over the samples. With ``"absolute_gradient"`` and
-            ``"squared_gradient"`` calibration in the mode ``"streaming"`` averages what the function gives for each batch,
-            which is the function of the average only if it is linear in the statistic.
+        statistic: The name of a statistic, ours or one of :func:`register_statistic`, or ``None``. With ``"mask_gradient"`` the
+            function takes that alone, as :func:`fisher` does, and is averaged over the samples; with a
+            :class:`GroupStatistic` it takes that alone, too. With ``"absolute_gradient"`` and ``"squared_gradient"``
+            calibration in the mode ``"streaming"`` averages what the function gives for each batch, which is the function of
+            the average only if it is linear in the statistic.
         consumers_only: Whether only the projections that read the groups count.
         normalize: See :class:`Criterion`.
 
     Raises:
         TypeError: If there is no function, or one beside a whole criterion.
-        ValueError: If the name is taken, or the statistic or normalisation is unknown.
+        ValueError: If the name is taken, the statistic or normalisation is unknown, or a term does not take its statistic as
+            that is.
 
     Example::
 
@@ -114,16 +116,38 @@ def register_criterion(
     elif function is None:
         raise TypeError(f"register_criterion({name!r}) needs a function; found none.")
     else:
-        term = Term(function, statistic, consumers_only, per_group=statistic in GROUPWISE)
+        term = Term(function, statistic, consumers_only, per_group=_is_of_groups(statistic))
         criterion = Criterion(name, (term,), normalize)
     if criterion.name in _REGISTRY:
         raise ValueError(f"There is a criterion named {criterion.name!r} already.")
-    for used in criterion.statistics:
-        if used not in STATISTICS:
-            raise ValueError(f"Unknown statistic {used!r}; known are {', '.join(STATISTICS)}.")
+    for used in criterion.terms:
+        _check_term(criterion.name, used)
     check_normalization(criterion.normalize)
     _REGISTRY[criterion.name] = criterion
     return criterion
+
+
+def _is_of_groups(statistic: str | None) -> bool:
+    return statistic is not None and isinstance(get_statistic(statistic), (MaskStatistic, GroupStatistic))
+
+
+def _check_term(criterion: str, term: Term) -> None:
+    """Refuse a term whose function would be called with a statistic of another kind.
+
+    Raises:
+        ValueError: Naming criterion and statistic, and what to set.
+    """
+    if term.per_group != _is_of_groups(term.statistic):
+        what = "of groups" if not term.per_group else "not of groups"
+        raise ValueError(
+            f"A term of {criterion!r} has per_group={term.per_group}, and its statistic {term.statistic!r} is {what}: set"
+            f" per_group={not term.per_group}."
+        )
+    if term.per_input and not (term.statistic and isinstance(get_statistic(term.statistic), InputStatistic)):
+        raise ValueError(
+            f"A term of {criterion!r} has per_input=True, which takes a statistic of inputs (an InputStatistic); found"
+            f" {term.statistic!r}."
+        )
 
 
 def criteria() -> tuple[str, ...]:

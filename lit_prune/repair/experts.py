@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.architectures.config_view import override_config
+from lit_prune.transformers_internals import EXPERTS_FIELD, has_choice_of_experts
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
 
@@ -52,9 +53,9 @@ def expert_equations(
         and the number of those tokens, ``(experts,)``.
     """
     experts = block.get_submodule(path)
-    if hasattr(getattr(experts, "config", None), "_experts_implementation"):
+    if has_choice_of_experts(experts):
         # one expert after the other, not all of them in one kernel
-        override_config(experts, "_experts_implementation", "eager")
+        override_config(experts, EXPERTS_FIELD, "eager")
     seen = _Seen(experts.get_parameter(output), output_dim, kept)
     mask: Tensor | None = None
 

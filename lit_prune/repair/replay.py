@@ -134,13 +134,22 @@ def _record(
                 for stream in streams:
                     stream.complete = len(stream.inputs)
     for stream in streams:
-        for name, calls in stream.calls.items():
-            if len(calls) != len(stream.inputs):
-                raise UnsupportedModelError(
-                    f"{name} was called {len(calls)} times and {stream.blocks[0]} {len(stream.inputs)} times, so the blocks"
-                    " cannot be repaired one after the other. Use repair='bias' or repair=None."
-                )
+        _check_calls(stream)
     return streams
+
+
+def _check_calls(stream: _Stream) -> None:
+    """Refuse blocks that were not called as often as each other.
+
+    Raises:
+        UnsupportedModelError: If one was not.
+    """
+    for name, calls in stream.calls.items():
+        if len(calls) != len(stream.inputs):
+            raise UnsupportedModelError(
+                f"{name} was called {len(calls)} times and {stream.blocks[0]} {len(stream.inputs)} times, so the blocks"
+                " cannot be repaired one after the other. Use repair='bias' or repair=None."
+            )
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -194,6 +203,7 @@ def _replayed(name: str) -> Iterator[None]:
     except (StopForward, PruningError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        # the user's forward, called as it was not written to be called, may raise anything
         raise UnsupportedModelError(
             f"{name} cannot be run on its own with what it was called with in the model ({type(error).__name__}: {error})."
             f" {_WAY_OUT}"

@@ -247,7 +247,7 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """By the id of every parameter, the modules that hold it and the name that they hold it by."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append((module, key))
     return places
 

@@ -22,6 +22,7 @@ from lit_prune.surgery.optimizer_search import find_optimizers, is_lbfgs, is_opt
 from lit_prune.surgery.references import attributes
 from lit_prune.surgery.sharded_tensors import ShardedCut
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.torch_internals import base_of, forget_size
 
 Path = tuple[Any, ...]
 _ADVICE = "prune before training begins, while the optimizer has no state yet, or use another optimizer."
@@ -184,7 +185,7 @@ def _misfit(found: Found, parameter: Tensor, fit: Collection[Path], unfit: Colle
         return "is in an object, which may rely on the shape it has."
     if isinstance(value, DTensor) and (not isinstance(found.holder, MutableMapping) or found.path == ("",)):
         return "is a sharded tensor in a sequence, where it cannot be replaced."
-    if value._base is not None and value._base.numel() > value.numel():
+    if (base := base_of(value)) is not None and base.numel() > value.numel():
         return "is a view into a larger tensor, which would not change with it."
     square = len(shape) > 1 and len(set(shape)) < len(shape)
     if square and (found.path in unfit or (found.inside(_Position) and found.path not in fit)):
@@ -246,16 +247,15 @@ def reset_histories(optimizers: Iterable[Any], touched: Collection[int], journal
     """
     for optimizer in optimizers:
         if is_lbfgs(optimizer) and any(id(p) in touched for p in _parameters(optimizer)):
-            before, count = dict(optimizer.state), optimizer._numel_cache
+            before = dict(optimizer.state)
 
-            def undo(optimizer: Any = optimizer, before: dict[Any, Any] = before, count: int | None = count) -> None:
+            def undo(optimizer: Any = optimizer, before: dict[Any, Any] = before) -> None:
                 optimizer.state.clear()
                 optimizer.state.update(before)
-                optimizer._numel_cache = count
 
             journal.append(undo)
             optimizer.state.clear()
-            optimizer._numel_cache = None
+            journal.append(forget_size(optimizer))
 
 
 @dataclass

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.architectures.weight_checks import shared_beside
 from lit_prune.distributed import shards
 from lit_prune.errors import ReferenceHeldError
+from lit_prune.torch_internals import hook_tables
 
 _OWN = frozenset(vars(nn.Module()))
 
@@ -40,14 +42,8 @@ def attributes(owner: Any) -> Iterator[tuple[str, Any]]:
 
 def parameter_hooks(parameter: Tensor) -> Iterator[Callable[..., Any]]:
     """The hooks that are called with a parameter's gradient, or once it is accumulated."""
-    for hooks in _hook_tables(parameter):
+    for hooks in hook_tables(parameter):
         yield from list(hooks.values())
-
-
-def _hook_tables(parameter: Tensor) -> Iterator[dict[int, Callable[..., Any]]]:
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if hooks := getattr(parameter, name, None):
-            yield hooks
 
 
 def held_by(hook: Any) -> Iterator[tuple[str, Any]]:
@@ -123,7 +119,7 @@ def suspended_hooks(root: nn.Module) -> Iterator[None]:
     Calibration's gradients are no training's: a hook that steps an optimizer would change the weights, one that logs would
     log them, one that changes the gradient would change the ranking. Hooks that are registered meanwhile are called.
     """
-    taken = [(hooks, dict(hooks)) for p in root.parameters() for hooks in _hook_tables(p)]
+    taken = [(hooks, dict(hooks)) for p in root.parameters() for hooks in hook_tables(p)]
     for hooks, _ in taken:
         hooks.clear()
     try:
@@ -146,18 +142,11 @@ def check_ties(root: nn.Module, model: nn.Module, touched: Iterable[str]) -> Non
     Raises:
         ReferenceHeldError: Naming both.
     """
-    inside = {id(m) for m in model.modules()}
-    names = {id(model.get_parameter(name)): name for name in touched}
-    for path, module in root.named_modules():
-        if id(module) in inside:
-            continue
-        for attribute, parameter in module._parameters.items():
-            if id(parameter) in names:
-                raise ReferenceHeldError(
-                    f"{names[id(parameter)]!r} of the model is tied to {f'{path}.{attribute}'.lstrip('.')!r}, a module"
-                    " beside the model, which does not follow the cut. Untie them, or protect the layer"
-                    " (protect=[...])."
-                )
+    for name, attribute, path, _ in shared_beside(root, model, touched):
+        raise ReferenceHeldError(
+            f"{name!r} of the model is tied to {f'{path}.{attribute}'.lstrip('.')!r}, a module beside the model, which does"
+            " not follow the cut. Untie them, or protect the layer (protect=[...])."
+        )
 
 
 def stale_copies(owner: Any, model: nn.Module, touched: Collection[str]) -> Iterator[tuple[str, str]]:

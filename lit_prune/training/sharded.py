@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -24,8 +23,10 @@ from transformers.initialization import no_init_weights
 
 from lit_prune._files import replacing
 from lit_prune.architectures import find_group_sets
+from lit_prune.callbacks.lightning_internals import METADATA_FILENAME
 from lit_prune.distributed.shards import local_range
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.torch_internals import move_buffers
 
 
 def empty_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **config: Any) -> nn.Module:
@@ -76,10 +77,10 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> Non
     for name in dict.fromkeys(s.block for s in find_group_sets(model)):
         fully_shard(model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    buffers = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    buffers = [(m, dict(m.named_buffers(recurse=False, remove_duplicate=False))) for m in model.modules()]
     model.to_empty(device=device)
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.to(device)
+    for module, held in buffers:
+        move_buffers(module, {name: buffer.to(device) for name, buffer in held.items()})
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def consolidate(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str]
         FileNotFoundError: If the folder is not a distributed checkpoint.
     """
     folder = Path(checkpoint)
-    if not (folder / ".metadata").exists() or not (folder / _METADATA_FILENAME).exists():
+    if not (folder / ".metadata").exists() or not (folder / METADATA_FILENAME).exists():
         raise FileNotFoundError(
             f"No distributed checkpoint at {str(folder)!r}; expected a folder of ModelParallelStrategy."
         )
@@ -163,7 +164,7 @@ def consolidate(checkpoint: str | os.PathLike[str], file: str | os.PathLike[str]
         if name.startswith("state_dict.") and isinstance(found, TensorStorageMetadata)
     }
     load(saved, storage_reader=reader, no_dist=True)
-    contents = torch.load(folder / _METADATA_FILENAME, map_location="cpu", weights_only=True)
+    contents = torch.load(folder / METADATA_FILENAME, map_location="cpu", weights_only=True)
     weights = {name.removeprefix("state_dict."): value for name, value in saved.items()}
     with replacing(file) as temporary:
         torch.save({**contents, "state_dict": weights}, temporary)

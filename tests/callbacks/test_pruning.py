@@ -19,6 +19,8 @@ from conftest import SMALL, tiny
 from lit_prune import BudgetError, CalibrationError, GroupTable, PruningPlan, UnsupportedModelError, find_group_sets
 from lit_prune.callbacks import StructuredPruning
 
+pytestmark = pytest.mark.core
+
 
 def corpus(sequences: int, seed: int) -> torch.Tensor:
     """Token sequences with a structure to learn: each token follows from the one before, with some noise."""

@@ -15,6 +15,8 @@ from local_assets import EOS, UNKNOWN, chains, write_text, write_tokenizer
 from lit_prune.training import TextDataModule
 from lit_prune.training.data import EMBEDDED, load_texts
 
+pytestmark = pytest.mark.core
+
 # every document has words of its own: 10 documents of 3 words, tokens 2 to 31
 DOCUMENTS = [f"w{3 * i + 2} w{3 * i + 3} w{3 * i + 4}" for i in range(10)]
 

@@ -17,6 +17,7 @@ from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import INTERLEAVED, STACKED, group_set_of, parameter_of, part_of, part_rows
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet
+from lit_prune.transformers_internals import EXPERTS_FIELD, has_choice_of_experts
 
 ALIGNMENT = 8
 
@@ -26,9 +27,9 @@ def expert_by_expert(module: nn.Module, kept: Tensor) -> Callable[[], None]:
 
     Grouped matrix products want rows of 16 bytes or multiples of them: of 8 channels, whichever floating-point type.
     """
-    if len(kept) % ALIGNMENT == 0 or not hasattr(getattr(module, "config", None), "_experts_implementation"):
+    if len(kept) % ALIGNMENT == 0 or not has_choice_of_experts(module):
         return nothing_to_undo
-    return override_config(module, "_experts_implementation", "eager")
+    return override_config(module, EXPERTS_FIELD, "eager")
 
 
 @renamed_fields(having="requires")

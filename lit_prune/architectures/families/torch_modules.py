@@ -17,6 +17,7 @@ from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import group_set_of, part_of
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet
+from lit_prune.torch_internals import keep_from_fused_path
 
 
 class WithFewerHeads(KeptHeads):
@@ -100,11 +101,10 @@ def fewer_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     back = kept_heads(module, kept, WithFewerHeads)
     if not first:
         return back
-    # keeps nn.TransformerEncoderLayer from its fused path, which reads the weights past this module
-    module._qkv_same_embed_dim = False  # type: ignore[assignment]
+    unfused = keep_from_fused_path(module)
 
     def undo() -> None:
-        module._qkv_same_embed_dim = True  # type: ignore[assignment]
+        unfused()
         back()
 
     return undo

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.components import Component
 from lit_prune.architectures.plain_modules import CONVOLUTIONS, check_plain
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Adaptation, GroupSet, Slice, group_cost
+from lit_prune.torch_internals import tree_leaves
 
 # where a norm remembers which channels it still has of those before the last cut
 _CHANNELS = "_lit_prune_channels"

@@ -1,0 +1,38 @@
+"""What this package uses of transformers and accelerate that they do not document; ``tests/test_internals.py`` checks each.
+
+``modeling_pruned.py`` has its own two, ``_from_config`` and ``_model_mapping``: it is copied beside weights and imports
+nothing of this package. Every function was checked with the versions of transformers in :data:`CHECKED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+CHECKED = ("5.15.0", "5.23.0")
+
+# the field of a config that says how a module of experts runs them
+EXPERTS_FIELD = "_experts_implementation"
+
+
+def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """Return a model of a class, with the data type and attention that its config asks for, as ``AutoModel.from_config``."""
+    return kind._from_config(config)
+
+
+def has_choice_of_experts(module: nn.Module) -> bool:
+    """Return whether a module of experts takes from its config how it runs them."""
+    return hasattr(getattr(module, "config", None), EXPERTS_FIELD)
+
+
+def frames_of(module: nn.Module) -> Callable[[Any], Any] | None:
+    """Return a speech model's function from numbers of samples to numbers of frames, ``None`` if it has none."""
+    return getattr(module, "_get_feat_extract_output_lengths", None)
+
+
+def accelerate_hook(module: nn.Module) -> Any:
+    """Return the hook by which accelerate offloads a module, ``None`` if it has none."""
+    return getattr(module, "_hf_hook", None)
