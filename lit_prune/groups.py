@@ -118,6 +118,8 @@ class GroupSet:
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
         minimum: The fewest groups with which the module still runs; 0 if it can lose them all.
         adaptations: What else changes when groups leave.
+        routed: Whether the module is called with some of the positions only, those that a router sends there: an expert that
+            is a module of its own. Its rows are then no positions of the layer around it.
     """
 
     name: str
@@ -130,6 +132,7 @@ class GroupSet:
     block: str = ""
     minimum: int = 0
     adaptations: tuple[Adaptation, ...] = ()
+    routed: bool = False
 
     @property
     def key(self) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 # importing a file registers what it describes
 from lit_prune.architectures.arguments import Positions
 from lit_prune.architectures.components import MLP, Attention, Block
-from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, t5, torch_modules  # noqa: F401
+from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, litgpt, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
 from lit_prune.architectures.registry import (

@@ -112,7 +112,7 @@ class Attention(Block):
             each head's query. With ``fused`` it has no meaning.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
             sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
-            lacks are passed over.
+            lacks are passed over. A function of the attention module that gives such a mapping, where an option decides.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
         skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
             it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
@@ -133,7 +133,7 @@ class Attention(Block):
     fused: str | None = None
     layout: str = STACKED
     query_parts: int = 1
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] | Callable[[nn.Module], Mapping[str, str]] = field(default_factory=dict)
     core: str = ""
     skippable: bool = False
     adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
@@ -241,7 +241,10 @@ class Attention(Block):
         yield from produced(model, name, self.fused, rows)
 
     def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
-        for parameter, counted in self.parameters.items():
+        described = self.parameters
+        if not isinstance(described, Mapping):
+            described = described(model.get_submodule(name))
+        for parameter, counted in described.items():
             if counted not in counts or not _has(model, f"{name}.{parameter}"):
                 continue
             entries = counts[counted] * groups
@@ -260,6 +263,7 @@ class MLP(Block):
         kind: What the group table calls these groups.
         parts: How many rows of each input projection belong to one channel: 2 where gate and up projection are fused.
         layout: How the parts lie: ``"stacked"``, first all of the one and then all of the other, or ``"interleaved"``.
+        routed: Whether a router sends the module some of the positions only, see :class:`~lit_prune.groups.GroupSet`.
         having: See :class:`Block`.
         optional: See :class:`Block`.
     """
@@ -271,6 +275,7 @@ class MLP(Block):
     kind: str = "mlp"
     parts: int = 1
     layout: str = STACKED
+    routed: bool = False
     having: str | None = None
     optional: bool = False
 
@@ -302,4 +307,4 @@ class MLP(Block):
             consumed(model, name, self.output, torch.arange(width).view(width, 1)),
         )
         found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
-        return replace(found, adaptations=tuple(reader_adaptations(model, name, self.output)))
+        return replace(found, adaptations=tuple(reader_adaptations(model, name, self.output)), routed=self.routed)
