@@ -36,7 +36,7 @@ _OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class ActivationStatistics:
-    """Sums over the tokens that a projection saw, one number an input feature.
+    """Sums over the tokens that a projection saw, one number an input feature. Means of no tokens, for an expert, are 0.
 
     Args:
         count: Number of tokens.
@@ -57,12 +57,12 @@ class ActivationStatistics:
     @property
     def mean(self) -> Tensor:
         """Mean of each feature."""
-        return self._total("sum") / self.count
+        return self._total("sum") / max(self.count, 1)
 
     @property
     def mean_abs(self) -> Tensor:
         """Mean absolute value of each feature."""
-        return self._total("sum_abs") / self.count
+        return self._total("sum_abs") / max(self.count, 1)
 
     @property
     def l1(self) -> Tensor:
@@ -77,7 +77,7 @@ class ActivationStatistics:
     @property
     def variance(self) -> Tensor:
         """Population variance of each feature."""
-        return (self._total("sum_squares") / self.count - self.mean.square()).clamp_min(0)
+        return (self._total("sum_squares") / max(self.count, 1) - self.mean.square()).clamp_min(0)
 
 
 def observed_modules(group_sets: Sequence[GroupSet]) -> list[str]:
