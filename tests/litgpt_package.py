@@ -60,9 +60,9 @@ def shrunk(config: Any, n_layer: int = 2) -> Any:
         ranks = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
         fields["latent_attention"] = ranks
     if config.n_expert:
-        fields.update(n_expert=8, n_expert_per_token=2, moe_intermediate_size=12)
+        fields.update(n_expert=4, n_expert_per_token=2, moe_intermediate_size=12)
         if config.n_expert_groups:
-            fields.update(n_expert_groups=4, n_topk_groups=2, n_topk_scores_per_group=2)
+            fields.update(n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
     if config.first_k_dense_replace is not None:
         fields["first_k_dense_replace"] = 1
     return replace(config, **fields)
