@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from conftest import skipping, uneven_kept, zeroed
 from lit_prune import (
+    BudgetError,
     Limits,
     PruningConfig,
     PruningPlan,
@@ -289,7 +290,7 @@ def test_experts_are_refitted_to_what_they_gave():
     """With all else whole, an expert's new weights are the ordinary least-squares solution on the tokens sent to it."""
     model = named("Mixtral-8x7B-v0.1", 1)
     batches = [ids(seed, batch=16, tokens=40) for seed in range(8)]
-    config = PruningConfig("magnitude", 0.1, limits=Limits(kinds=["expert_mlp"]))
+    config = PruningConfig("magnitude", 0.1, limits=Limits(kinds=["mlp"]))
     group_sets = find_group_sets(model)
     statistics = calibrate(model, group_sets, batches, lambda b: loss_of(model, b), config)
     _, plan = make_plan(model, group_sets, statistics, config)
@@ -366,3 +367,19 @@ def test_shrinking_keeps_what_distinguishes_the_names():
     neutral = {"name": "", "hf_config": {}, "rope_base": 1, "rope_adjustments": None, "norm_eps": 1e-5}
     distinct = {repr(replace(c, **neutral)) + str("Gemma" in c.name) + str("OLMo" in c.name) for c in configs}
     assert len(distinct) > 20
+
+
+def test_uniform_widths_are_those_of_the_same_place_in_each_layer():
+    """A dense block beside blocks of experts: each kind of MLP keeps one width, and the three may differ."""
+    model = latent(n_layer=3)
+    config = PruningConfig("magnitude", 0.3, repair=None, limits=Limits(uniform=True))
+    prune(model, [ids()], lambda batch: loss_of(model, batch), config)
+    mlps = {s.name: s.size for s in find_group_sets(model) if s.kind == "mlp"}
+    assert len({size for name, size in mlps.items() if ".experts." in name}) == 1
+    assert len({size for name, size in mlps.items() if "shared" in name}) == 1
+    assert sum(".experts." in name for name in mlps) == 2 * 4
+    narrower = named("pythia-14m")
+    sets = find_group_sets(narrower)
+    apply_plan(narrower, PruningPlan.from_kept(sets, [range(s.size - (s.name == sets[1].name)) for s in sets]))
+    with pytest.raises(BudgetError, match="uniform plan needs mlp group sets of one size"):
+        prune(narrower, [ids()], lambda batch: loss_of(narrower, batch), config)

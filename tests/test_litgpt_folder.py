@@ -53,7 +53,7 @@ def halved_experts() -> nn.Module:
     """Experts half as wide, and the shared ones as they were, which then are twice as many of the narrow ones."""
     model = latent()
     group_sets = find_group_sets(model)
-    kept = [range(0, s.size, 2) if s.kind == "expert_mlp" else range(s.size) for s in group_sets]
+    kept = [range(0, s.size, 2) if ".experts." in s.name else range(s.size) for s in group_sets]
     apply_plan(model, PruningPlan.from_kept(group_sets, kept))
     return model
 
@@ -70,7 +70,10 @@ STOCK = {
     "norms over all heads": lambda: uniform(named("OLMo-2-1124-13B")),
     "biases": lambda: uniform(named("pythia-14m")),
     "experts": lambda: uniform(named("Mixtral-8x7B-v0.1")),
-    "latent attention": lambda: uniform(latent(), kinds=["attention", "mlp"], ratio=0.05),
+    "latent attention, dense and other MLPs": lambda: uniform(
+        latent(n_layer=3), protect=["shared_experts"], kinds=["attention"]
+    ),
+    "a dense block, experts": lambda: uniform(latent(n_layer=3, n_shared_expert=None), 0.2),
     "narrower experts beside shared ones": halved_experts,
     "tied embeddings": lambda: uniform(tied()),
     "blocks": lambda: without_blocks(
@@ -173,9 +176,9 @@ def test_a_stock_folder_can_be_cut_on_and_saved_in_our_form(tmp_path):
     assert torch.equal(dense(ids()), loaded(ids()))
 
 
-def _narrower(model: nn.Module, kind: str, layer: int) -> nn.Module:
+def _narrower(model: nn.Module, name: str) -> nn.Module:
     group_sets = find_group_sets(model)
-    kept = [range(s.size - (s.kind == kind and s.layer == layer)) for s in group_sets]
+    kept = [range(s.size - s.name.endswith(name)) for s in group_sets]
     apply_plan(model, PruningPlan.from_kept(group_sets, kept))
     return model
 
@@ -189,16 +192,16 @@ def _with_bias(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: _narrower(named("Llama-3.2-1B"), "attention", 1), r"n_head is 8 at transformer\.h\.0\.attn and 6 at"),
+        (lambda: _narrower(named("Llama-3.2-1B"), "h.1.attn"), r"n_head is 8 at transformer\.h\.0\.attn and 6 at"),
         (
-            lambda: _narrower(named("pythia-14m"), "mlp", 1),
+            lambda: _narrower(named("pythia-14m"), "h.1.mlp"),
             r"intermediate_size is 24 at .* and 23 at transformer\.h\.1\.mlp",
         ),
         (
-            lambda: _narrower(named("Mixtral-8x7B-v0.1"), "expert_mlp", 0),
+            lambda: _narrower(named("Mixtral-8x7B-v0.1"), "h.0.mlp.experts.0"),
             r"moe_intermediate_size is 11 at .* and 12 at .*",
         ),
-        (lambda: _narrower(latent(n_layer=1, first_k_dense_replace=0), "shared_mlp", 0), "no multiple of moe_interm"),
+        (lambda: _narrower(latent(n_layer=1, first_k_dense_replace=0), "shared_experts"), "no multiple of moe_interm"),
         (lambda: _with_bias(named("Llama-3.2-1B")), r"'transformer\.h\.\d\.mlp\.proj\.bias' has shape \(32,\)"),
     ],
     ids=["heads", "channels", "experts", "shared experts", "biases"],

@@ -72,7 +72,8 @@ class Limits:
             set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
             :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
         kinds: The kinds that may leave, ``"block"`` among them for whole blocks; ``None`` for all but those.
-        uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
+        uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config. Where they
+            differ in size from the start (experts and dense MLPs), those at the same place of each layer.
     """
 
     min_groups: int = 1
@@ -286,9 +287,19 @@ class _Cost:
 
 
 def _uniform_units(table: GroupTable) -> np.ndarray:
-    """For every set the number of those that keep the same width: sets of a kind, but every block by itself."""
+    """For every set the number of those that keep the same width: sets of a kind, but every block by itself.
+
+    Where the sets of a kind differ in size (experts beside dense MLPs), it is those at the same place of their layers.
+    """
+    sizes: dict[str, set[int]] = {}
+    for (_, kind), size in zip(table.keys, table.sizes.tolist(), strict=True):
+        sizes.setdefault(kind, set()).add(size)
     units: dict[tuple[str, str], int] = {}
-    return np.array([units.setdefault((name if kind == BLOCK else "", kind), len(units)) for name, kind in table.keys])
+    found = []
+    for name, kind in table.keys:
+        place = re.sub(r"\d+", "*", name) if len(sizes[kind]) > 1 else ""
+        found.append(units.setdefault((name if kind == BLOCK else place, kind), len(units)))
+    return np.array(found)
 
 
 def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
