@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch  # noqa: F401
 import pytest
 import torch
+from local_assets import write_tokenizer
 from torch import nn
 
 from conftest import unsettled
@@ -85,3 +86,15 @@ def named(name: str, n_layer: int = 2, **fields: Any) -> nn.Module:
 def ids(seed: int = 0, batch: int = 2, tokens: int = 10) -> torch.Tensor:
     """Random token ids, shape ``(batch, tokens)``."""
     return torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def write_folder(folder: Path) -> Path:
+    """A LitGPT checkpoint folder with a tiny random model and a tokenizer."""
+    import_litgpt()
+    from litgpt.utils import save_config
+
+    write_tokenizer(folder)
+    model = named("Llama-3.2-1B")
+    torch.save(model.state_dict(), folder / "lit_model.pth")
+    save_config(model.config, folder)
+    return folder

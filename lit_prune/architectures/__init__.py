@@ -6,6 +6,7 @@ from lit_prune.architectures.components import MLP, Attention, Block
 from lit_prune.architectures.families import alibi, bart, decoders, encoders, experts, fused, litgpt, t5, torch_modules  # noqa: F401
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
+from lit_prune.architectures.latent_attention import LatentAttention
 from lit_prune.architectures.registry import (
     Architecture,
     architectures,
@@ -22,6 +23,7 @@ __all__ = [
     "Block",
     "ExpertChannels",
     "Experts",
+    "LatentAttention",
     "MultiheadAttention",
     "Positions",
     "Traced",

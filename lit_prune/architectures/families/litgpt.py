@@ -24,6 +24,10 @@ _ADAPTED = {
 }
 
 
+def _head_size(attention: Any) -> int:
+    return attention.config.head_size
+
+
 def _norms_over_heads(attention: Any) -> Mapping[str, str]:
     """The norms of queries and keys, if they are over all heads; else they are of one head, and stay."""
     if not attention.config.norm_qk or attention.config.norm_qk_type != "olmo2":
@@ -68,7 +72,7 @@ def _check(model: nn.Module) -> None:
         if not any(hasattr(block.mlp, name) for name in ("fc", "fc_1", "experts")):
             raise UnsupportedModelError(
                 f"{_BLOCKS}.{index}.mlp ({type(block.mlp).__name__}) was expected to have the parts of one of LitGPT's MLPs (fc;"
-                f" fc_1 and fc_2; experts); it has {[name for name, _ in block.mlp.named_children()]}."  # type: ignore[union-attr, operator]
+                f" fc_1 and fc_2; experts); it has {[name for name, _ in block.mlp.named_children()]}."  # type: ignore[union-attr]
             )
 
 
@@ -81,7 +85,7 @@ register_architecture(
                 path=f"{_BLOCKS}.*.attn",
                 fused="qkv",
                 output="proj",
-                head_dim=lambda attention: attention.config.head_size,  # type: ignore[union-attr, return-value]
+                head_dim=_head_size,
                 attributes=_HEADS,
                 parameters=_norms_over_heads,
                 adapt=_without_cache,
