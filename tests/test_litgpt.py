@@ -199,6 +199,23 @@ def test_cache_of_keys_and_values_works(build):
     assert_close(decoded(model, ids(1)), expected)
 
 
+@pytest.mark.parametrize("name", ["Gemma-2-2b", "OLMo-2-1124-13B", "pythia-14m", "latent"])
+def test_a_layer_may_lose_all_its_heads(name):
+    """With and without a cache; its norm still gets a gradient, which DDP waits for."""
+    model = latent(attn_bias=True) if name == "latent" else named(name)
+    group_sets = find_group_sets(model)
+    assert {s.minimum for s in group_sets if s.kind == "attention"} == {0}
+    kept = [[] if s.name == "transformer.h.0.attn" else list(range(s.size)) for s in group_sets]
+    oracle = zeroed(model, kept)
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    loss_of(model, ids()).backward()
+    assert all(p.grad is not None for p in model.transformer.h[0].norm_1.parameters())
+    with torch.no_grad():
+        assert_close(model(ids()), oracle(ids()))
+        assert_close(decoded(model, ids(1)), decoded(oracle, ids(1)))
+        assert_close(copy.deepcopy(model)(ids()), oracle(ids()))
+
+
 def test_generates_text_as_litgpt_does_it():
     from litgpt.generate.base import generate
 

@@ -183,6 +183,13 @@ def _narrower(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+def _without_heads(model: nn.Module) -> nn.Module:
+    group_sets = find_group_sets(model)
+    kept = [[] if s.kind == "attention" else range(s.size) for s in group_sets]
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    return model
+
+
 def _with_bias(model: nn.Module) -> nn.Module:
     config = PruningConfig(pruning_ratio=0.1, repair="bias", iterations=1, limits=Limits(uniform=True, kinds=["mlp"]))
     prune(model, [ids()], lambda batch: loss_of(model, batch), config)
@@ -202,9 +209,10 @@ def _with_bias(model: nn.Module) -> nn.Module:
             r"moe_intermediate_size is 11 at .* and 12 at .*",
         ),
         (lambda: _narrower(latent(n_layer=1, first_k_dense_replace=0), "shared_experts"), "no multiple of moe_interm"),
+        (lambda: _without_heads(named("Llama-3.2-1B")), r"refuses a config with .*'n_head': 0"),
         (lambda: _with_bias(named("Llama-3.2-1B")), r"'transformer\.h\.\d\.mlp\.proj\.bias' has shape \(32,\)"),
     ],
-    ids=["heads", "channels", "experts", "shared experts", "biases"],
+    ids=["heads", "channels", "experts", "shared experts", "no heads", "biases"],
 )
 def test_what_a_config_cannot_say_is_refused_with_the_field(tmp_path, build, words):
     model = build()

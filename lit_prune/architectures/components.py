@@ -114,8 +114,9 @@ class Attention(Block):
             sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
             lacks are passed over. A function of the attention module that gives such a mapping, where an option decides.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
-        skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
-            it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
+        skippable: Whether a layer may lose all its groups, the core then being skipped. It has to return ``(states, weights)``
+            (see ``weights``), its states the output projection's if that is a part of it and the heads' if not.
+        weights: Whether a skippable core returns ``(states, weights)``, and not its states alone.
         adapt: Called with the core and the indices of the kept groups at every cut, for cores that need more than
             smaller projections and attributes; see :class:`~lit_prune.groups.Adaptation`.
         having: See :class:`Block`.
@@ -136,6 +137,7 @@ class Attention(Block):
     parameters: Mapping[str, str] | Callable[[nn.Module], Mapping[str, str]] = field(default_factory=dict)
     core: str = ""
     skippable: bool = False
+    weights: bool = True
     adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
     having: str | None = None
     optional: bool = False
@@ -188,7 +190,7 @@ class Attention(Block):
             minimum = 0
             inside = not self.core or self.output.startswith(f"{self.core}.")
             output = self.output.removeprefix(f"{self.core}.") if inside else None
-            adaptations.append(Adaptation(core_name, without_heads(output)))
+            adaptations.append(Adaptation(core_name, without_heads(output, self.weights)))
         found = group_set_of(
             model, name, layer, QUERY_HEAD if by_query else self.kind, slices, self.attributes, counts, core_name
         )

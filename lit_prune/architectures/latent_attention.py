@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.adaptations import without_heads
 from lit_prune.architectures.components import Block
 from lit_prune.architectures.slices import consumed, group_set_of, produced, projection
 from lit_prune.errors import UnsupportedModelError
@@ -31,6 +32,8 @@ class LatentAttention(Block):
         attributes: Attributes of the module that count heads, each mapped to ``"query_heads"`` or ``"key_value_heads"``,
             which are as many; see :class:`~lit_prune.architectures.components.Attention`.
         kind: What the group table calls these groups.
+        skippable: See :class:`~lit_prune.architectures.components.Attention`.
+        weights: See :class:`~lit_prune.architectures.components.Attention`.
         adapt: See :class:`~lit_prune.architectures.components.Attention`.
         having: See :class:`Block`.
         optional: See :class:`Block`.
@@ -45,6 +48,8 @@ class LatentAttention(Block):
     output: str = "o_proj"
     attributes: Mapping[str, str] = field(default_factory=dict)
     kind: str = "attention"
+    skippable: bool = False
+    weights: bool = True
     adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
     having: str | None = None
     optional: bool = False
@@ -78,5 +83,7 @@ class LatentAttention(Block):
         )
         counts = {"query_heads": 1, "key_value_heads": 1}
         found = group_set_of(model, name, layer, self.kind, slices, self.attributes, counts)
-        adaptations = () if self.adapt is None else (Adaptation(name, self.adapt),)
-        return replace(found, minimum=1, adaptations=adaptations)
+        adaptations = [] if self.adapt is None else [Adaptation(name, self.adapt)]
+        if self.skippable:
+            adaptations.append(Adaptation(name, without_heads(self.output, self.weights)))
+        return replace(found, minimum=0 if self.skippable else 1, adaptations=tuple(adaptations))

@@ -86,7 +86,7 @@ def stock_config(model: nn.Module) -> Any:
         assert cls is not None
         with torch.device("meta"):
             built = cls(stock)
-    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"LitGPT refuses a config with {fields}: {error}. {_REMEDY}") from error
     _check_same(model, built)
     return stock
