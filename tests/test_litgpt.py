@@ -333,13 +333,12 @@ def test_experts_are_refitted_to_what_they_gave():
 
 
 def test_expert_that_no_token_goes_to_is_no_obstacle():
-    model = named("Mixtral-8x7B-v0.1")
+    model = named("Mixtral-8x7B-v0.1", n_expert_per_token=1)
     experts = model.transformer.h[0].mlp
     with torch.no_grad():
-        # the others get more than it whatever the token
+        # of two opposite scores one is above 0
+        experts.gate.weight[1] = -experts.gate.weight[0]
         experts.gate.weight[3] = 0.0
-        experts.gate.weight[:2].mul_(0).add_(1)
-        model.transformer.h[0].norm_2.weight.abs_()
     calls: list[int] = []
     handle = experts.experts[3].register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     batches = [ids(seed, batch=1, tokens=3) for seed in range(2)]
@@ -349,7 +348,7 @@ def test_expert_that_no_token_goes_to_is_no_obstacle():
         prune(smaller, batches, lambda b, m=smaller: loss_of(m, b), config)
         assert all(bool(p.isfinite().all()) for p in smaller.parameters())
     handle.remove()
-    assert 0 in calls
+    assert set(calls) == {0}
 
 
 @pytest.mark.parametrize(
@@ -402,3 +401,16 @@ def test_uniform_widths_are_those_of_the_same_place_in_each_layer():
     apply_plan(narrower, PruningPlan.from_kept(sets, [range(s.size - (s.name == sets[1].name)) for s in sets]))
     with pytest.raises(BudgetError, match="uniform plan needs mlp group sets of one size"):
         prune(narrower, [ids()], lambda batch: loss_of(narrower, batch), config)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_every_config_that_litgpt_names():
+    names = sorted(litgpt.config.name_to_config)
+    assert len(names) >= 210
+    for name in names:
+        model = named(name)
+        kept = uneven_kept(find_group_sets(model))
+        expected = dense_with_zeros(model, kept)(ids())
+        difference = (cut(model)(ids()) - expected).abs().max()
+        assert float(difference) < 1e-5 * float(expected.abs().max()), name
