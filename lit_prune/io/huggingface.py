@@ -73,6 +73,11 @@ def save_pruned(
         UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
     """
     if gpt_class(model) is not None:
+        if self_contained:
+            raise UnsupportedModelError(
+                "self_contained=True writes modelling code of transformers; a litgpt.GPT needs litgpt, and no lit_prune where"
+                " it was pruned with uniform=True. Leave self_contained out."
+            )
         return save_litgpt(model, directory, tokenizer, state_dict=state_dict)
     check_replaceable(directory)
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
