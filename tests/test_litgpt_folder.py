@@ -234,7 +234,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path):
         save_pruned(named("Llama-3.2-1B"), tmp_path / "model")
     with pytest.raises(UnsupportedModelError, match=r"Expected a litgpt\.GPT; found torch"):
         save_litgpt(nn.Linear(2, 2), tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="self_contained"):
+    with pytest.raises(ValueError, match="self_contained"):
         save_pruned(model, tmp_path / "model", self_contained=True)
     assert not (tmp_path / "model").exists()
     save_pruned(model, tmp_path / "model")

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lit_prune import modeling_pruned
 from lit_prune._files import write_text
 from lit_prune.architectures import find_group_sets
-from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
@@ -68,13 +68,14 @@ def save_pruned(
         The directory.
 
     Raises:
+        ArgumentValueError: If ``self_contained`` is asked for a ``litgpt.GPT``.
         PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
             directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
         UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
     """
     if gpt_class(model) is not None:
         if self_contained:
-            raise UnsupportedModelError(
+            raise ArgumentValueError(
                 "self_contained=True writes modelling code of transformers; a litgpt.GPT needs litgpt, and no lit_prune where"
                 " it was pruned with uniform=True. Leave self_contained out."
             )
