@@ -99,7 +99,7 @@ class StructuredPruning(Callback):
         min_fraction: Smallest fraction of the groups to keep in every attention module and every MLP.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions searched in
             module names.
-        uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers.
+        uniform: Keep the same widths in every layer, so that the result fits a stock config of transformers or LitGPT.
         mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for the largest of 64, 32, 16 and 8 of
             which a width has 48 or more (32 for 1536 channels), and any width below: rounded ones multiply faster.
         kinds: The kinds of groups that may be removed: ``"attention"``, ``"mlp"``, and ``"block"`` for whole decoder

@@ -39,8 +39,8 @@ def _renew_optimizers(trainer: pl.Trainer) -> None:
             " schedulers can go on. Let it give every group, also those that are empty because their parameters are"
             " frozen."
         )
-    for optimizer, before in zip(strategy.optimizers, rates, strict=True):
-        for group, rate in zip(optimizer.param_groups, before, strict=True):
+    for optimizer, of_one in zip(strategy.optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, of_one, strict=True):
             group["lr"] = rate
     for config, state in zip(strategy.lr_scheduler_configs, schedulers, strict=True):
         config.scheduler.load_state_dict(state)

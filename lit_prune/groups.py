@@ -137,6 +137,8 @@ class GroupSet:
             many groups as the others: heads that share one of several B and C of a Mamba-2.
         multiple_of: A number that kernels want the kept groups to be a multiple of; where ``Limits.multiple_of`` says
             something else, that holds.
+        routed: Whether the module is called with some of the positions only, those that a router sends there: an expert that
+            is a module of its own. Its rows are then no positions of the layer around it.
     """
 
     name: str
@@ -151,6 +153,7 @@ class GroupSet:
     adaptations: tuple[Adaptation, ...] = ()
     equal_parts: int = 1
     multiple_of: int = 1
+    routed: bool = False
 
     @property
     def key(self) -> tuple[str, str]:

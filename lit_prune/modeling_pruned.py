@@ -32,7 +32,7 @@ from transformers.utils import cached_file
 MODEL_TYPE = "lit_prune"
 VERSION = 1
 BLOCK = "block"
-LAYER_INDICES = ("layer_idx", "layer_id")
+LAYER_INDICES = ("layer_idx", "layer_id", "block_idx")
 PREFIX = "Pruned"
 # more groups than any place of a model has; indices are expanded in memory
 MOST_GROUPS = 1_000_000

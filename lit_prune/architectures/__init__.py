@@ -13,12 +13,14 @@ from lit_prune.architectures.families import (  # noqa: F401
     experts,
     fused,
     linear_attention,
+    litgpt,
     recurrent,
     t5,
     torch_modules,
 )
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.torch_modules import MultiheadAttention
+from lit_prune.architectures.latent_attention import LatentAttention
 from lit_prune.architectures.registry import (
     Architecture,
     architectures,
@@ -53,6 +55,7 @@ __all__ = [
     "ExpertChannels",
     "Experts",
     "GroupSet",
+    "LatentAttention",
     "MultiheadAttention",
     "Positions",
     "SequenceMixer",

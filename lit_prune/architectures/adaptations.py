@@ -108,8 +108,9 @@ class WithoutHeads(Adapted):
     """
 
     output_of_no_heads: str | None
+    weights_of_no_heads: bool = True
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None] | Tensor:
         """What the heads give when there are none: states of no features, or what the output projection makes of them.
 
         Args:
@@ -126,14 +127,15 @@ class WithoutHeads(Adapted):
         states = hidden[..., :0]
         if self.output_of_no_heads is not None:
             states = module.get_submodule(self.output_of_no_heads)(states)
-        return states, None
+        return (states, None) if self.weights_of_no_heads else states
 
 
-def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
+def without_heads(output: str | None, weights: bool = True) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
     """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of attention that may lose all its heads.
 
     Args:
         output: Path of the output projection within the module; ``None`` if that is outside of it.
+        weights: Whether the module returns ``(states, weights)``, and not its states alone.
     """
 
     def apply(module: nn.Module, kept: Tensor) -> Callable[[], None]:
@@ -141,9 +143,11 @@ def without_heads(output: str | None) -> Callable[[nn.Module, Tensor], Callable[
             return nothing_to_undo
         back = become(module, WithoutHeads)
         module.output_of_no_heads = output  # type: ignore[assignment]
+        module.weights_of_no_heads = weights  # type: ignore[assignment]
 
         def undo() -> None:
             vars(module).pop("output_of_no_heads", None)
+            vars(module).pop("weights_of_no_heads", None)
             back()
 
         return undo

@@ -114,10 +114,11 @@ class Attention(Component):
             each head's query. With ``fused`` it has no meaning.
         parameters: Further parameters of the attention module with an entry for each head or feature, such as attention
             sinks or norms over all heads; each mapped to what its entries are, as in ``attributes``. Those that a module
-            lacks are skipped.
+            lacks are skipped. A function of the attention module that gives such a mapping, where an option decides.
         core: Path, within the attention module, of the module that computes the heads, if that is another one.
-        skippable: Whether the core returns ``(states, weights)``, its states the output projection's if that is a part of
-            it and the heads' if not; then a layer may lose all its groups, and the core is skipped.
+        skippable: Whether a layer may lose all its groups, the core then being skipped. It has to return ``(states, weights)``
+            (see ``weights``), its states the output projection's if that is a part of it and the heads' if not.
+        weights: Whether a skippable core returns ``(states, weights)``, and not its states alone.
         adapt: Called with the core and the indices of the kept groups at every cut, for cores that need more than
             smaller projections and attributes; see :class:`~lit_prune.groups.Adaptation`.
         requires: See :class:`Component`.
@@ -135,9 +136,10 @@ class Attention(Component):
     fused: str | None = None
     layout: str = STACKED
     query_parts: int = 1
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] | Callable[[nn.Module], Mapping[str, str]] = field(default_factory=dict)
     core: str = ""
     skippable: bool = False
+    weights: bool = True
     adapt: Callable[[nn.Module, Tensor], Callable[[], None]] | None = None
     requires: str | None = None
     optional: bool = False
@@ -190,7 +192,7 @@ class Attention(Component):
             minimum = 0
             inside = not self.core or self.output.startswith(f"{self.core}.")
             output = self.output.removeprefix(f"{self.core}.") if inside else None
-            adaptations.append(Adaptation(core_name, without_heads(output)))
+            adaptations.append(Adaptation(core_name, without_heads(output, self.weights)))
         found = group_set_of(
             model, name, layer, QUERY_HEAD if by_query else self.kind, slices, self.attributes, counts, core_name
         )
@@ -243,7 +245,10 @@ class Attention(Component):
         yield from produced(model, name, self.fused, rows)
 
     def _extra(self, model: nn.Module, name: str, counts: Mapping[str, int], groups: int) -> Iterator[Slice]:
-        for parameter, counted in self.parameters.items():
+        described = self.parameters
+        if not isinstance(described, Mapping):
+            described = described(model.get_submodule(name))
+        for parameter, counted in described.items():
             if counted not in counts or not _has(model, f"{name}.{parameter}"):
                 continue
             entries = counts[counted] * groups
@@ -264,6 +269,7 @@ class MLP(Component):
         kind: What the group table calls these groups.
         parts: How many rows of each input projection belong to one channel: 2 where gate and up projection are fused.
         layout: How the parts lie: ``"stacked"``, first all of the one and then all of the other, or ``"interleaved"``.
+        routed: Whether a router sends the module some of the positions only, see :class:`~lit_prune.groups.GroupSet`.
         requires: See :class:`Component`.
         optional: See :class:`Component`.
     """
@@ -275,6 +281,7 @@ class MLP(Component):
     kind: str = "mlp"
     parts: int = 1
     layout: str = STACKED
+    routed: bool = False
     requires: str | None = None
     optional: bool = False
 
@@ -306,4 +313,4 @@ class MLP(Component):
             consumed(model, name, self.output, torch.arange(width).view(width, 1)),
         )
         found = group_set_of(model, name, layer, self.kind, slices, self.attributes, {"channels": 1})
-        return replace(found, adaptations=tuple(reader_adaptations(model, name, self.output)))
+        return replace(found, adaptations=tuple(reader_adaptations(model, name, self.output)), routed=self.routed)

@@ -22,7 +22,7 @@ from lit_prune.torch_internals import version_of
 
 @dataclass
 class ActivationStatistics:
-    """Sums over the tokens that a projection saw, one number an input feature.
+    """Sums over the tokens that a projection saw, one number an input feature. Means of no tokens, for an expert, are 0.
 
     Args:
         count: Number of tokens.
@@ -39,7 +39,7 @@ class ActivationStatistics:
         Raises:
             CalibrationError: If calibration did not keep the sums that it is made of.
         """
-        return statistic.value({name: self._total(name) for name in statistic.sums}, self.count)
+        return statistic.value({name: self._total(name) for name in statistic.sums}, max(self.count, 1))
 
     def _named(self, name: str) -> Tensor:
         statistic = get_statistic(name)
@@ -56,7 +56,7 @@ class ActivationStatistics:
     @property
     def mean(self) -> Tensor:
         """Mean of each feature."""
-        return self._total("sum") / self.count
+        return self._total("sum") / max(self.count, 1)
 
     @property
     def mean_abs(self) -> Tensor:

@@ -19,9 +19,11 @@ from lit_prune import modeling_pruned
 from lit_prune._files import write_text
 from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
-from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import Attribute, GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
+from lit_prune.io.litgpt_config import gpt_class
+from lit_prune.io.litgpt_folder import save_litgpt
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.io.model_card import model_card
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
@@ -44,20 +46,21 @@ def save_pruned(
     max_shard_size: int | str = "5GB",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a pruned transformers model to a folder, so that it loads again.
+    """Write a pruned model of transformers or LitGPT to a folder, so that it loads again.
 
     The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
     one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
     config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
     which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
     ``directory`` at the end. A list of the files, with checksums of the weights, is written, too; see
-    :func:`load_pruned`.
+    :func:`load_pruned`. For a ``litgpt.GPT``, see :func:`lit_prune.io.litgpt_folder.save_litgpt`, whose folder has
+    neither model card nor code.
 
     Args:
-        model: A transformers model that was cut by :func:`lit_prune.apply_plan`.
+        model: A model that was cut by :func:`lit_prune.apply_plan`.
         directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
             otherwise.
-        tokenizer: A tokenizer to save beside the model.
+        tokenizer: A tokenizer to save beside the model; for a ``litgpt.GPT`` also the LitGPT folder that holds it.
         metrics: Metrics for the model card by stage (``"dense"``, ``"pruned"``, ``"recovered"``) and name.
         self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
             lit_prune is not installed.
@@ -68,10 +71,18 @@ def save_pruned(
         The directory.
 
     Raises:
+        ArgumentValueError: If ``self_contained`` is asked for a ``litgpt.GPT``.
         PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
             directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
         UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
     """
+    if gpt_class(model) is not None:
+        if self_contained:
+            raise ArgumentValueError(
+                "self_contained=True writes modelling code of transformers; a litgpt.GPT needs litgpt, and no lit_prune where"
+                " it was pruned with uniform=True. Leave self_contained out."
+            )
+        return save_litgpt(model, directory, tokenizer, state_dict=state_dict)
     check_replaceable(directory)
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
     with replacing_folder(directory) as temporary:

@@ -18,7 +18,8 @@ from lit_prune import modeling_pruned
 from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import PATH
-from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
+from lit_prune.errors import ArgumentValueError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
 from lit_prune.io.output_folder import leftover
 from lit_prune.modeling_pruned import (
@@ -65,7 +66,7 @@ def load_pruned(
     dtype: torch.dtype | str = "auto",
     verify: bool = False,
     **options: Any,
-) -> PreTrainedModel:
+) -> Any:
     """Load a model that :func:`lit_prune.save_pruned` wrote, as the class that it was saved as.
 
     ``AutoModelForCausalLM.from_pretrained`` and its likes load it, too, after ``import lit_prune``. Code that lies beside
@@ -88,7 +89,14 @@ def load_pruned(
             pruned, or ``verify`` finds other weights than were saved.
         UnsupportedModelError: If the model's class or type is unknown, or quantisation is asked for.
     """
-    _check_folder(PATH.check("directory", directory))
+    folder = PATH.check("directory", directory)
+    if is_litgpt_folder(folder):
+        if options:
+            raise ArgumentValueError(
+                f"{directory} holds a model of LitGPT, for which load_pruned takes dtype and verify; found {sorted(options)}."
+            )
+        return load_litgpt(folder, dtype=dtype, verify=verify)
+    _check_folder(folder)
     options.pop("trust_remote_code", None)
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:

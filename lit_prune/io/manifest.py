@@ -15,7 +15,7 @@ from lit_prune.errors import PruningError
 MANIFEST = "lit_prune_files.json"
 FORMAT = "lit_prune._files"
 VERSION = 1
-WEIGHTS = ".safetensors"
+WEIGHTS = (".safetensors", ".pth")
 
 
 def entries(folder: Path) -> Iterator[str]:
@@ -100,6 +100,6 @@ def verify_weights(folder: Path) -> None:
                 f"{folder / name} is not the file that was saved: its SHA-256 is {found[:12]}...; {MANIFEST} says"
                 f" {str(value.get('sha256'))[:12]}... Copy the folder again from where it was saved."
             )
-    unknown = sorted(p.name for p in folder.glob(f"*{WEIGHTS}") if p.name not in noted)
+    unknown = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHTS) and p.name not in noted)
     if unknown:
         raise PruningError(f"{folder} holds weights that {MANIFEST} does not name: {unknown[:3]}.")

@@ -76,7 +76,8 @@ class Limits:
             32 for 1536), and what kernels ask for.
         kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers. ``None`` allows all
             kinds but that.
-        uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config.
+        uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config. Where they
+            differ in size from the start (experts and dense MLPs), those at the same place of each layer.
     """
 
     min_groups: int = 1
@@ -296,9 +297,19 @@ class _Cost:
 
 
 def _uniform_units(table: GroupTable) -> np.ndarray:
-    """For every set the number of those that keep the same width: sets of a kind, but every block by itself."""
+    """For every set the number of those that keep the same width: sets of a kind, but every block by itself.
+
+    Where the sets of a kind differ in size (experts beside dense MLPs), it is those at the same place of their layers.
+    """
+    sizes: dict[str, set[int]] = {}
+    for (_, kind), size in zip(table.keys, table.sizes.tolist(), strict=True):
+        sizes.setdefault(kind, set()).add(size)
     units: dict[tuple[str, str], int] = {}
-    return np.array([units.setdefault((name if kind == BLOCK else "", kind), len(units)) for name, kind in table.keys])
+    found = []
+    for name, kind in table.keys:
+        place = re.sub(r"\d+", "*", name) if len(sizes[kind]) > 1 else ""
+        found.append(units.setdefault((name if kind == BLOCK else place, kind), len(units)))
+    return np.array(found)
 
 
 def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -67,7 +67,7 @@ def unexplained_shares(
                     p.module.removeprefix(f"{name}."): (s, p) for s in scored if s.block == name for p in s.repairable
                 }
                 grams: dict[str, Tensor] = {}
-                tokens = torch.zeros((), device=states[0].device)
+                tokens: dict[str, Tensor] = {}
                 following = []
                 for x, call, mask in zip(states, stream.calls[name], stream.masks, strict=True):
                     output, traced = _trace(block, list(parts), x, call, name)
@@ -75,17 +75,17 @@ def unexplained_shares(
                     following.append(output)
                     if len(following) == 1:
                         stream.check_replay(name, output)
-                    select = mask if mask is not None else slice(None)
                     for path, (inputs, _) in traced.items():
-                        a = inputs[select].reshape(-1, inputs.shape[-1])
+                        masked = mask is not None and inputs.shape[:-1] == mask.shape
+                        a = (inputs[mask] if masked else inputs).reshape(-1, inputs.shape[-1])
                         a = a.to(torch.promote_types(a.dtype, torch.float32))
                         grams[path] = grams[path] + a.T @ a if path in grams else a.T @ a
-                    tokens += len(a)
+                        tokens[path] = tokens.get(path, torch.zeros((), device=a.device)) + len(a)
                 if all_reduce is not None:
-                    grams, tokens = {path: all_reduce(gram) for path, gram in grams.items()}, all_reduce(tokens)
+                    grams, tokens = ({path: all_reduce(value) for path, value in d.items()} for d in (grams, tokens))
                 for path, (group_set, part) in parts.items():
                     weight = block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
-                    relative = _relative(SHARE_DAMPING, grams[path], tokens)
+                    relative = _relative(SHARE_DAMPING, grams[path], tokens[path])
                     share = unexplained_share(grams[path], weight, part.index, relative)
                     # of several consumers, the one where the others can make up for least
                     earlier = shares.get(group_set.key, share)

@@ -39,6 +39,7 @@ from lit_prune.repair.replay import (
     _Stream,
     _trace,
 )
+from lit_prune.repair.routed import refit_routed
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
 
@@ -105,7 +106,7 @@ def least_squares(
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable}
+                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
                 following, wanted = _dense_pass(block, list(parts), dense, stream, name)
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
                 order = list(wanted[0])
@@ -127,6 +128,12 @@ def least_squares(
                         model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce
                     )
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
+                if routed := [s for s in members if s.key in touched and s.routed]:
+                    whole = _with_groups_of(routed, block, smaller, members, plan, model)
+                    for path in refit_routed(
+                        routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce
+                    ):
+                        weights[f"{name}.{path}"] = _as_in(model, f"{name}.{path}", smaller.get_parameter(path))
                 with _runs_when_cut(name):
                     dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
@@ -159,14 +166,7 @@ def _refit_experts(
 ) -> str:
     """Refit every expert, in the pruned stream, to what it gives there with all its channels; the parameter's name."""
     name, (part,) = group_set.block, group_set.consumers
-    others = [e for e in plan.entries if e.key in {s.key for s in members} - {group_set.key}]
-    rest = replace(plan, entries=tuple(others), sets=())
-    whole = copy.deepcopy(block)
-    cut_block(whole, name, rest, members, parameter_cuts(model, rest, members))
-    state = smaller.state_dict()
-    for key, parameter in whole.named_parameters():
-        if state[key].shape == parameter.shape:
-            parameter.copy_(state[key])
+    whole = _with_groups_of([group_set], block, smaller, members, plan, model)
     path, _, output = part.parameter.removeprefix(f"{name}.").rpartition(".")
     kept = next(torch.tensor(e.kept) for e in plan.entries if e.key == group_set.key)
     gram, cross, tokens = expert_equations(
@@ -182,6 +182,27 @@ def _refit_experts(
             solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, relative)
             weight.copy_(solved if part.dim == 2 else solved.T)
     return part.parameter
+
+
+def _with_groups_of(
+    group_sets: Sequence[GroupSet],
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    model: nn.Module,
+) -> nn.Module:
+    """A copy of a block that is cut and repaired like ``smaller``, but holds all groups of some sets."""
+    whole_keys = {s.key for s in group_sets}
+    others = [e for e in plan.entries if e.key in {s.key for s in members} - whole_keys]
+    rest = replace(plan, entries=tuple(others), sets=())
+    whole = copy.deepcopy(block)
+    cut_block(whole, members[0].block, rest, members, parameter_cuts(model, rest, members))
+    state = smaller.state_dict()
+    for key, parameter in whole.named_parameters():
+        if state[key].shape == parameter.shape:
+            parameter.copy_(state[key])
+    return whole
 
 
 def _normal_equations(

@@ -234,6 +234,13 @@ def _run(block: nn.Module, inputs: Sequence[Tensor], stream: _Stream, name: str)
         ]
 
 
+def _at_positions(features: Tensor, positions: torch.Size) -> Tensor:
+    """Features with the dimensions of the positions, which some blocks flatten; as rows where they are of some positions only."""
+    if features.shape[:-1].numel() != positions.numel():
+        return features.reshape(-1, features.shape[-1])
+    return features.reshape(*positions, features.shape[-1])
+
+
 def _trace(
     block: nn.Module, paths: Sequence[str], x: Tensor, call: Call, name: str, until: str | None = None
 ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
@@ -245,12 +252,8 @@ def _trace(
 
     def hook(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # some blocks flatten batch and tokens before a projection, some add to what it gives in place
-            shape = x.shape[:-1]
-            found[path] = (
-                args[0].reshape(*shape, args[0].shape[-1]),
-                output.reshape(*shape, output.shape[-1]).clone(),
-            )
+            # some blocks add in place to what a projection gives
+            found[path] = (_at_positions(args[0], x.shape[:-1]), _at_positions(output, x.shape[:-1]).clone())
             if path == until:
                 raise StopForward
 

@@ -61,7 +61,9 @@ def depth_fields(model: nn.Module, entry: PlanEntry) -> dict[str, Any]:
     fields = {}
     for name in depth_of(model) or ():
         if name.startswith("config.") and _counts_blocks(getattr(config, name.removeprefix("config."), None), entry):
-            field = config.attribute_map.get(name.removeprefix("config."), name.removeprefix("config."))
+            # transformers' configs may hold a field by another name
+            known = getattr(config, "attribute_map", {})
+            field = known.get(name.removeprefix("config."), name.removeprefix("config."))
             fields[field] = getattr(config, field)
     return fields
 

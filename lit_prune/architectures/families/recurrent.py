@@ -19,7 +19,7 @@ register_architecture(
     Architecture(
         name="mamba",
         models=("transformers.MambaPreTrainedModel", "transformers.FalconMambaPreTrainedModel"),
-        blocks=(MAMBA,),
+        components=(MAMBA,),
         depth=("config.num_hidden_layers",),
     )
 )
@@ -28,7 +28,7 @@ register_architecture(
     Architecture(
         name="mamba2",
         models=("transformers.Mamba2PreTrainedModel",),
-        blocks=(MAMBA2,),
+        components=(MAMBA2,),
         depth=("config.num_hidden_layers",),
     )
 )
@@ -164,7 +164,7 @@ register_architecture(
     Architecture(
         name="zamba",
         models=("transformers.ZambaPreTrainedModel",),
-        blocks=(ZAMBA_MIXER, replace(ZAMBA_MIXER, path="layers.*.mamba_decoder.mamba", optional=True)),
+        components=(ZAMBA_MIXER, replace(ZAMBA_MIXER, path="layers.*.mamba_decoder.mamba", optional=True)),
     )
 )
 
