@@ -141,7 +141,7 @@ def _pattern(model: nn.Module, found: FoundSet) -> tuple[Any, ...]:
 def _same_state(model: nn.Module) -> Iterator[None]:
     """Seed the random numbers, and put them and the buffers back afterwards."""
     buffers = [(b, b.data, b.data.clone()) for b in model.buffers()]
-    devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)

@@ -50,8 +50,15 @@ def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
     group_set = found.group_set
     counting: list[Attribute] = []
     widths: list[Attribute] = []
-    for attribute, value in _equal_integers(model, found):
-        (counting if value == group_set.size else widths).append(attribute)
+    multiples: list[Attribute] = []
+    positions = {s.index.numel() for s in group_set.slices}
+    for attribute, value in _integers(model, found):
+        if value == group_set.size:
+            counting.append(attribute)
+        elif value in positions:
+            widths.append(attribute)
+        else:
+            multiples.append(attribute)
     orders = [(), (*counting, *widths), tuple(counting), tuple(widths)]
     if group_set.kind.startswith(ATTENTION):
         orders = [*orders[1:], ()]
@@ -61,21 +68,28 @@ def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
     else:
         orders += [(c, *widths) for c in counting] + [(*counting, w) for w in widths]
         orders += [(a,) for a in both] + [tuple(b for b in both if b is not a) for a in both]
+    if group_set.kind.startswith(ATTENTION):
+        # query heads, of which every group has several
+        several = [c for n in (1, 2) for c in combinations(multiples, n)]
+        bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])
+        orders += [(*base, *c) for c in several for base in bases]
     return list(dict.fromkeys(orders))
 
 
-def _equal_integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, int]]:
-    """Integers of the modules around a set that equal its number of groups, or of positions in one of its parameters."""
+def _integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, int]]:
+    """Integers of the modules around a set that may count its groups, several things in each, or positions of a parameter."""
     size = found.group_set.size
-    counted = {size, *(s.index.numel() for s in found.group_set.slices)}
+    positions = {s.index.numel() for s in found.group_set.slices}
     names = [*found.modules, *(s.module for s in found.group_set.slices)]
     for name in dict.fromkeys(names):
         module = model.get_submodule(name)
         if _is_standard(module):
             continue
         for key, value in vars(module).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value in counted and value > 1:
-                yield Attribute(name, key, value // size), value
+            if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+                several = value % size == 0 and any(p % value == 0 for p in positions)
+                if value in positions or several:
+                    yield Attribute(name, key, value // size), value
 
 
 def _is_standard(module: nn.Module) -> bool:
