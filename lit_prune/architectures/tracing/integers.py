@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
+from lit_prune.architectures.fitting_shapes import fitting_shapes
 from lit_prune.architectures.tracing.sets import ATTENTION, FoundSet
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
 ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
     "fewer_heads": fewer_heads,
     "no_nested_tensors": no_nested_tensors,
+    "fitting_shapes": fitting_shapes,
 }
 """The adaptations that traced group sets may have, by the names that stand for them in files."""
 
 _ALL_SUBSETS_UP_TO = 4
+_WITH_FITTING_SHAPES = 4
 
 
 def adaptation_name(adaptation: Adaptation) -> str:
@@ -25,7 +29,34 @@ def adaptation_name(adaptation: Adaptation) -> str:
     return next(name for name, apply in ADAPTATIONS.items() if apply is adaptation.apply)
 
 
-def adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
+@dataclass(frozen=True)
+class Proposal:
+    """What may have to follow a group set.
+
+    Args:
+        attributes: Integers of modules.
+        reshaping: Names of modules that need the adaptation ``"fitting_shapes"``.
+    """
+
+    attributes: tuple[Attribute, ...]
+    reshaping: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> tuple[tuple[str, ...], bool]:
+        """What proposals for sets of the same role in several blocks have in common."""
+        return tuple(a.name for a in self.attributes), bool(self.reshaping)
+
+
+def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> GroupSet:
+    """The group set with what is proposed, and with what modules of PyTorch need."""
+    adaptations = (
+        *_adaptations_of(model, found.group_set),
+        *(Adaptation(name, fitting_shapes) for name in proposal.reshaping),
+    )
+    return replace(found.group_set, attributes=proposal.attributes, adaptations=adaptations)
+
+
+def _adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
     """What modules of PyTorch need besides smaller parameters to run with fewer of these groups."""
     adaptations: dict[tuple[str, str], Adaptation] = {}
     for name in dict.fromkeys(s.module for s in found.slices if s.parameter.endswith("in_proj_weight")):
@@ -40,8 +71,8 @@ def adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
     return tuple(adaptations.values())
 
 
-def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
-    """Sets of attributes that may have to follow a group set, the likeliest first.
+def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
+    """What may have to follow a group set, the likeliest first.
 
     Args:
         model: The model.
@@ -59,7 +90,7 @@ def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
             widths.append(attribute)
         else:
             multiples.append(attribute)
-    orders = [(), (*counting, *widths), tuple(counting), tuple(widths)]
+    orders: list[tuple[Attribute, ...]] = [(), (*counting, *widths), tuple(counting), tuple(widths)]
     if group_set.kind.startswith(ATTENTION):
         orders = [*orders[1:], ()]
     both = (*counting, *widths)
@@ -73,7 +104,10 @@ def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
         several = [c for n in (1, 2) for c in combinations(multiples, n)]
         bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])
         orders += [(*base, *c) for c in several for base in bases]
-    return list(dict.fromkeys(orders))
+    orders = list(dict.fromkeys(orders))
+    reshaping = tuple(m for m in found.modules if not _is_standard(model.get_submodule(m)))
+    fitting = [Proposal(o, reshaping) for o in orders[:_WITH_FITTING_SHAPES]] if reshaping else []
+    return [*map(Proposal, orders), *fitting]
 
 
 def _integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, int]]:
@@ -95,8 +129,3 @@ def _integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, in
 def _is_standard(module: nn.Module) -> bool:
     """Whether a module's integers are PyTorch's, which follow its parameters."""
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
-
-
-def attribute_names(attributes: Sequence[Attribute]) -> tuple[str, ...]:
-    """The names of attributes without their modules."""
-    return tuple(a.name for a in attributes)
