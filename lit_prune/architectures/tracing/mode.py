@@ -81,7 +81,9 @@ class LabelTracer(TorchDispatchMode):
         if source is not None:
             self.first_use.setdefault(source[0], len(self.first_use))
         if known is not None:
-            return known
+            while known.when_used:
+                known.when_used.pop()()
+            return known  # type: ignore[no-any-return]
         if source is not None:
             return source[2]
         return Value(tuple(tensor.shape), weight=False)
