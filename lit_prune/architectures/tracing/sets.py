@@ -94,7 +94,9 @@ def _by_signature(
         own = classes[one.start : one.start + one.size]
         order = np.argsort(own, kind="stable")
         roots, starts = np.unique(own[order], return_index=True)
-        for root, positions in zip(roots.tolist(), np.split(order, starts[1:]), strict=True):
+        ends = [*starts[1:].tolist(), one.size]
+        for root, start, end in zip(roots.tolist(), starts.tolist(), ends, strict=True):
+            positions = order[start:end]
             if not frozen[root] and len(positions) < one.size:
                 members[root].append((number, positions))
             else:
