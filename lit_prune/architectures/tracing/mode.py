@@ -83,7 +83,7 @@ class LabelTracer(TorchDispatchMode):
         if known is not None:
             while known.when_used:
                 known.when_used.pop()()
-            return known  # type: ignore[no-any-return]
+            return known
         if source is not None:
             return source[2]
         return Value(tuple(tensor.shape), weight=False)
