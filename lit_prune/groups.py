@@ -139,6 +139,8 @@ class GroupSet:
             something else, that holds.
         routed: Whether the module is called with some of the positions only, those that a router sends there: an expert that
             is a module of its own. Its rows are then no positions of the layer around it.
+        buffers: The slices of buffers (running statistics of batch norms) that are removed with the groups; ``parameter``
+            names a buffer.
     """
 
     name: str
@@ -154,6 +156,7 @@ class GroupSet:
     equal_parts: int = 1
     multiple_of: int = 1
     routed: bool = False
+    buffers: tuple[Slice, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -257,8 +260,13 @@ def check_names(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                 )
 
 
-def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+def check_weights(model: nn.Module, group_sets: Sequence[GroupSet], *, ties: bool = True) -> None:
     """Refuse weights that cannot be scored or sliced.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        ties: Whether to look for ties, too; not for groups that were found by tracing, which saw every use of a weight.
 
     Raises:
         UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set. A module
@@ -279,7 +287,7 @@ def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                     " weights: load the model without a quantization_config, prune it, and quantise afterwards."
                 )
             elsewhere = set(places[id(parameter)]) - names
-            if elsewhere:
+            if ties and elsewhere:
                 raise UnsupportedModelError(
                     f"{name!r} is the same parameter as {sorted(elsewhere)}, which belongs to another place of the"
                     " model: cutting one would cut the other. Untie them first."
