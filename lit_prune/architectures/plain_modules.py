@@ -17,7 +17,10 @@ from lit_prune.errors import UnsupportedModelError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 
 
 def check_plain(module: nn.Module, path: str) -> None:

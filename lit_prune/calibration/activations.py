@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.architectures.features import feature_dim
 from lit_prune.calibration.evaluation import is_observed
-from lit_prune.calibration.reduce import piece_size, pieces
+from lit_prune.calibration.reduce import add_line, piece_size, pieces
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError
 from lit_prune.groups import GroupSet
@@ -36,16 +37,21 @@ _OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class ActivationStatistics:
-    """Sums over the tokens that a projection saw, one number an input feature.
+    """Sums over the tokens that a projection saw, or the positions that a convolution did, one number an input feature.
 
     Args:
-        count: Number of tokens.
+        count: Number of tokens; of a convolution, that of the spatial positions of its inputs.
         sums: Those of the sums ``"sum"`` (of the values), ``"sum_abs"`` and ``"sum_squares"`` that were asked for, float64
             tensors of shape ``(in_features,)``.
     """
 
     count: int
     sums: dict[str, Tensor]
+
+    @property
+    def features(self) -> int:
+        """Number of input features."""
+        return len(next(iter(self.sums.values())))
 
     def _total(self, name: str) -> Tensor:
         if name not in self.sums:
@@ -108,7 +114,7 @@ class ActivationObserver:
         # of the batch at hand, which may be skipped in the end
         self._batch: dict[str, dict[str, Tensor]] = {}
         # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
-        self._last: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, int, int], dict[str, Tensor]] | None = None
 
     def __enter__(self) -> ActivationObserver:
         for name, module in self._modules.items():
@@ -136,18 +142,22 @@ class ActivationObserver:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if recomputing() or not is_observed():
                 return
             inputs: Tensor = args[0]
-            state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches)
+            dim = feature_dim(module)
+            state = (0 if inputs.is_inference() else inputs._version, self._token_masks.batches, dim)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
-                self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
+                mask = self._token_masks.of(inputs if dim == -1 else inputs.movedim(dim, -1))
+                self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), mask, dim))
             _add_sums(self._batch, name, self._last[2])
 
         return hook
 
-    def _sums_of(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _sums_of(self, inputs: Tensor, mask: Tensor | None, dim: int) -> dict[str, Tensor]:
+        if dim != -1:
+            return self._sums_of_channels(inputs, mask, dim)
         inputs = inputs.reshape(-1, inputs.shape[-1])
         mask = None if mask is None else mask.reshape(-1, 1)
         result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
@@ -159,6 +169,22 @@ class ActivationObserver:
             for key, line in result.items():
                 line += _OF_INPUTS[key](part).sum(dim=0)
         result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
+        return result
+
+    def _sums_of_channels(self, inputs: Tensor, mask: Tensor | None, dim: int) -> dict[str, Tensor]:
+        """Sums over batch and spatial positions, without a copy that has the channels last."""
+        batch, positions = inputs.shape[: inputs.dim() + dim].numel(), inputs.shape[dim + 1 :].numel()
+        inputs = inputs.reshape(batch, inputs.shape[dim], positions)
+        mask = None if mask is None else mask.reshape(batch, 1, positions).expand_as(inputs)
+        result = {key: torch.zeros(inputs.shape[1], device=inputs.device) for key in self._sums}
+        for index in pieces(inputs.shape, piece_size(inputs.device)):
+            part = inputs[index].float()
+            if mask is not None:
+                part = torch.where(mask[index], part, 0.0)
+            for key, line in result.items():
+                add_line(line, _OF_INPUTS[key](part), 1, index)
+        count = torch.tensor(batch * positions, device=inputs.device)
+        result["count"] = count if mask is None else mask[:, 0].sum()
         return result
 
 

@@ -159,8 +159,7 @@ def _slices(module: nn.Module, name: str, index: Tensor, produces: bool, root: s
             " `ignored`."
         )
     if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-        opaque = not isinstance(module, nn.Linear)
-        yield Slice(f"{name}.weight", 0 if produces else 1, index, 1, opaque)
+        yield Slice(f"{name}.weight", 0 if produces else 1, index, 1)
         if produces and module.bias is not None:
             yield Slice(f"{name}.bias", 0, index)
     elif isinstance(module, (*_NORMS, nn.LayerNorm)) and module.weight is not None and module.weight.dim() == 1:
