@@ -115,6 +115,8 @@ class StructuredPruning(Callback):
             forward passes over the calibration batches).
         iterations: Reach the ratio of each stage in so many equal cuts, each calibrated, ranked and repaired anew on the same
             batches; better than one cut, and as many times the cost.
+        recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
+            batches after every cut.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -166,6 +168,7 @@ class StructuredPruning(Callback):
         seed: int = PruningConfig.seed,
         compensation: bool = PruningConfig.compensation,
         iterations: int = PruningConfig.iterations,
+        recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -207,6 +210,7 @@ class StructuredPruning(Callback):
             seed=seed,
             compensation=compensation,
             iterations=iterations,
+            recalibrate_batch_norm=recalibrate_batch_norm,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)

@@ -75,6 +75,7 @@ _RULES: dict[str, Rule] = {
     "seed": INTEGER,
     "compensation": FLAG,
     "iterations": CUTS,
+    "recalibrate_batch_norm": FLAG,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -103,6 +104,8 @@ class PruningConfig:
             more forward passes over the calibration batches in each iteration.
         iterations: Reach the ratio in so many equal cuts, each of which calibrates, ranks and repairs anew on what the one before
             left; see :func:`prune`.
+        recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
+            on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
         reference: Parameters and prunable parameters of the model that the ratio is of, if that is not the model as given
             (the later stages of a schedule): what is gone already counts towards the ratio.
     """
@@ -119,6 +122,7 @@ class PruningConfig:
     seed: int = 0
     compensation: bool = True
     iterations: int = 2
+    recalibrate_batch_norm: bool = True
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

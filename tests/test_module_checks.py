@@ -270,7 +270,7 @@ def test_hooks_show_on_every_kind_of_module(name, message):
     case = CASE[name]
     model = case.build()
     sets = [s for s in find_group_sets(model) if any(p.input_dim is not None for p in s.slices)]
-    part = next(p for s in sets for p in s.consumers if p.opaque or name in ("GPT-2", "BLOOM"))
+    part = next(p for s in sets for p in s.consumers if p.opaque or name in ("GPT-2", "BLOOM", "ResNet"))
     path = part.module.removesuffix(".out_proj")
 
     def triple(_, __, output):

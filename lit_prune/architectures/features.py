@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lit_prune.architectures.plain_modules import CONVOLUTIONS, TRANSPOSED
 
@@ -20,6 +21,11 @@ def is_convolution(module: nn.Module) -> bool:
 def feature_dim(module: nn.Module) -> int:
     """The dimension of a layer's input, and of its output, that the features lie along, counted from the end."""
     return -1 - len(module.kernel_size) if is_convolution(module) else -1  # type: ignore[arg-type]
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that its outputs lie along."""
+    return 1 if isinstance(module, (Conv1D, *TRANSPOSED)) else 0
 
 
 def input_features(module: nn.Module, index: Tensor, dim: int) -> Tensor:
