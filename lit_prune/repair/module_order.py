@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.features import feature_dim
 from lit_prune.architectures.layers import passed_over
+from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.distributed import shards
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.equations import Equations
-from lit_prune.repair.passes import Call, Data, Passes, Replacements
+from lit_prune.repair.passes import WAY_OUT, Call, Data, Passes, Replacements, sample
 from lit_prune.repair.patches import count_rows, input_rows, is_product, matrix_of, output_rows, taps, weight_of
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.tensors import DimensionCut
@@ -42,6 +43,8 @@ STAGES = 32
 TARGET_BYTES = 2**28
 # rows (tokens, positions of images) that a layer is fitted to, at most: so many for each of its inputs, and at least so many
 ROWS_PER_INPUT, FEWEST_ROWS = 16, 2**14
+# rounding adds up over the layers before
+_SLACK = 8.0
 
 
 @dataclass(eq=False)
@@ -58,6 +61,7 @@ class _Layer:
         rows: Rows that it gave in all batches.
         calls: How often it was called in all batches.
         source: What identifies the tensor that its first call read; later, the number of the first layer that read it.
+        sample: Some values of what its first call gave.
         targets: By batch and call, what it gave in the dense model.
     """
 
@@ -70,6 +74,7 @@ class _Layer:
     rows: int = 0
     calls: int = 0
     source: Any = None
+    sample: Tensor | None = None
     targets: list[list[Tensor]] = field(default_factory=list)
 
     @property
@@ -191,6 +196,7 @@ def _in_order(layers: Mapping[str, _Layer], passes: Passes, total: Callable[[Ten
         if layer.first is None:
             layer.first = sum(other.first is not None for other in layers.values())
             layer.source = (x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version)
+            layer.sample = sample(call.output)
             alive.append(x)
         return count_rows(call.module, call.output)
 
@@ -256,6 +262,8 @@ def _collect_targets(layers: Sequence[_Layer], passes: Passes, seed: int) -> Non
 
     def take(call: Call) -> Tensor:
         layer = by_name[call.name]
+        if layer.sample is not None:
+            _check_same(layer, sample(call.output), call.output.dtype)
         return output_rows(call.module, call.output, layer.chosen(call, seed))[:, layer.outputs]
 
     def use(taken: Mapping[str, Sequence[Tensor]]) -> None:
@@ -265,6 +273,18 @@ def _collect_targets(layers: Sequence[_Layer], passes: Passes, seed: int) -> Non
     for layer in layers:
         layer.targets.clear()
     passes.run(by_name, take, use)
+
+
+def _check_same(layer: _Layer, found: Tensor, precision: torch.dtype) -> None:
+    """Refuse a layer whose first call gives something else than in the pass before; nothing in the model has changed."""
+    assert layer.sample is not None
+    apart = relative_difference(found, layer.sample)
+    layer.sample = None
+    if not apart <= tolerance(precision) * _SLACK:
+        raise UnsupportedModelError(
+            f"{layer.name} does not give what it gave on the same batch before (largest relative difference {apart:.3g}): what"
+            f" it reads depends on a cache or another state. {WAY_OUT}"
+        )
 
 
 class _Pruned:

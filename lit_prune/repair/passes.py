@@ -14,14 +14,21 @@ from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.calibration.random_state import random_state, random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
-from lit_prune.errors import UnsupportedModelError
+from lit_prune.errors import PruningError, UnsupportedModelError
 
 T = TypeVar("T")
 
 Data = Callable[[], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]]
 
+WAY_OUT = "Use repair='bias' or repair=None."
+
 # values of an input that are kept to tell batches apart by
 _SAMPLE = 4096
+
+
+def sample(values: Tensor) -> Tensor:
+    """Some values of a tensor, spread over all of it."""
+    return values.detach().flatten()[:: max(1, values.numel() // _SAMPLE)].clone()
 
 
 class Call:
@@ -130,7 +137,7 @@ class Passes:
             Number of batches that counted.
 
         Raises:
-            UnsupportedModelError: If the batches are not those of the passes before.
+            UnsupportedModelError: If the batches are not those of the passes before, or one cannot be run again.
         """
         taken: dict[str, list[T]] = {}
         watched = {name: self._model.get_submodule(name) for name in dict.fromkeys(names)}
@@ -175,7 +182,9 @@ class Passes:
                 taken.clear()
                 sampler.clear()
                 runs += 1
-                if forward(batch) is SKIPPED:
+                with _rerun(runs - 1):
+                    skipped = forward(batch) is SKIPPED
+                if skipped:
                     continue
                 self._compare(count, sampler)
                 use(taken)
@@ -201,8 +210,7 @@ class Passes:
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if is_observed() and not found and args:
-                values = args[0].detach()
-                found.append(values.flatten()[:: max(1, values.numel() // _SAMPLE)].clone())
+                found.append(sample(args[0]))
 
         handle = self._model.get_submodule(self._first).register_forward_pre_hook(hook)
         try:
@@ -221,8 +229,25 @@ class Passes:
             raise UnsupportedModelError(
                 f"Calibration batch {number} is not the same every time that the batches are run (what {self._first} reads"
                 " differs), so that layers cannot be refitted one after the other. Give batches in a fixed order and without"
-                " random numbers of their own, or use repair='bias' or repair=None."
+                f" random numbers of their own. {WAY_OUT}"
             )
+
+
+@contextlib.contextmanager
+def _rerun(number: int) -> Iterator[None]:
+    """Turn an error in a batch that calibration has run before into one that says so.
+
+    Raises:
+        UnsupportedModelError: In place of what the model raised; memory that runs out, and our own errors, stay.
+    """
+    try:
+        yield
+    except (PruningError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"Calibration batch {number} ran before, and cannot be run again ({type(error).__name__}: {error}). {WAY_OUT}"
+        ) from error
 
 
 class Replacements:
