@@ -63,9 +63,7 @@ class DigitsResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         widths = (16, 16, 32, 32, 64, 64)
-        blocks = [
-            Residual(a, b, 1 + (a != b)) for a, b in zip((16, *widths[:-1]), widths, strict=True)
-        ]
+        blocks = [Residual(a, b, 1 + (a != b)) for a, b in zip((16, *widths[:-1]), widths, strict=True)]
         self.stages = nn.Sequential(*blocks)
         self.head = nn.Linear(64, 10)
 
