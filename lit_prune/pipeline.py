@@ -405,7 +405,10 @@ def repair(
         The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
         that cannot be repaired gets a warning and no new weights.
     """
-    data = partial(contextlib.nullcontext, (batches, forward))
+
+    def data() -> contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]:
+        return contextlib.nullcontext((batches, forward))
+
     return _repaired(model, group_sets, plan, statistics, data, config, root=root, progress=progress, ranks=ranks)
 
 

@@ -208,9 +208,8 @@ def test_what_is_called_twice_is_fitted_to_both_calls():
             pairs.append((x, model.loop(x)))
             again = small(x).tanh()
             pairs.append((again, model.loop(model.loop(x).tanh())))
-    patches = torch.cat(
-        [functional.pad(x, (1, 1)).unfold(2, 3, 1)[:, kept].movedim(2, 1).flatten(0, 1).flatten(1) for x, _ in pairs]
-    )
+    windows = torch.cat([functional.pad(x, (1, 1)).unfold(2, 3, 1)[:, kept] for x, _ in pairs])
+    patches = windows.movedim(2, 1).flatten(0, 1).flatten(1)
     y = torch.cat([y.movedim(1, -1).flatten(0, 1)[:, kept] for _, y in pairs])
     design = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], dim=1)
     expected = np.linalg.lstsq(design.numpy(), y.numpy(), rcond=None)[0].T
@@ -369,9 +368,8 @@ def test_a_folded_bias_is_what_the_mean_of_the_removed_channels_gives(kind):
         constant = x.movedim(1, -1).flatten(0, -2).mean(0) if model.spatial else x.mean(0)
         constant[kept] = 0
         # an input of that value everywhere, large enough to have positions away from its border
-        big = constant.view(1, 6, *[1] * len(model.spatial)).expand(
-            1, 6, *[24 if len(model.spatial) == 3 else 40] * len(model.spatial)
-        )
+        sizes = [24 if len(model.spatial) == 3 else 40] * len(model.spatial)
+        big = constant.view(1, 6, *[1] * len(sizes)).expand(1, 6, *sizes)
         plain = copy.deepcopy(model.read)
         plain.bias = None
         given = plain(big)

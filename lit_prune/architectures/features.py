@@ -44,7 +44,7 @@ def input_features(module: nn.Module, index: Tensor, dim: int) -> Tensor:
     if dim == 0 or not is_convolution(module) or module.groups == 1:
         return index
     groups: int = module.groups  # type: ignore[assignment]
-    each: int = module.weight.shape[1]  # type: ignore[union-attr, index, assignment]
+    each: int = module.weight.shape[1]  # type: ignore[index, assignment]
     return torch.cat([index + each * number for number in range(groups)], dim=1)
 
 

@@ -281,5 +281,5 @@ class Replacements:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
+                for tensor, old in before:
+                    tensor.copy_(old)

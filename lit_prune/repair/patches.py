@@ -19,7 +19,7 @@ from lit_prune.architectures.plain_modules import LINEAR, TRANSPOSED
 
 def is_product(module: nn.Module) -> bool:
     """Whether a layer's output is one matrix times its inputs: a linear layer, or a convolution with one group of channels."""
-    return isinstance(module, LINEAR) and (not is_convolution(module) or module.groups == 1)
+    return isinstance(module, LINEAR) and (not is_convolution(module) or bool(module.groups == 1))
 
 
 def taps(module: Any) -> int:
@@ -75,7 +75,8 @@ def output_rows(module: nn.Module, output: Tensor, rows: Tensor) -> Tensor:
         return output.reshape(-1, output.shape[-1])[rows]
     output = output if output.dim() == 1 - feature_dim(module) else output[None]
     sample, *place = torch.unravel_index(rows, (len(output), *output.shape[2:]))
-    return output[(sample, slice(None), *place)]
+    index: Any = (sample, slice(None), *place)
+    return output[index]
 
 
 def input_rows(
@@ -100,7 +101,8 @@ def input_rows(
     inputs = inputs if inputs.dim() == spatial + 2 else inputs[None]
     windows = _windows(module, inputs if kept is None else inputs[:, kept], output_shape[-spatial:])
     sample, *place = torch.unravel_index(rows, (len(inputs), *output_shape[-spatial:]))
-    return windows[(sample, slice(None), *place)].flatten(1)
+    index: Any = (sample, slice(None), *place)
+    return windows[index].flatten(1)
 
 
 def _windows(module: Any, inputs: Tensor, positions: Sequence[int]) -> Tensor:
@@ -112,8 +114,8 @@ def _windows(module: Any, inputs: Tensor, positions: Sequence[int]) -> Tensor:
         inputs, steps = _padded(module, inputs), module.stride
     for number, (size, gap, step) in enumerate(zip(kernel, dilation, steps, strict=True)):
         inputs = inputs.unfold(2 + number, (size - 1) * gap + 1, step)
-    gaps = tuple(slice(None, None, gap) for gap in dilation)
-    return inputs[(..., *gaps)]
+    gaps: Any = (..., *(slice(None, None, gap) for gap in dilation))
+    return inputs[gaps]
 
 
 def _padded(module: Any, inputs: Tensor) -> Tensor:
@@ -131,7 +133,8 @@ def _spaced(module: Any, inputs: Tensor, positions: Sequence[int]) -> Tensor:
     """The input of a transposed convolution, with zeros between its positions and around them."""
     sizes = [(size - 1) * stride + 1 for size, stride in zip(inputs.shape[2:], module.stride, strict=True)]
     spaced = inputs.new_zeros(*inputs.shape[:2], *sizes)
-    spaced[(..., *(slice(None, None, stride) for stride in module.stride))] = inputs
+    steps: Any = (..., *(slice(None, None, stride) for stride in module.stride))
+    spaced[steps] = inputs
     padding: list[int] = []
     dims = zip(sizes, positions, module.kernel_size, module.dilation, module.padding, strict=True)
     for size, wanted, kernel, gap, cropped in dims:
