@@ -117,8 +117,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(dim=1) == labels).float().mean()) * 100
 
 
-def measure(seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
-    """Accuracies by variant and ratio."""
+def measure(seeds: int, epochs: int, output: Path) -> None:
+    """Accuracies by variant and ratio, written after every seed."""
     results: dict[str, dict[str, Any]] = {}
     for seed in range(seeds):
         images, labels, test_images, test_labels = digits(seed)
@@ -142,7 +142,8 @@ def measure(seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
                 entry["accuracy"].append(accuracy(model, test_images, test_labels))
                 entry["parameters"].append(count_parameters(model))
                 print(seed, ratio, name, round(entry["accuracy"][-1], 2), flush=True)
-    return results
+        write_text(output, json.dumps(results, indent=1) + "\n")
+        write_text(output.with_suffix(".md"), table(results))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -170,9 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
-    results = measure(options.seeds, options.epochs)
-    write_text(options.output, json.dumps(results, indent=1) + "\n")
-    write_text(options.output.with_suffix(".md"), table(results))
+    measure(options.seeds, options.epochs, options.output)
 
 
 if __name__ == "__main__":

@@ -751,8 +751,7 @@ CASES = (
         generates=False,
         saves=False,
         attentions=("own",),
-        notes="cut once; not refitted",
-        refits=False,
+        notes="cut once",
         blocks=False,
     ),
     Case(
@@ -782,7 +781,6 @@ CASES = (
         attentions=("own",),
         notes="coupled by torch-pruning's dependency graph",
         kinds=("channel",),
-        refits=False,
         blocks=False,
     ),
 )

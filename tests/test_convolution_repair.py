@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
 import importlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -442,3 +444,45 @@ def test_there_are_no_shares_where_a_reader_cannot_be_observed():
     slices = [Slice(s.parameter, s.dim, s.index, s.input_dim, s.module == "first") for s in sets[0].slices]
     sets[0] = group_set(model, "stem", slices)
     assert unexplained_shares(model, sets, [torch.randn(2, 2, 8, 8)], model) == {}
+
+
+class Together:
+    """Sums of what threads, in the place of processes, give at the same time."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.given = size, threading.Barrier(size, timeout=60), {}
+
+    def sum(self, rank, tensor):
+        self.given[rank] = tensor.clone()
+        self.barrier.wait()
+        total = sum(self.given[r] for r in range(self.size))
+        self.barrier.wait()
+        return total
+
+
+@pytest.mark.parametrize("what", ["refit", "shares"])
+def test_processes_with_batches_of_their_own_find_what_one_finds_with_all(what):
+    torch.manual_seed(0)
+    model = TwoReaders().double()
+    model(torch.randn(64, 2, 8, 8, dtype=torch.float64))
+    model.eval()
+    sets, batches = model.group_sets(), [torch.randn(8, 2, 8, 8, dtype=torch.float64) for _ in range(5)]
+    plan = plan_of(sets, [[0, 2, 3, 5], [1, 2, 4]])
+
+    def find(one, part, total):
+        if what == "shares":
+            return unexplained_shares(one, sets, part, one, total=total)
+        return least_squares(one, sets, plan, part, one, total=total)
+
+    expected = find(model, batches, None)
+    parts, together = [batches[:2], batches[2:]], Together(2)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(find, copy.deepcopy(model), part, functools.partial(together.sum, rank))
+            for rank, part in enumerate(parts)
+        ]
+        found = [job.result() for job in jobs]
+    for one in found:
+        assert one.keys() == expected.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-8)
