@@ -249,6 +249,16 @@ def test_layers_that_read_one_tensor_share_a_pass_and_the_number_of_passes_is_bo
     assert passes_of(model, sets, plan, batches)[1] == 3
 
 
+def test_layers_with_too_many_inputs_keep_their_weights_with_a_warning(monkeypatch):
+    torch.manual_seed(0)
+    model = TwoReaders().eval()
+    sets, batches = model.group_sets(), [torch.randn(4, 2, 8, 8) for _ in range(3)]
+    monkeypatch.setattr(module_order, "MOST_INPUTS", 40)
+    with pytest.warns(UserWarning, match=r"\['head'\] still read more than 40 inputs"):
+        weights = least_squares(model, sets, plan_of(sets, [[0, 2, 3, 5], [1, 2, 4]]), batches, model)
+    assert set(weights) == {"first.weight", "first.bias", "second.weight"}
+
+
 def test_rows_are_drawn_by_a_seed_and_no_more_than_asked_for(monkeypatch):
     torch.manual_seed(0)
     model = Chain("2d, same").double()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ STAGES = 64
 TARGET_BYTES = 2**28
 # rows (tokens, positions of images) that a layer is fitted to, at most: so many for each of its inputs, and at least so many
 ROWS_PER_INPUT, FEWEST_ROWS = 16, 2**14
+# inputs of a row, at most: the matrix of all pairs takes 2 GB then, and solving takes several of them
+MOST_INPUTS = 2**14
 # rounding adds up over the layers before
 _SLACK = 8.0
 
@@ -125,7 +128,8 @@ def refit_in_order(
 
     Returns:
         New weights and biases, in the shape after the cut, by parameter name. Layers that were not called, or not called
-        alike in the dense and the pruned model, keep theirs; so do convolutions in several groups of channels.
+        alike in the dense and the pruned model, keep theirs; so do convolutions in several groups of channels, and, with a
+        warning, layers that read more than :data:`MOST_INPUTS` inputs.
 
     Raises:
         UnsupportedModelError: If parameters are sharded, or the batches are not the same in every pass.
@@ -183,7 +187,14 @@ def _layers(
             layers[part.module] = _Layer(
                 part.module, module, inputs, outputs, loses_inputs=len(inputs) < weight.shape[part.dim]
             )
-    return layers
+    wide = [layer.name for layer in layers.values() if layer.width > MOST_INPUTS]
+    if wide:
+        warnings.warn(
+            f"{wide} still read more than {MOST_INPUTS:,} inputs each, too many to refit them; they keep their weights."
+            " Layers behind them make up for some of it.",
+            stacklevel=2,
+        )
+    return {name: layer for name, layer in layers.items() if name not in wide}
 
 
 def _in_order(layers: Mapping[str, _Layer], passes: Passes, total: Callable[[Tensor], Tensor] | None) -> list[_Layer]:
