@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """A residual network of three stages with two blocks each, 176,000 parameters."""
+    """A residual network of three stages with two blocks each, 175,000 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,8 +150,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Mean accuracies and their spread, as Markdown."""
     dense = results["dense"]["accuracy"]
     lines = [
-        f"Accuracy in percent right after the cut, mean and standard deviation of {len(dense)} seeds; dense"
-        f" {statistics.fmean(dense):.1f}. `python benchmarks/convolutions.py`.",
+        "# Pruning a convolutional network: what repair and recalibration are worth",
+        "",
+        "A ResNet of 175,000 parameters on digits of 8 x 8 pixels: accuracy in percent right after the cut, mean and standard"
+        f" deviation of {len(dense)} seeds; dense {statistics.fmean(dense):.1f}. The damping of the refit was chosen at 80% and"
+        " 90%. Made by `python benchmarks/convolutions.py`.",
         "",
         "| | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |",
         "|---" * (len(RATIOS) + 1) + "|",
@@ -169,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/convolutions.json"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
     measure(options.seeds, options.epochs, options.output)
 
