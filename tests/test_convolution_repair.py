@@ -259,6 +259,28 @@ def test_layers_with_too_many_inputs_keep_their_weights_with_a_warning(monkeypat
     assert set(weights) == {"first.weight", "first.bias", "second.weight"}
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_layers_behind_a_reader_that_cannot_be_observed_make_up_for_it(both):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.Conv1d(8, 6, 3), nn.Tanh(), nn.Conv1d(6, 3, 1)).double()
+    first = [Slice("0.weight", 0, singles(8), 1), Slice("0.bias", 0, singles(8))]
+    second = [Slice("2.weight", 0, singles(6), 1), Slice("2.bias", 0, singles(6))]
+    sets = [
+        group_set(model, "0", [*first, Slice("2.weight", 1, singles(8), 1, True)]),
+        group_set(model, "2", [*second, Slice("4.weight", 1, singles(6), 1)], 1),
+    ]
+    plan = plan_of(sets, [[0, 1, 3, 5, 6, 7], [0, 1, 2, 4] if both else list(range(6))])
+    batches = [torch.randn(8, 2, 9, dtype=torch.float64) for _ in range(4)]
+    weights = least_squares(model, sets, plan, batches, model)
+    assert set(weights) == {"4.weight", "4.bias"}
+    with torch.no_grad():
+        wanted, errors = [model(b) for b in batches], []
+        for new in ({}, weights):
+            with carried_out(model, sets, plan, new):
+                errors.append(sum(float((model(b) - w).square().mean()) for b, w in zip(batches, wanted, strict=True)))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_rows_are_drawn_by_a_seed_and_no_more_than_asked_for(monkeypatch):
     torch.manual_seed(0)
     model = Chain("2d, same").double()

@@ -16,7 +16,7 @@ import contextlib
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,11 +143,13 @@ def refit_in_order(
     cuts = parameter_cuts(model, plan, group_sets)
     passes = Passes(model, data, root)
     layers = _in_order(_layers(model, group_sets, cuts), passes, total)
-    start = next((n for n, layer in enumerate(layers) if layer.loses_inputs), None)
+    pruned = _Pruned(model, group_sets, plan, {layer.name for layer in layers})
+    # what loses inputs elsewhere may run before any of the layers
+    losers = (n for n, layer in enumerate(layers) if layer.loses_inputs or pruned.elsewhere)
+    start = next(losers, None)
     if start is None:
         return {}
     passes.check_batches_by(layers[0].name)
-    pruned = _Pruned(model, group_sets, plan)
     found: dict[str, Tensor] = {}
     stages = _stages(layers[start:])
     waiting: list[list[_Layer]] = []
@@ -301,17 +303,32 @@ def _check_same(layer: _Layer, found: Tensor, precision: torch.dtype) -> None:
 
 
 class _Pruned:
-    """The model as pruned and repaired so far, by other values of its parameters: nothing reads what is removed."""
+    """The model as pruned and repaired so far, by other values of its parameters: nothing reads what is removed.
 
-    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> None:
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        plan: The plan.
+        names: The layers that can be refitted.
+
+    Attributes:
+        values: The other values.
+        elsewhere: Whether other modules than these layers lose something.
+    """
+
+    def __init__(
+        self, model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan, names: Collection[str]
+    ) -> None:
         self.values = Replacements(model)
         self._model = model
         self._skipped = plan.removed_blocks
+        self.elsewhere = bool(self._skipped)
         by_key = {s.key: s for s in group_sets}
         for entry in plan.group_entries:
             group_set = by_key[entry.key]
             removed = group_set.kept_to_removed(entry.kept)
             for part in group_set.masked:
+                self.elsewhere = self.elsewhere or part.module not in names
                 value = self.values[part.parameter]
                 value.index_fill_(part.dim, part.index[removed].flatten().to(value.device), 0.0)
 
@@ -344,7 +361,7 @@ def _equations(stage: Sequence[_Layer], passes: Passes, pruned: _Pruned, seed: i
                 equations[layer.name].add(a, b)
         number += 1
 
-    passes.run(by_name, take, use, within=pruned.running())
+    passes.run(by_name, take, use, within=pruned.running(), compare=not pruned.elsewhere)
     return [(layer, equations[layer.name]) for layer in stage]
 
 

@@ -123,6 +123,7 @@ class Passes:
         *,
         within: contextlib.AbstractContextManager[Any] | None = None,
         before: Callable[[Call], Any] | None = None,
+        compare: bool = True,
     ) -> int:
         """Run all batches once.
 
@@ -132,6 +133,7 @@ class Passes:
             use: Called after every batch that counts with what was taken, by layer and in the order of its calls.
             within: A context to run the batches in.
             before: Called before every call of these layers.
+            compare: Whether the batches have to show the layer of :meth:`check_batches_by` what they did before.
 
         Returns:
             Number of batches that counted.
@@ -172,7 +174,7 @@ class Passes:
             stack.enter_context(evaluation_mode(self._root))
             stack.enter_context(within or contextlib.nullcontext())
             stack.enter_context(masks)
-            sampler = stack.enter_context(self._sampled())
+            sampler = stack.enter_context(self._sampled(compare))
             for name, module in watched.items():
                 if before is not None:
                     stack.callback(module.register_forward_pre_hook(ahead(name), with_kwargs=True).remove)
@@ -201,10 +203,10 @@ class Passes:
             )
 
     @contextlib.contextmanager
-    def _sampled(self) -> Iterator[list[Tensor]]:
-        """Some values of what the first layer reads, for the batch at hand."""
+    def _sampled(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Some values of what the first layer reads, for the batch at hand, if they are wanted."""
         found: list[Tensor] = []
-        if self._first is None:
+        if self._first is None or not wanted:
             yield found
             return
 
