@@ -115,6 +115,8 @@ class StructuredPruning(Callback):
             the calibration batches).
         iterations: Number of equal cuts in which each stage reaches its ratio. Each is calibrated, ranked and repaired
             on the same batches; more cuts are better, and cost proportionally more.
+        recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
+            batches after every cut.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -166,6 +168,7 @@ class StructuredPruning(Callback):
         seed: int = PruningConfig.seed,
         compensation: bool = PruningConfig.compensation,
         iterations: int = PruningConfig.iterations,
+        recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -207,6 +210,7 @@ class StructuredPruning(Callback):
             seed=seed,
             compensation=compensation,
             iterations=iterations,
+            recalibrate_batch_norm=recalibrate_batch_norm,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)

@@ -31,9 +31,10 @@ class Slice:
         index: Integer tensor of shape ``(groups, width)``: ``index[g]`` are the positions along ``dim`` that are
             removed with group ``g``.
         input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
-            weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
-        unobservable_input: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
-            ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
+            weight of ``nn.Linear`` and of convolutions, 0 for that of ``Conv1D`` and of transposed convolutions; ``None`` for
+            biases and norms.
+        unobservable_input: Whether the module that owns the parameter does more than multiply its input with it, or convolve
+            it (fused experts, ``nn.MultiheadAttention``), so that the input features cannot be observed from outside.
             Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
             experts.
     """

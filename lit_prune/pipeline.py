@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,20 +27,26 @@ from lit_prune.errors import (
     SmallBudgetError,
     UnsupportedModelError,
 )
-from lit_prune.groups import GroupSet
+from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
+from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
 from lit_prune.repair.bias import bias_fold
+from lit_prune.repair.channel_redundancy import unexplained_anywhere
+from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
+from lit_prune.repair.replay import is_chain
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
 from lit_prune.surgery.undoing import undo_all
 
 __getattr__ = moved_names("lit_prune.pipeline")
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -126,6 +134,12 @@ def prune(
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
+RECALIBRATION = "recalibration"
+
+
+BatchesAndForward = Callable[
+    [], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]
+]
 
 
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
@@ -151,7 +165,8 @@ def prune_with(
         data: Called with what the batches are for, ``"check"`` (one batch, see
             :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
-            run, with the batches, the same ones every time, and the loss function.
+            run, with the batches, the same ones every time, and the loss function. It may be called several times for
+            ``"repair"``, and once with ``"recalibration"`` for batch norms.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -186,8 +201,8 @@ def prune_with(
                     statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
-                with data(COMPENSATION) as (batches, loss):
-                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, ranks)
+                compensation = partial(data, COMPENSATION)
+                statistics.unexplained = _unexplained(model, group_sets, compensation, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -200,23 +215,27 @@ def prune_with(
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
-                with data(REPAIR) as (batches, loss):
-                    plan, weights = repair(
-                        model,
-                        group_sets,
-                        plan,
-                        statistics,
-                        batches,
-                        loss,
-                        step,
-                        root=root,
-                        progress=progress,
-                        ranks=ranks,
-                    )
+                plan, weights = _repaired(
+                    model,
+                    group_sets,
+                    plan,
+                    statistics,
+                    partial(data, REPAIR),
+                    step,
+                    root=root,
+                    progress=progress,
+                    ranks=ranks,
+                )
                 # what another process could not cut is not cut here
                 with together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
+                if step.recalibrate_batch_norm and batch_norms(model):
+                    again = partial(data, RECALIBRATION)
+                    with together(ranks, "recalibration"):
+                        undos.append(
+                            recalibrate_batch_norms(model, group_sets, plan, again, root=root, all_reduce=all_reduce)
+                        )
             made = plan if made is None else _composed(made, plan, number + 1)
         assert table is not None
         assert made is not None
@@ -270,18 +289,25 @@ def _undone_at_error(undos: list[Callable[[], None]], ranks: Ranks | None) -> It
 def _unexplained(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
+    data: BatchesAndForward,
     root: nn.Module | None,
     progress: Callable[[Sequence[str]], Iterable[str]],
     ranks: Ranks | None,
 ) -> dict[tuple[str, str], Tensor]:
     all_reduce = None if ranks is None else ranks.sum
+    what = "measuring unexplained shares"
+    scored = [s for s in group_sets if s.kind != BLOCK]
+    if is_chain(model, scored):
+        try:
+            with data() as (batches, forward), together(ranks, what):
+                return unexplained_shares(
+                    model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
+                )
+        except UnsupportedModelError:
+            pass
     try:
-        with together(ranks, "measuring unexplained shares"):
-            return unexplained_shares(
-                model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
-            )
+        with together(ranks, what):
+            return unexplained_anywhere(model, scored, data, root=root, all_reduce=all_reduce)
     except UnsupportedModelError:
         # such a model is not repaired either, of which repair warns
         return {}
@@ -312,7 +338,8 @@ def repair(
         group_sets: Its group sets.
         plan: The plan.
         statistics: What calibration collected.
-        batches: The calibration batches once more; read only by ``"least_squares"``.
+        batches: The calibration batches once more; read only by ``"least_squares"``, in several passes where the model is no
+            chain of blocks.
         forward: Runs one batch through the model.
         config: The configuration.
         root: The module that holds the model, if ``forward`` runs more than the model.
@@ -321,17 +348,47 @@ def repair(
 
     Returns:
         The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
-        whose blocks cannot be run one after the other gets a warning and no new weights.
+        that cannot be repaired gets a warning and no new weights.
     """
+
+    def data() -> contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]:
+        return contextlib.nullcontext((batches, forward))
+
+    return _repaired(model, group_sets, plan, statistics, data, config, root=root, progress=progress, ranks=ranks)
+
+
+def _repaired(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    plan: PruningPlan,
+    statistics: Statistics,
+    data: BatchesAndForward,
+    config: PruningConfig,
+    *,
+    root: nn.Module | None,
+    progress: Callable[[Sequence[str]], Iterable[str]],
+    ranks: Ranks | None,
+) -> tuple[PruningPlan, dict[str, Tensor]]:
     if config.repair == "bias":
         return bias_fold(model, group_sets, plan, statistics)
-    if config.repair == "least_squares":
+    if config.repair != "least_squares":
+        return plan, {}
+    all_reduce = None if ranks is None else ranks.sum
+    if is_chain(model, group_sets):
         try:
-            with together(ranks, "repair"):
-                all_reduce = None if ranks is None else ranks.sum
+            with data() as (batches, forward), together(ranks, "repair"):
                 return plan, least_squares(
                     model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
         except UnsupportedModelError as error:
-            warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)
+            log.info(
+                "Layers are repaired in the order in which they run, in several passes over the batches: %s", error
+            )
+    try:
+        with together(ranks, "repair"):
+            return plan, refit_in_order(
+                model, group_sets, plan, data, root=root, progress=progress, all_reduce=all_reduce
+            )
+    except UnsupportedModelError as error:
+        warnings.warn(f"Nothing was repaired: {error}", stacklevel=3)
     return plan, {}

@@ -1014,8 +1014,7 @@ CASES = (
         generates=False,
         saves=False,
         attentions=("own",),
-        notes="cut once; not refitted",
-        refits=False,
+        notes="cut once",
         blocks=False,
     ),
     Case(
@@ -1045,7 +1044,6 @@ CASES = (
         attentions=("own",),
         notes="found by running it",
         kinds=("channel",),
-        refits=False,
         blocks=False,
     ),
 )

@@ -7,6 +7,9 @@ for what earlier blocks got wrong. One copy of one block and a few hidden states
 time, and a block runs about as often as in four forward passes over the calibration batches. Experts whose channels leave
 are refitted each by itself, to what it gives on the pruned stream with all its channels.
 
+Where the groups are not all in such blocks (convolutions, models found by running them), layers are refitted one after the
+other in the order in which they run, see :mod:`lit_prune.repair.module_order`.
+
 ``bias`` only adds the mean of what leaves to the consumer's bias (An et al., FLAP, AAAI 2024).
 
 The refit is that of reconstruction-based pruning (He et al., Channel Pruning, ICCV 2017; Ling et al., SlimGPT, NeurIPS
@@ -15,6 +18,7 @@ The refit is that of reconstruction-based pruning (He et al., Channel Pruning, I
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +33,7 @@ from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.experts import expert_equations
+from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
     _adds_up,
@@ -38,6 +43,7 @@ from lit_prune.repair.replay import (
     _runs_when_cut,
     _Stream,
     _trace,
+    is_chain,
 )
 from lit_prune.repair.routed import refit_routed
 from lit_prune.surgery.apply import cut_block
@@ -59,7 +65,7 @@ def least_squares(
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
     *,
-    damping: float = DAMPING,
+    damping: float | None = None,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
@@ -75,6 +81,8 @@ def least_squares(
         damping: The damping of :func:`ridge` in units of inputs / tokens of each consumer: the more weights there are to fit
             for each calibration token, the less the fit is trusted. In the Bayesian reading of ridge regression it is the
             ratio of the variance of what no weights could fit to that of what the change of the weights contributes.
+            :data:`DAMPING` if ``None``, and :data:`lit_prune.repair.module_order.DAMPING` where layers are refitted in the
+            order in which they run.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
@@ -85,6 +93,18 @@ def least_squares(
     Raises:
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
+    if not is_chain(model, group_sets):
+        return refit_in_order(
+            model,
+            group_sets,
+            plan,
+            lambda: contextlib.nullcontext((batches, forward)),
+            damping=damping,
+            root=root,
+            progress=progress,
+            all_reduce=all_reduce,
+        )
+    damping = DAMPING if damping is None else damping
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
     gone = set(plan.removed_blocks)

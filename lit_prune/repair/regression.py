@@ -1,4 +1,4 @@
-"""Ridge regression by normal equations."""
+"""Ridge regression by normal equations, and what it leaves unexplained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+SHARE_DAMPING = 0.1
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
@@ -48,3 +50,41 @@ def _misfit(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
 
 def _relative(damping: float, gram: Tensor, tokens: Tensor) -> float:
     return damping * gram.shape[-1] / max(float(tokens), 1.0)
+
+
+def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: float) -> Tensor:
+    r"""The share of what each group of inputs adds to an output that regression on the other inputs cannot explain.
+
+    For one input that is :math:`1/(H_{jj}[H^{-1}]_{jj})`, with :math:`H=X^TX+\lambda I` one minus the squared multiple
+    correlation of input j with the others. For several, :math:`R_g=([H^{-1}]_{gg})^{-1}` is what is left of their Gram
+    matrix, and the share is :math:`\mathrm{tr}(W_gR_gW_g^T)/\mathrm{tr}(W_gH_{gg}W_g^T)`.
+
+    Args:
+        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
+        weight: The consumer's weight, shape ``(outputs, inputs)``.
+        index: The inputs of every group, shape ``(groups, width)``.
+        damping: λ relative to the mean of the diagonal of ``gram``.
+
+    Returns:
+        Tensor of shape ``(groups,)`` in (0, 1]; ones if the inverse cannot be computed.
+
+    Reference: Hassibi & Stork, Optimal Brain Surgeon, NeurIPS 1992, on the inputs of one layer as in Frantar & Alistarh,
+    Optimal Brain Compression, NeurIPS 2022.
+    """
+    system = gram.double()
+    index = index.to(system.device)
+    system.diagonal().add_(max(damping, 1e-9) * float(system.diagonal().mean()))
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0:
+        return torch.ones(len(index), device=gram.device)
+    inverse = torch.cholesky_inverse(factor)
+    within = index[:, :, None], index[:, None, :]
+    # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)
+    factors, failed = torch.linalg.cholesky_ex(inverse[within])
+    left = torch.cholesky_inverse(factors)
+    left[failed != 0] = torch.nan
+    columns = weight.double()[:, index].movedim(0, 1)
+    before = torch.einsum("gow,gwv,gov->g", columns, system[within], columns)
+    after = torch.einsum("gow,gwv,gov->g", columns, left, columns)
+    share = (after / before.clamp_min(torch.finfo(torch.float64).tiny)).clamp(1e-6, 1.0)
+    return torch.where(share.isfinite(), share, 1.0).float()

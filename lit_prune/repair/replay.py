@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lit_prune.architectures.features import is_convolution
 from lit_prune.architectures.layers import hidden_output
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.module_checks import filled, relative_difference, tolerance
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
-from lit_prune.groups import GroupSet
+from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.repair.experts import StopForward
 
 # values of a block's first output that are kept to check its replay by
@@ -32,6 +33,18 @@ _WAY_OUT = "Use repair='bias' or repair=None."
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def is_chain(model: nn.Module, group_sets: Sequence[GroupSet]) -> bool:
+    """Whether all groups are in blocks that are described, and none is read by a convolution.
+
+    Whether the blocks follow each other shows when they run.
+    """
+    return all(
+        s.block and not any(is_convolution(model.get_submodule(p.module)) for p in s.repairable)
+        for s in group_sets
+        if s.kind != BLOCK
+    )
 
 
 @dataclass

@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.features import is_convolution, output_dim
 from lit_prune.architectures.module_sizes import sync_sizes
+from lit_prune.architectures.plain_modules import TRANSPOSED
 from lit_prune.distributed import shards
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
@@ -299,7 +301,9 @@ def _shrink_buffer(
     owners = [m for m in model.modules() if any(b is buffer for b in m._buffers.values())]
 
     def undo() -> None:
-        set_data(buffer, paste_tensor(stayed, cuts, removed))
+        # the values as they are now: statistics may have been estimated again, and put back, since; done twice if interrupted
+        if buffer.shape == stayed.shape:
+            set_data(buffer, paste_tensor(buffer.data, cuts, removed))
 
     journal.append(undo)
     set_data(buffer, stayed)
@@ -313,13 +317,14 @@ def _add_bias(
     cutter: StateCutter,
     journal: list[Callable[[], None]],
 ) -> None:
-    """Give a linear layer a bias, also in the optimizers' parameter groups."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) or module.bias is not None:
+    """Give a linear layer or a convolution a bias, also in the optimizers' parameter groups."""
+    module: Any = model.get_submodule(name)
+    if not (isinstance(module, nn.Linear) or is_convolution(module)) or module.bias is not None:
         raise PlanError(
             f"The plan adds a bias to {name!r}, which is a {type(module).__name__} that has one or takes none."
         )
-    data = torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+    outputs = module.weight.shape[output_dim(module)] * (module.groups if isinstance(module, TRANSPOSED) else 1)
+    data = torch.zeros(outputs, dtype=module.weight.dtype, device=module.weight.device)
     if values is not None:
         data.copy_(values)
     bias = nn.Parameter(data, requires_grad=module.weight.requires_grad)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.architectures.plain_modules import LINEAR
 from lit_prune.architectures.tracing.labels import Atoms
 from lit_prune.architectures.tracing.mode import PROTECTED, LabelTracer
 from lit_prune.groups import GroupSet, Slice, group_cost
@@ -153,7 +154,7 @@ def _slice(model: nn.Module, tracer: LabelTracer, atoms: Atoms, index: torch.Ten
     dims = [d for (name, d) in tracer.read if name == atoms.name]
     input_dim = atoms.dim if atoms.dim in dims else min(dims, default=None)
     inside = all(inside for (name, _), inside in tracer.read.items() if name == atoms.name)
-    linear = isinstance(module, nn.Linear | Conv1D) and atoms.name.rpartition(".")[2] == "weight"
+    linear = isinstance(module, LINEAR) and atoms.name.rpartition(".")[2] == "weight"
     return Slice(
         atoms.name, atoms.dim, index, input_dim, unobservable_input=input_dim is not None and not (linear and inside)
     )
