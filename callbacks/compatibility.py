@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_prune.architectures.registry import find_model
+from lit_prune.callbacks.detection import model_in
 from lit_prune.callbacks.packages import is_a
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
 from lit_prune.plan import PruningPlan
@@ -75,11 +75,11 @@ def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
 
 
 def _is_copy(module: nn.Module, model: nn.Module) -> bool:
-    try:
-        found = find_model(module)[1]
-    except UnsupportedModelError:
-        return False
-    return type(found) is type(model) and [p.shape for p in found.parameters()] == [p.shape for p in model.parameters()]
+    candidates = [module]
+    with contextlib.suppress(UnsupportedModelError):
+        candidates.append(model_in(module)[1])
+    shapes = [p.shape for p in model.parameters()]
+    return any(type(m) is type(model) and [p.shape for p in m.parameters()] == shapes for m in candidates)
 
 
 def averages(trainer: pl.Trainer) -> list[tuple[WeightAveraging, nn.Module]]:
@@ -99,7 +99,7 @@ def cut_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | None) -> No
     """
     with contextlib.ExitStack() as undos:
         for _, module in averages(trainer):
-            undos.callback(cut(find_model(module, path)[1], plan))
+            undos.callback(cut(model_in(module, path)[1], plan))
         undos.pop_all()
 
 

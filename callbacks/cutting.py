@@ -20,6 +20,7 @@ from lit_prune.callbacks.compatibility import (
     restart_averages,
     start_over,
 )
+from lit_prune.callbacks.detection import find_groups
 from lit_prune.callbacks.output import warn_if_unwritten
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
@@ -35,6 +36,7 @@ from lit_prune.text_escape import one_line
 
 def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
     """Calibrate, plan and, unless it is a dry run, cut; :meth:`StructuredPruning.prune` without its defaults."""
+    find_groups(pruning, trainer, pl_module)
     model = pruning.model(pl_module)
     check_references(trainer, pl_module, model)
     pruning.notify(trainer, pl_module, "on_pruning_start")

@@ -76,6 +76,10 @@ class TrainingStep:
             self._end_batch(batch)
             progress()
 
+    def repeat(self) -> None:
+        """Let the next call be one on the same batch again, with the same number."""
+        self._number -= 1
+
     def __call__(self, batch: Any) -> Any:
         """The loss of a batch.
 

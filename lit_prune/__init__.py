@@ -13,9 +13,11 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.tracing import TracedGroups
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
+from lit_prune.detection import trace
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
@@ -53,6 +55,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Traced",
+    "TracedGroups",
     "UnsupportedModelError",
     "__version__",
     "apply_plan",
@@ -69,6 +72,7 @@ __all__ = [
     "register_criterion",
     "repair",
     "save_pruned",
+    "trace",
     "unexplained_shares",
     "verify_architecture",
 ]

@@ -118,6 +118,8 @@ class GroupSet:
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
         minimum: The fewest groups with which the module still runs; 0 if it can lose them all.
         adaptations: What else changes when groups leave.
+        buffers: Slices of buffers that leave with the groups, running statistics of a batch norm for instance; their
+            ``parameter`` names a buffer.
     """
 
     name: str
@@ -130,6 +132,7 @@ class GroupSet:
     block: str = ""
     minimum: int = 0
     adaptations: tuple[Adaptation, ...] = ()
+    buffers: tuple[Slice, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:

@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 
 from lit_prune._moved import moved_names
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.registry import has_groups
 from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import DEFAULT, PruningConfig
+from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
@@ -27,6 +29,7 @@ from lit_prune.errors import (
     SmallBudgetError,
     UnsupportedModelError,
 )
+from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet, check_names, count_parameters
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.candidates import masked_loss
@@ -38,6 +41,7 @@ from lit_prune.repair.bias import bias_fold
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
 from lit_prune.surgery.apply import check_holders, cut
+from lit_prune.surgery.kept_groups import with_kept_groups
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
 
@@ -150,7 +154,7 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
+        plan = with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)
@@ -183,6 +187,8 @@ def prune(
     Cutting little by little is better than all at once on the same calibration batches: what is important, and what can
     make up for it, is measured again once the rest is gone. An error leaves model and optimizers as they were.
 
+    The groups of a module that no description covers are found by running the first batch (see :func:`lit_prune.trace`).
+
     Args:
         model: The model, or a module that holds one; cut in place.
         batches: Calibration batches; iterated several times, so not an iterator.
@@ -199,12 +205,17 @@ def prune(
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
         TypeError: If the batches are an iterator.
+        UnsupportedModelError: If nothing in the model can be pruned.
 
     Example::
 
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
+    if config.limits.blocks and not has_groups(model):
+        check_traceable(model, blocks=True)
+    if (found := find_or_trace(model, batches, loss_fn)) is not None:
+        keep_group_sets(model, found)
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 

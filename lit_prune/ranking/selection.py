@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,7 +67,8 @@ class Limits:
         min_fraction: At least this fraction of the groups of every set stays, in [0, 1]. Both floors are also those of
             the number of blocks, one of which stays in any case; a block that leaves takes all that is in it along.
         protect: Layers of which nothing leaves: indices (negative ones count from the end) or regular expressions that
-            are searched in the names of the group sets. A block stays if anything in it is protected.
+            are searched in the names of the group sets, and of the modules that they hold parameters of. A block stays if
+            anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of, 1 for kinds that are not in it. A
             set that starts out uneven may stay as it is. ``None`` is the largest of :data:`ALIGNMENTS` for which a set has
             :data:`STEPS` such steps (64 for 3072 groups or more, 32 for 1536), and 1 for small sets.
@@ -124,7 +125,7 @@ class Limits:
             if isinstance(entry, int):
                 chosen = table.layers == (entry + layers if entry < 0 else entry)
             else:
-                chosen = np.array([re.search(entry, name) is not None for name, _ in table.keys])
+                chosen = np.array([any(re.search(entry, n) for n in names) for names in _names(table)])
             if not chosen.any():
                 raise ArgumentValueError(
                     f"protect names {entry!r}, but no prunable layer matches: there are layers 0 to {layers - 1}, with"
@@ -154,6 +155,12 @@ class Limits:
             candidates = [p for p in members if not floor[p]]
             candidates.sort(key=lambda p: table.score[table.offsets[p]])
             floor[candidates[max(len(members) - least, 0) :]] = 1
+
+
+def _names(table: GroupTable) -> Iterator[tuple[str, ...]]:
+    """For every set its name, and those of the modules that it holds parameters of."""
+    members = table.members or ((),) * len(table.keys)
+    return ((name, *inner) for (name, _), inner in zip(table.keys, members, strict=True))
 
 
 def _whole_sizes(table: GroupTable, original: Mapping[tuple[str, str], int] | None) -> np.ndarray:

@@ -43,6 +43,8 @@ class GroupTable:
         kept: Whether the group stays, bool array of shape ``(rows,)``.
         minimum: The fewest groups with which every set still runs, int array of shape ``(sets,)``; 0 for all if ``None``.
             Not written to files.
+        members: Names of the modules that every set holds parameters of, by which it can be protected, too. Not written to
+            files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -52,6 +54,7 @@ class GroupTable:
     cost: np.ndarray
     kept: np.ndarray
     minimum: np.ndarray | None = None
+    members: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -70,6 +73,7 @@ class GroupTable:
             cost=np.repeat(np.array([s.cost for s in group_sets], dtype=np.int64), sizes),
             kept=np.ones(len(values), dtype=bool),
             minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
+            members=tuple(tuple(dict.fromkeys(part.module for part in s.slices)) for s in group_sets),
         )
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
