@@ -118,8 +118,8 @@ class GroupSet:
         block: Qualified name of the block of the model (a decoder layer) that the set is in.
         minimum: The fewest groups with which the module still runs; 0 if it can lose them all.
         adaptations: What else changes when groups leave.
-        buffers: Slices of buffers that leave with the groups, running statistics of a batch norm for instance; their
-            ``parameter`` names a buffer.
+        buffers: The slices of buffers (running statistics of batch norms) that are removed with the groups; ``parameter``
+            names a buffer.
     """
 
     name: str
@@ -229,8 +229,13 @@ def check_names(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                 )
 
 
-def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+def check_weights(model: nn.Module, group_sets: Sequence[GroupSet], *, ties: bool = True) -> None:
     """Refuse weights that cannot be scored or sliced.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        ties: Whether to look for ties, too; not for groups that were found by tracing, which saw every use of a weight.
 
     Raises:
         UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set. A module
@@ -251,7 +256,7 @@ def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                     " weights: load the model without a quantization_config, prune it, and quantise afterwards."
                 )
             elsewhere = set(places[id(parameter)]) - names
-            if elsewhere:
+            if ties and elsewhere:
                 raise UnsupportedModelError(
                     f"{name!r} is the same parameter as {sorted(elsewhere)}, which belongs to another place of the"
                     " model: cutting one would cut the other. Untie them first."
