@@ -17,9 +17,10 @@ from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import CalibrationError, RankMismatchError, UnsupportedModelError
-from lit_prune.group_data import GroupData, keep_group_sets, kept_group_sets
+from lit_prune.group_data import keep_group_sets, kept_group_sets
 from lit_prune.groups import GroupSet
 from lit_prune.plan import get_plan
+from lit_prune.surgery.kept_groups import packed
 from lit_prune.surgery.references import suspended_hooks
 
 # batches to look at until one is not skipped
@@ -96,7 +97,7 @@ def find_or_trace(
     with together(ranks, "finding the groups"):
         found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root)
     if ranks is not None:
-        digests = ranks.gather(GroupData.pack(model, found.group_sets).digest())
+        digests = ranks.gather(packed(model, found.group_sets).digest())
         if len(set(digests)) > 1:
             raise RankMismatchError(
                 f"The processes found different groups in {type(model).__name__}: {[d[:12] for d in digests]} by rank. Their"

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from lit_prune.arguments import MOST_GROUPS
 from lit_prune.errors import PlanError
-from lit_prune.groups import Attribute, GroupSet, Slice, group_cost
+from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice, group_cost
 
 FORMAT = "lit_prune.groups"
 VERSION = 1
 GROUPS_ATTRIBUTE = "_lit_prune_groups"
+AdaptModule = Callable[[nn.Module, Tensor], Callable[[], None]]
 _RUN = re.compile(r"(\d+)(?:-(\d+)(?:/(-?\d+))?)?")
 
 
@@ -57,12 +58,18 @@ class GroupData:
     text: str
 
     @classmethod
-    def pack(cls, model: nn.Module, group_sets: Sequence[GroupSet]) -> GroupData:
-        """The group sets of a model as data."""
+    def pack(cls, model: nn.Module, group_sets: Sequence[GroupSet], name_of: Callable[[Adaptation], str]) -> GroupData:
+        """The group sets of a model as data.
+
+        Args:
+            model: The model.
+            group_sets: Its group sets.
+            name_of: The name that stands for what an adaptation does.
+        """
         tensors = tensors_of(model)
         names = sorted({part.parameter for s in group_sets for part in chain(s.slices, s.buffers)})
         shapes = {name: list(tensors[name].shape) for name in names}
-        return cls._of({"version": VERSION, "shapes": shapes, "sets": [_packed_set(s) for s in group_sets]})
+        return cls._of({"version": VERSION, "shapes": shapes, "sets": [_packed_set(s, name_of) for s in group_sets]})
 
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> GroupData:
@@ -106,10 +113,14 @@ class GroupData:
         """Whether the model has parameters and buffers of all the names."""
         return self.shapes.keys() <= tensors_of(model).keys()
 
-    def unpack(self, model: nn.Module) -> tuple[GroupSet, ...]:
+    def unpack(self, model: nn.Module, adaptations: Mapping[str, AdaptModule]) -> tuple[GroupSet, ...]:
         """The group sets, for a model that has the shapes that they were found for.
 
         Sizes of dimensions that no group lies along (the classes of a head) may differ.
+
+        Args:
+            model: The model.
+            adaptations: What adaptations do, by the names that stand for them.
 
         Raises:
             PlanError: If the model lacks a parameter, or one has another shape; nothing is expanded before this is known.
@@ -119,7 +130,7 @@ class GroupData:
             content = json.loads(self.text)
             shapes, sets = content["shapes"], content["sets"]
             _check_shapes(model, shapes, sets)
-            return tuple(_unpacked_set(model, entry, shapes) for entry in sets)
+            return tuple(_unpacked_set(model, entry, shapes, adaptations) for entry in sets)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"The groups in the plan are malformed: {type(error).__name__}: {error}.") from error
 
@@ -136,7 +147,7 @@ class GroupData:
             entry["name"] = rename(entry["name"])
             for part in chain(entry["slices"], entry["buffers"]):
                 part["parameter"] = of_tensor(part["parameter"])
-            for item in entry["attributes"]:
+            for item in chain(entry["attributes"], entry["adaptations"]):
                 item["module"] = rename(item["module"])
         return self._of(content)
 
@@ -187,7 +198,7 @@ def with_costs(model: nn.Module, group_sets: Iterable[GroupSet]) -> tuple[GroupS
     return tuple(replace(s, cost=group_cost(model, s.slices)) for s in group_sets)
 
 
-def _packed_set(group_set: GroupSet) -> dict[str, Any]:
+def _packed_set(group_set: GroupSet, name_of: Callable[[Adaptation], str]) -> dict[str, Any]:
     return {
         "name": group_set.name,
         "kind": group_set.kind,
@@ -198,6 +209,7 @@ def _packed_set(group_set: GroupSet) -> dict[str, Any]:
         "slices": [_packed_slice(part) for part in group_set.slices],
         "buffers": [_packed_slice(part) for part in group_set.buffers],
         "attributes": [{"module": a.module, "name": a.name, "per_group": a.per_group} for a in group_set.attributes],
+        "adaptations": [{"module": a.module, "name": name_of(a)} for a in group_set.adaptations],
     }
 
 
@@ -212,7 +224,12 @@ def _packed_slice(part: Slice) -> dict[str, Any]:
     return packed
 
 
-def _unpacked_set(model: nn.Module, entry: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> GroupSet:
+def _unpacked_set(
+    model: nn.Module,
+    entry: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    adaptations: Mapping[str, AdaptModule],
+) -> GroupSet:
     size = entry["size"]
     slices, buffers = (
         tuple(_unpacked_slice(part, size, shapes) for part in entry[key]) for key in ("slices", "buffers")
@@ -227,6 +244,7 @@ def _unpacked_set(model: nn.Module, entry: Mapping[str, Any], shapes: Mapping[st
         attributes=tuple(Attribute(a["module"], a["name"], a["per_group"]) for a in entry["attributes"]),
         block=entry["block"],
         minimum=entry["minimum"],
+        adaptations=tuple(Adaptation(a["module"], adaptations[a["name"]]) for a in entry["adaptations"]),
         buffers=buffers,
     )
 

@@ -269,7 +269,7 @@ def _kept_sets(model: nn.Module, kept: Sequence[GroupSet], blocks: bool) -> list
             " blocks. Prune other kinds, or describe the model with lit_prune.register_architecture."
         )
     check_names(model, kept)
-    check_weights(model, kept)
+    check_weights(model, kept, ties=False)
     return list(kept)
 
 

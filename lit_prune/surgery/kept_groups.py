@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from torch import nn
 
-from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.registry import find_group_sets, find_model
+from lit_prune.architectures.tracing.integers import ADAPTATIONS, adaptation_name
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import (
     GROUPS_ATTRIBUTE,
@@ -21,6 +22,11 @@ from lit_prune.group_data import (
 )
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
+
+
+def packed(model: nn.Module, group_sets: Sequence[GroupSet]) -> GroupData:
+    """Group sets of a model, found by running it, as data."""
+    return GroupData.pack(model, group_sets, adaptation_name)
 
 
 def model_and_group_sets(module: nn.Module, plan: PruningPlan) -> tuple[nn.Module, list[GroupSet]]:
@@ -42,7 +48,7 @@ def model_and_group_sets(module: nn.Module, plan: PruningPlan) -> tuple[nn.Modul
         except UnsupportedModelError:
             # the error that says which parameter is missing comes from unpacking
             model = module
-    return model, list(plan.groups.unpack(model))
+    return model, list(plan.groups.unpack(model, ADAPTATIONS))
 
 
 def with_kept_groups(model: nn.Module, plan: PruningPlan) -> PruningPlan:
@@ -50,7 +56,7 @@ def with_kept_groups(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     kept = kept_group_sets(model)
     if kept is None or plan.groups is not None:
         return plan
-    return replace(plan, groups=GroupData.pack(model, kept))
+    return replace(plan, groups=packed(model, kept))
 
 
 def groups_after_cut(
