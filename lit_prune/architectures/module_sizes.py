@@ -22,7 +22,8 @@ def sync_sizes(module: nn.Module) -> Callable[[], None]:
         module: The module, whose parameters were cut.
     """
     before = {n: v for n, v in vars(module).items() if isinstance(v, int | tuple)}
-    sync_features(module)
+    if not isinstance(module, _ConvNd):
+        sync_features(module)
     tensors: dict[str, Any] = {**module._parameters, **module._buffers}
     weight = tensors.get("weight")
     if isinstance(module, _ConvNd) and weight is not None:

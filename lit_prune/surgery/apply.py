@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.distributed import shards
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
-from lit_prune.modeling_pruned import sync_features
 from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, PruningPlan, get_plan
 from lit_prune.surgery import references
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
@@ -21,7 +21,7 @@ from lit_prune.surgery.kept_groups import groups_after_cut, model_and_group_sets
 from lit_prune.surgery.optimizer_groups import add_bias
 from lit_prune.surgery.optimizer_search import check_new_parameters, check_ownership, find_optimizers
 from lit_prune.surgery.optimizer_state import StateCutter, check_state, reset_histories
-from lit_prune.surgery.plan_cuts import parameter_cuts
+from lit_prune.surgery.plan_cuts import buffer_cuts, parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
@@ -122,6 +122,7 @@ def cut(
     model, group_sets = model_and_group_sets(model, plan)
     plan = with_kept_groups(model, plan)
     cuts = parameter_cuts(model, plan, group_sets)
+    of_buffers = buffer_cuts(model, plan, group_sets)
     weights = dict(weights or {})
     previous = get_plan(model)
     composed = plan if previous is None else previous.then(plan)
@@ -154,6 +155,8 @@ def cut(
         cutter.find_mirrors([model.get_parameter(name) for name in names if name in weights])
         for name in names:
             _shrink_parameter(model, name, places, cuts.get(name, []), weights.get(name), cutter, journal)
+        for name, of_one in of_buffers.items():
+            _shrink_buffer(model, name, of_one, journal)
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), cutter, journal)
         _set_attributes(model, group_sets, plan, journal)
@@ -273,17 +276,30 @@ def _shrink_parameter(
         set_data(parameter, paste_tensor(stayed, cuts, removed) if cuts else stayed)
         parameter.requires_grad_(requires_grad)
         parameter.grad = gradient
-        for module, _ in owners:
-            sync_features(module)
 
     journal.append(undo)
     parameter.grad = None
     # a layer that lost everything has no gradient to wait for, and DDP would wait
     parameter.requires_grad_(requires_grad and data.numel() > 0)
     set_data(parameter, data)
-    for module, _ in owners:
-        sync_features(module)
+    journal.extend([sync_sizes(module) for module, _ in owners])
     cutter.cut(parameter, shape, cuts, None if values is None else data - stayed)
+
+
+def _shrink_buffer(
+    model: nn.Module, name: str, cuts: Sequence[DimensionCut], journal: list[Callable[[], None]]
+) -> None:
+    """Make a buffer smaller; it stays the object that it is."""
+    buffer = model.get_buffer(name)
+    stayed, removed = cut_tensor(buffer.data, cuts)
+    owners = [m for m in model.modules() if any(b is buffer for b in m._buffers.values())]
+
+    def undo() -> None:
+        set_data(buffer, paste_tensor(stayed, cuts, removed))
+
+    journal.append(undo)
+    set_data(buffer, stayed)
+    journal.extend([sync_sizes(module) for module in owners])
 
 
 def _add_bias(

@@ -101,16 +101,18 @@ def summary(model: str, prunable: float, whole: Sequence[Untraceable]) -> str:
         whole: What stays whole.
     """
     lines = [f"{prunable:.1%} of the parameters of {model} can be pruned."]
-    by_reason: dict[tuple[str, str], list[Untraceable]] = {}
+    by_operator: dict[str, list[Untraceable]] = {}
     for entry in whole:
-        by_reason.setdefault((entry.operator, entry.reason), []).append(entry)
-    if by_reason:
+        by_operator.setdefault(entry.operator if entry.operator != _CHECK else entry.reason, []).append(entry)
+    ordered = sorted(by_operator.values(), key=lambda entries: -sum(e.parameters for e in entries))
+    if ordered:
         lines.append("These parts stay whole:")
-    for (_, reason), entries in list(by_reason.items())[:_LINES]:
+    for entries in ordered[:_LINES]:
+        reason = entries[0].reason
         names = ", ".join(repr(e.module) if e.module else "the model itself" for e in entries[:3])
         more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
         lines.append(f"  {names}{more} ({sum(e.parameters for e in entries)} parameters): {reason}")
-    if len(by_reason) > _LINES:
-        rest = sum(e.parameters for entries in list(by_reason.values())[_LINES:] for e in entries)
-        lines.append(f"  and {len(by_reason) - _LINES} more reasons ({rest} parameters)")
+    if len(ordered) > _LINES:
+        rest = sum(e.parameters for entries in ordered[_LINES:] for e in entries)
+        lines.append(f"  and {len(ordered) - _LINES} more reasons ({rest} parameters)")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.architectures.tracing.fields import Field, Value, compress, lift, only_varying, varies
-from lit_prune.architectures.tracing.rules import Call, elementwise, normal, output, rule
+from lit_prune.architectures.tracing.rules import Call, elementwise, normal, output, rule, unknown
 
 
 def _moved(call: Call, operate: Callable[[Tensor], Any]) -> list[Value]:
@@ -104,6 +104,25 @@ def _generic(call: Call) -> list[Value]:
         fields = [call.rules.collapse(f, [d for d in varies(f) if d >= f.dim() - 2]) for f in value.fields]
         return [output(r, fields, [value]) for r in call.results()]
     return _moved(call, lambda x: call.operator(x, *call.args[1:], **call.kwargs))
+
+
+@rule("as_strided")
+def _strided(call: Call) -> list[Value]:
+    source, result = call.args[0], call.results()[0]
+    # in place, the argument has the new strides already
+    if source is result:
+        return _same(call) if call.tracer.value(source).shape == tuple(result.shape) else unknown(call)
+    size = source.untyped_storage().nbytes() // source.element_size()
+
+    def operate(labels: Tensor) -> Tensor:
+        memory = torch.full((size,), -1)
+        memory.as_strided(source.shape, source.stride(), source.storage_offset()).copy_(labels)
+        return memory.as_strided(result.shape, result.stride(), result.storage_offset()).clone()
+
+    value = call.tracer.value(source)
+    if any(bool((operate(f.expand(value.shape)) < 0).any()) for f in value.fields):
+        return unknown(call)
+    return _moved(call, operate)
 
 
 @rule("native_channel_shuffle", "channel_shuffle")
@@ -214,31 +233,31 @@ def concatenate(call: Call, values: Sequence[Value], dim: int) -> list[Field]:
     """The fields of values that are put side by side along a dimension."""
     rules = call.rules
     fields: list[Field] = []
+    alike: list[Value] = [Value(_at(v.shape, dim, 1), [], v.constant) for v in values]
     # fields that agree about everything but the dimension itself belong together
-    others = dict.fromkeys(tuple(d for d in varies(f) if d != dim) for v in values for f in v.fields)
-    for key in others:
-        own = [next((f for f in v.fields if _without(f, dim) == key), None) for v in values]
-        for value, found in zip(values, own, strict=True):
-            for extra in value.fields:
-                if found is not None and extra is not found and _without(extra, dim) == key:
-                    rules.labels.unite(*torch.broadcast_tensors(found, extra))
-        present = [f for f in own if f is not None]
-        if not any(f.shape[dim] > 1 for f in present):
-            for labels in present[1:]:
-                rules.labels.unite(present[0], labels)
-            rigid = any(
-                f is None and not v.constant and any(v.shape[d] > 1 for d in key)
-                for f, v in zip(own, values, strict=True)
-            )
-            fields.append(rules.collapse(present[0], key) if rigid else present[0])
+    for key in dict.fromkeys(_without(f, dim) for v in values for f in v.fields):
+        own = [[f for f in v.fields if _without(f, dim) == key] for v in values]
+        for same in own:
+            for extra in same[1:]:
+                rules.labels.unite(*torch.broadcast_tensors(same[0], extra))
+        if not any(f.shape[dim] > 1 for same in own for f in same):
+            for value, same in zip(alike, own, strict=True):
+                value.fields.extend(same[:1])
             continue
-        sizes = [present[0].shape[d] if d in key else 1 for d in range(present[0].dim())]
+        example = next(same[0] for same in own if same)
+        sizes = [s if d in key else 1 for d, s in enumerate(example.shape)]
         parts = []
-        for value, found in zip(values, own, strict=True):
-            sizes[dim] = value.shape[dim]
-            parts.append(rules.fresh(sizes) if found is None else found.expand(sizes))
+        for value, same in zip(values, own, strict=True):
+            wanted = _at(sizes, dim, value.shape[dim])
+            parts.append(same[0].expand(wanted) if same else rules.fresh(wanted))
         fields.append(torch.cat(parts, dim))
-    return only_varying(fields)
+    shape = [max(sizes) for sizes in zip(*(v.shape for v in alike), strict=True)]
+    return [*only_varying(fields), *rules.merge(alike, shape)]
+
+
+def _at(sizes: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    """Sizes with another one at ``dim``."""
+    return (*sizes[:dim], size, *sizes[dim + 1 :])
 
 
 def _without(labels: Field, dim: int) -> tuple[int, ...]:
