@@ -118,6 +118,9 @@ def check_traceable(model: nn.Module, *, blocks: bool = False) -> None:
         UnsupportedModelError: With what was found, and what to do first.
     """
     what = type(model).__name__
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise UnsupportedModelError(f"{lazy[0]!r} has no values yet: run the lazy modules of {what} once before pruning.")
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UnsupportedModelError(
@@ -140,14 +143,12 @@ def check_traceable(model: nn.Module, *, blocks: bool = False) -> None:
     if not weights:
         raise UnsupportedModelError(
             f"{what} has no weights of two or more dimensions as parameters; found"
-            f" {[name for name, _ in model.named_parameters()][:5]}. Quantised and lazy layers hold none: build and run"
-            " the model once, in float32, bfloat16 or float16."
+            f" {[name for name, _ in model.named_parameters()][:5]}. Quantised layers hold none: build the model in"
+            " float32, bfloat16 or float16."
         )
     for name, parameter in weights.items():
-        if parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
-            raise UnsupportedModelError(
-                f"{name!r} has no values in memory. Load the whole model, or run a lazy one once, before pruning."
-            )
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name!r} has no values in memory. Load the whole model before pruning.")
     if blocks:
         raise UnsupportedModelError(
             f"kinds names 'block', and {what} has no description that says what its blocks are. Leave it out, or describe the"

@@ -89,7 +89,7 @@ class Recurrent(nn.Module):
     def __init__(self, classes: int = CLASSES, width: int = 12) -> None:
         super().__init__()
         self.lstm = nn.LSTM(24, width, batch_first=True)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Sequential(nn.Linear(width, 10), nn.ReLU(), nn.Linear(10, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.lstm(x.transpose(1, 2).flatten(2))

@@ -20,6 +20,7 @@ from torch.nn import functional
 import lit_prune
 from conftest import uneven_kept, zeroed
 from lit_prune import (
+    BudgetError,
     Limits,
     PlanError,
     PruningConfig,
@@ -70,7 +71,8 @@ def same_groups(a: nn.Module, b: nn.Module) -> bool:
 def test_training_goes_on_as_in_the_dense_model_with_the_groups_at_zero(name, optimizer):
     kinds = {
         "sgd": lambda ps: torch.optim.SGD(ps, lr=0.02, momentum=0.9, weight_decay=0.01),
-        "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-3),
+        # a bias before a batch norm has no gradient but rounding, which a small eps would blow up
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-3, eps=1e-3),
     }
     model = built(name).train()
     optimizers = kinds[optimizer](model.parameters())
@@ -149,14 +151,16 @@ def test_a_cut_is_undone_with_its_groups(name):
     _, plan = lit_prune.make_plan(before, find_group_sets(before), None, PruningConfig("magnitude", 0.3, repair=None))
     undo = cut(model, plan)
     assert get_plan(model) is not None
-    again = cut(model, lit_prune.make_plan(model, find_group_sets(model), None, PruningConfig("random", 0.1))[1])
+    again = cut(model, lit_prune.make_plan(model, find_group_sets(model), None, PruningConfig("random", 0.2))[1])
     again()
     undo()
     assert equal_states(model, before)
     assert get_plan(model) is None
     with pytest.raises(UnsupportedModelError, match="finds? the groups by running it"):
         find_group_sets(model)
-    assert {n: vars(m) for n, m in model.named_modules() if "num" in repr(vars(m).keys())}.keys()
+    for module, untouched in zip(model.modules(), before.modules(), strict=True):
+        integers = {k: v for k, v in vars(module).items() if isinstance(v, int)}
+        assert integers == {k: v for k, v in vars(untouched).items() if isinstance(v, int)}
     x = images(4, 99)[0]
     assert torch.equal(model.eval()(x), before.eval()(x))
 
@@ -179,7 +183,7 @@ def test_the_groups_in_a_plan_are_compact_and_checked_before_anything_is_done(tm
         PruningPlan.from_dict({**data, "groups": {**data["groups"], "version": 2}})
 
     wrong = {
-        r"'layers.0.fc1.weight' has shape \(24, 20\).*made for \(24, 16\)": VisionTransformer(width=20),
+        r"'layers.0.attn.qkv.weight' has shape \(60, 20\).*made for \(48, 16\)": VisionTransformer(width=20),
         r"'layers.0.attn.qkv.weight' of shape \(48, 16\), which this ConvNet lacks": ConvNet(),
         "which this ModuleDict lacks": nn.ModuleDict({"a": copy.deepcopy(dense), "b": nn.Linear(2, 2)}),
     }
@@ -216,12 +220,15 @@ def test_malformed_positions_are_refused_without_being_expanded(part, message):
 
 
 def test_protected_modules_keep_everything_that_is_coupled_to_them():
-    for pattern in ("branch.0", r"^branch\.", "branch.1$"):
+    for pattern in ("head", r"^stem\.", "norm$"):
         dense = built("cnn")
         config = PruningConfig(pruning_ratio=0.1, repair=None, limits=Limits(protect=[pattern]))
         lit_prune.prune(dense, batches(), loss_of(dense), config)
-        assert dense.branch[0].out_channels == 12
-        assert dense.stem[0].out_channels < 8
+        assert dense.stem[0].out_channels == 8
+        assert dense.branch[0].out_channels < 12
+    with pytest.raises(BudgetError, match=r"only 0 of .* may leave under .* protections \['branch'\]"):
+        limits = Limits(protect=["branch"])
+        lit_prune.prune(dense, batches(), loss_of(dense), PruningConfig(pruning_ratio=0.3, limits=limits))
     model = built("cnn")
     found = trace(model, batches(), loss_of(model), protect=["stem.*"])
     assert [s.name for s in found.group_sets] == [s.name for s in find_group_sets(model)] == ["branch.0"]
@@ -270,7 +277,7 @@ def quantised() -> nn.Module:
     [
         (quantised, {}, r"All weights of Perceptron are quantised \('layers.1.weight' is torch.int8\)"),
         (nn.ReLU, {}, "ReLU has no weights"),
-        (lambda: nn.Sequential(nn.LazyLinear(4)), {}, "no values in memory"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), {}, "'0.weight' has no values yet"),
         (lambda: torch.jit.script(Perceptron()), {}, "compiled by torch.jit"),
         (lambda: Perceptron().to("meta"), {}, "no values in memory"),
         (Perceptron, {"limits": Limits(kinds=["block"])}, "no description that says what its blocks are"),
@@ -373,7 +380,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path):
         (None, ValueError, "your code and no transformers model. Give load_pruned"),
         (lambda: 3, TypeError, "found int"),
         (lambda: Perceptron(width=20), PlanError, r"'layers.1.weight' has shape \(20, 192\).*made for \(24, 192\)"),
-        (lambda: Perceptron(classes=7), PlanError, r"'layers.5.weight' has shape .* in the files, and \(7, "),
+        (lambda: Perceptron(classes=7), PlanError, r"'layers.5.bias' has shape .* in the files, and \(7,\)"),
         (lambda: nn.Sequential(Perceptron()), PlanError, "which this Sequential lacks"),
         (lambda: Perceptron().to("meta"), UnsupportedModelError, "no values in memory"),
     ]
@@ -392,21 +399,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path):
         save_pruned(model, tmp_path / "other", self_contained=True)
     with pytest.raises(PruningError, match="was not pruned, nor was a module in it"):
         save_pruned(Perceptron(), tmp_path / "other")
-    model.get_extra_state = lambda: {"a": 1}
+    model.__class__ = Extra
     with pytest.raises(UnsupportedModelError, match="'_extra_state' .* is no plain tensor"):
-        save_pruned(Extra.like(model), tmp_path / "other")
+        save_pruned(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 class Extra(Perceptron):
     """A model with a state that is no tensor."""
-
-    @classmethod
-    def like(cls, model: nn.Module) -> nn.Module:
-        changed = copy.deepcopy(model)
-        del changed.get_extra_state
-        changed.__class__ = cls
-        return changed
 
     def get_extra_state(self):
         return {"a": 1}
