@@ -120,7 +120,9 @@ def check_traceable(model: nn.Module, *, blocks: bool = False) -> None:
     what = type(model).__name__
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
-        raise UnsupportedModelError(f"{lazy[0]!r} has no values yet: run the lazy modules of {what} once before pruning.")
+        raise UnsupportedModelError(
+            f"{lazy[0]!r} has no values yet: run the lazy modules of {what} once before pruning."
+        )
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UnsupportedModelError(

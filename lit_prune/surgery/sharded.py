@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_prune.distributed import shards
 from lit_prune.architectures.module_sizes import sync_sizes
+from lit_prune.distributed import shards
 from lit_prune.surgery.optimizer_groups import replace_in_groups
 from lit_prune.surgery.optimizer_state import StateCutter
 from lit_prune.surgery.sharded_tensors import ShardedCut

@@ -53,9 +53,7 @@ def without(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor
             step()
 
 
-def _cut(
-    model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], undo: list[Callable[[], None]]
-) -> None:
+def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], undo: list[Callable[[], None]]) -> None:
     tensors: dict[str, Tensor] = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),

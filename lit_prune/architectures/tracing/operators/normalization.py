@@ -90,4 +90,3 @@ def _weight_normed(call: Call) -> list[Value]:
 def _dropped(call: Call) -> list[Value]:
     value = call.tracer.value(call.args[0])
     return [output(r, value.fields, [value]) for r in call.results()]
-
