@@ -42,13 +42,13 @@ def sync_sizes(module: nn.Module) -> Callable[[], None]:
         module.num_parameters = len(weight)
     elif isinstance(module, nn.RNNBase):
         projected = module.proj_size > 0
-        module.input_size = module.weight_ih_l0.shape[1]
+        module.input_size = tensors["weight_ih_l0"].shape[1]
         gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        module.hidden_size = module.weight_ih_l0.shape[0] // gates
+        module.hidden_size = tensors["weight_ih_l0"].shape[0] // gates
         if projected:
-            module.proj_size = module.weight_hh_l0.shape[1]
+            module.proj_size = tensors["weight_hh_l0"].shape[1]
     elif isinstance(module, nn.RNNCellBase):
-        module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+        module.hidden_size, module.input_size = tensors["weight_hh"].shape[1], tensors["weight_ih"].shape[1]
 
     def undo() -> None:
         for name, value in before.items():

@@ -48,7 +48,8 @@ def proposals(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
         found: The group set.
     """
     group_set = found.group_set
-    counting, widths = [], []
+    counting: list[Attribute] = []
+    widths: list[Attribute] = []
     for attribute, value in _equal_integers(model, found):
         (counting if value == group_set.size else widths).append(attribute)
     orders = [(), (*counting, *widths), tuple(counting), tuple(widths)]

@@ -80,7 +80,7 @@ class LabelTracer(TorchDispatchMode):
         if source is not None:
             self.first_use.setdefault(source[0], len(self.first_use))
         if known is not None:
-            return known  # type: ignore[no-any-return]
+            return known
         if source is not None:
             return source[2]
         return Value(tuple(tensor.shape), weight=False)

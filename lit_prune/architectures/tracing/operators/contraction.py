@@ -29,9 +29,9 @@ def contract(call: Call, first: Value, second: Value, dims: tuple[Sequence[int |
         The value without the dimension that was summed over; its shape is that of the fields only.
     """
     placed = [_placed(v, d) for v, d in zip((first, second), dims, strict=True)]
-    for weight, other in (placed, placed[::-1]):
-        if weight.weight and not other.weight:
-            call.tracer.reads(weight, summed, other)
+    for one, other in (placed, placed[::-1]):
+        if one.weight and not other.weight:
+            call.tracer.reads(one, summed, other)
     shape = [max(a, b) for a, b in zip(placed[0].shape, placed[1].shape, strict=True)]
     merged = call.rules.merge(placed, shape)
     fields = []
