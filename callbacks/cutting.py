@@ -90,7 +90,7 @@ def _record(
         unfinished=True,
     )
     if not pruning.dry_run:
-        cut_averages(trainer, plan, pruning.model_path)
+        cut_averages(trainer, plan, pruning.model_path or before.path)
     pruning.runs.commit(run)
 
 

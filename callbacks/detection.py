@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lit_prune.architectures.registry import find_model, has_groups, submodule
@@ -22,7 +23,7 @@ def model_in(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module
     """The model inside a module, and its qualified name there; also one whose groups are not known yet.
 
     The model is what a description covers, or what groups are kept of. Where there is neither it is the module at ``path``,
-    or, of a LightningModule, the one part that holds all weights, if there is such a part.
+    or, of a LightningModule, the one part that holds all weights that are trained, if there is such a part.
 
     Raises:
         UnsupportedModelError: If nothing is at ``path``, or there are several models.
@@ -30,23 +31,31 @@ def model_in(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module
     found = submodule(module, path)
     if has_groups(found):
         return find_model(module, path)
-    part = _only_part(found) if is_a(found, pl.LightningModule) else ""
+    part = _trained_part(found) if is_a(found, pl.LightningModule) else ""
     return ".".join(name for name in (path, part) if name), found.get_submodule(part)
 
 
-def _only_part(module: nn.Module) -> str:
-    """Name of the child that holds all parameters and floating buffers of a module; empty if they are spread."""
-    own = [*module._parameters.values(), *module._buffers.values()]
-    holding = [name for name, child in module.named_children() if _has_weights(child)]
-    if len(holding) != 1 or any(tensor is not None for tensor in own):
+def _trained_part(module: nn.Module) -> str:
+    """Name of the child that holds all parameters of a module that are trained; empty if they are spread."""
+    trained = [n for n, m in module.named_children() if n not in _frozen_parts(module) and _has_parameters(m)]
+    if len(trained) != 1 or any(parameter is not None for parameter in module._parameters.values()):
         return ""
     # what torch.compile makes of a module
-    compiled = hasattr(module.get_submodule(holding[0]), "_orig_mod")
-    return f"{holding[0]}._orig_mod" if compiled else holding[0]
+    compiled = hasattr(module.get_submodule(trained[0]), "_orig_mod")
+    return f"{trained[0]}._orig_mod" if compiled else trained[0]
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(b.is_floating_point() for b in module.buffers())
+def _frozen_parts(module: nn.Module) -> list[str]:
+    """Names of the children that are not trained, teachers and networks that a loss is made of, where others are."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return []
+    return [
+        n for n, m in module.named_children() if _has_parameters(m) and not any(p.requires_grad for p in m.parameters())
+    ]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def find_groups(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,9 +69,24 @@ def find_groups(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
     path, model = model_in(pl_module, pruning.model_path)
     if has_groups(model):
         return
+    frozen = _frozen_parts(pl_module) if pruning.model_path is None else []
+    if frozen:
+        rank_zero_warn(
+            f"{', '.join(map(repr, frozen))} of {type(pl_module).__name__} are not trained, and stay whole: what is pruned is"
+            f" {repr(path) if path else 'the rest'}. Give StructuredPruning(model_path=...) to prune another part."
+        )
     with calibration(trainer, model, pruning.calibration_dataloader, ATTEMPTS) as (batches, step):
+        # so that what is masked and what is cut can be compared
+        step.without_autocast()
         repeated = _Repeated(step)
-        found = find_or_trace(model, map(repeated.take, batches), repeated, root=pl_module, ranks=ranks_of(trainer))
+        found = find_or_trace(
+            model,
+            map(repeated.take, batches),
+            repeated,
+            root=pl_module,
+            ranks=ranks_of(trainer),
+            protect=frozen if model is pl_module else (),
+        )
     assert found is not None
     # afterwards: calibration leaves no attribute of the module behind
     keep_group_sets(model, found)

@@ -241,7 +241,7 @@ class StructuredPruning(Callback):
         """The model inside the LightningModule that is pruned.
 
         That is the one at ``model_path``; without it the one that a description covers, or, where none does, the part that
-        holds all weights, or else the LightningModule as a whole.
+        holds all weights that are trained, or else the LightningModule as a whole.
         """
         return model_in(pl_module, self.model_path)[1]
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
@@ -50,6 +51,7 @@ class TrainingStep:
         self._optimization = RecordedOptimization(trainer, model, guard)
         self._scale = gradient_scale(trainer)
         self._number = -1
+        self._autocast = True
         # the outputs of a step whose batch has not ended yet
         self._outputs: Mapping[str, Any] | None = None
         self._fetcher: _DataLoaderIterDataFetcher | None = None
@@ -75,6 +77,10 @@ class TrainingStep:
             yield batch
             self._end_batch(batch)
             progress()
+
+    def without_autocast(self) -> None:
+        """Let the calls from now on compute in the precision of the weights, also where training casts operators."""
+        self._autocast = False
 
     def repeat(self) -> None:
         """Let the next call be one on the same batch again, with the same number."""
@@ -144,7 +150,9 @@ class TrainingStep:
         arguments = self._trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, self._number)
         if fetcher is not None:
             arguments = OrderedDict(any=batch)
-        with self._trainer.precision_plugin.train_step_context():
+        plugin = self._trainer.precision_plugin
+        plain = is_a(plugin, MixedPrecision) and not self._autocast
+        with contextlib.nullcontext() if plain else plugin.train_step_context():
             try:
                 output = self._module.training_step(*arguments.values())
             except StopIteration:

@@ -76,6 +76,7 @@ def find_or_trace(
     *,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
+    protect: Sequence[str] = (),
 ) -> tuple[GroupSet, ...] | None:
     """The groups of a module by running it, to be kept beside it; ``None`` if they are known already.
 
@@ -85,6 +86,7 @@ def find_or_trace(
         loss_fn: Runs one batch through the model.
         root: The module that holds the model, if ``loss_fn`` runs more than the model.
         ranks: The processes of a distributed run, all of which call this.
+        protect: Names of modules whose parameters stay whole.
 
     Raises:
         CalibrationError: If there is no batch.
@@ -95,7 +97,8 @@ def find_or_trace(
         return None
     check_traceable(model)
     with together(ranks, "finding the groups"):
-        found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root)
+        run = _run_of_one_batch(model, batches, loss_fn, root)
+        found = trace_groups(model, run, root=root, protect=protect)
     if ranks is not None:
         digests = ranks.gather(packed(model, found.group_sets).digest())
         if len(set(digests)) > 1:

@@ -156,7 +156,7 @@ def test_a_cut_is_undone_with_its_groups(name):
     undo()
     assert equal_states(model, before)
     assert get_plan(model) is None
-    with pytest.raises(UnsupportedModelError, match="finds? the groups by running it"):
+    with pytest.raises(UnsupportedModelError, match="find the groups by running it"):
         find_group_sets(model)
     for module, untouched in zip(model.modules(), before.modules(), strict=True):
         integers = {k: v for k, v in vars(module).items() if isinstance(v, int)}
@@ -179,7 +179,7 @@ def test_the_groups_in_a_plan_are_compact_and_checked_before_anything_is_done(tm
     changed["groups"]["sets"][0]["slices"][0]["dim"] = 1
     with pytest.raises(PlanError, match="groups in the plan were changed after they were saved"):
         PruningPlan.from_dict(changed)
-    with pytest.raises(PlanError, match="expected 'lit_prune.groups' and 1"):
+    with pytest.raises(PlanError, match=r"expected 'lit_prune\.groups' and 1"):
         PruningPlan.from_dict({**data, "groups": {**data["groups"], "version": 2}})
 
     wrong = {
@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path):
     with pytest.raises(PruningError, match="was not pruned, nor was a module in it"):
         save_pruned(Perceptron(), tmp_path / "other")
     model.__class__ = Extra
-    with pytest.raises(UnsupportedModelError, match="'_extra_state' .* is no plain tensor"):
+    with pytest.raises(UnsupportedModelError, match=r"'_extra_state' .* is no plain tensor"):
         save_pruned(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

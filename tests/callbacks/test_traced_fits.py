@@ -284,6 +284,35 @@ def test_the_module_as_a_whole_or_a_part_of_it(tmp_path):
     assert part.head.in_features == 12
 
 
+class Taught(Classifier):
+    """Learns from a frozen copy of itself, and keeps an average where ``average`` asks for one."""
+
+    def __init__(self, average: bool = False, spread: bool = False) -> None:
+        super().__init__("mlp")
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.extra = nn.Linear(4, 4) if spread else nn.Identity()
+        if average:
+            self.ema = torch.optim.swa_utils.AveragedModel(self.net)
+
+    def training_step(self, batch, batch_idx):
+        distance = functional.mse_loss(self.extra(self.net(batch[0])), self.teacher(batch[0]))
+        return super().training_step(batch, batch_idx) + distance
+
+
+def test_what_is_frozen_beside_what_is_trained_stays_whole():
+    for spread in (False, True):
+        module = Taught(spread=spread)
+        before = size(module.teacher)
+        with pytest.warns(UserWarning, match="'teacher' of Taught are not trained, and stay whole"):
+            fit(module, pruning(pruning_ratio=0.2, ratio_of="prunable"))
+        assert size(module.teacher) == before > size(module.net)
+    with pytest.raises(UnsupportedModelError, match="holds a AveragedModel"):
+        fit(Taught(average=True), pruning())
+    module = Taught()
+    fit(module, pruning(model_path="teacher"))
+    assert size(module.teacher) < before == size(module.net)
+
+
 class ByHand(Classifier):
     """Optimizes by hand."""
 
@@ -322,6 +351,24 @@ def test_unusual_training_steps_are_run(kind):
     fit(module, pruning())
     assert size(module) <= 0.72 * before
     assert get_plan(module.net).groups is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions(precision):
+    module = Classifier("vit")
+    before = size(module)
+    fit(module, pruning(), precision=precision)
+    assert size(module) <= 0.72 * before
+
+
+def test_a_compiled_network_is_pruned_in_its_own_names():
+    module = Classifier()
+    module.net = torch.compile(module.net, backend="eager")
+    callback = pruning()
+    fit(module, callback)
+    fresh = built("cnn")
+    lit_prune.apply_plan(fresh, callback.plan)
+    assert size(fresh) == size(module)
 
 
 def test_an_average_is_cut_along():
@@ -372,7 +419,7 @@ def test_what_cannot_be_pruned_is_refused_before_training(module, options, messa
 
 
 def test_a_copy_of_an_undescribed_model_is_found():
-    with pytest.raises(lit_prune.PruningError, match="Holder.copied holds a copy of the model"):
+    with pytest.raises(lit_prune.PruningError, match=r"Holder\.copied holds a copy of the model"):
         fit(Classifier(), pruning(), Holder())
 
 
