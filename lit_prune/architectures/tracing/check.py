@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.architectures.tracing.integers import adaptations_of, attribute_names, proposals
+from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.architectures.tracing.trial import masked, telling_values, without
-from lit_prune.groups import Attribute, GroupSet
+from lit_prune.groups import GroupSet
 
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _RELATIVE_HALF = 3e-2
@@ -32,7 +31,7 @@ class Check:
     def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
         self._model = model
         self._run = run
-        self._choices: dict[Any, tuple[str, ...]] = {}
+        self._choices: dict[Any, Any] = {}
         self.failures: dict[tuple[str, str], str] = {}
 
     def passing(self, found: Sequence[FoundSet]) -> list[GroupSet]:
@@ -46,7 +45,7 @@ class Check:
 
     def _accepted(self, found: list[FoundSet]) -> list[tuple[GroupSet, FoundSet]]:
         """Check all at once; where that fails, one of each pattern by itself, then all again, then halves."""
-        sets = [self._with_integers(f, self._preferred(f)) for f in found]
+        sets = [with_proposal(self._model, f, self._preferred(f)) for f in found]
         if not found or self.problem(sets) is None:
             return list(zip(sets, found, strict=True))
         for one in {_pattern(self._model, f): f for f in found}.values():
@@ -54,7 +53,7 @@ class Check:
         return self._halved(found)
 
     def _halved(self, found: list[FoundSet]) -> list[tuple[GroupSet, FoundSet]]:
-        sets = [self._with_integers(f, self._preferred(f)) for f in found]
+        sets = [with_proposal(self._model, f, self._preferred(f)) for f in found]
         if not found or self.problem(sets) is None:
             return list(zip(sets, found, strict=True))
         if len(found) == 1:
@@ -73,33 +72,29 @@ class Check:
                 self.failures[item[0].key] = f"with the other sets: {problem}"
         return kept
 
-    def _preferred(self, found: FoundSet) -> tuple[Attribute, ...]:
+    def _preferred(self, found: FoundSet) -> Proposal:
         options = proposals(self._model, found)
         chosen = self._choices.get(_pattern(self._model, found))
-        return next((o for o in options if attribute_names(o) == chosen), options[0])
+        return next((o for o in options if o.pattern == chosen), options[0])
 
     def _settle(self, found: FoundSet) -> GroupSet | None:
         """The set with the first integers with which it passes; ``None`` if it passes with none."""
         first = None
         preferred = self._preferred(found)
-        for attributes in dict.fromkeys([preferred, *proposals(self._model, found)]):
-            candidate = self._with_integers(found, attributes)
+        for proposal in dict.fromkeys([preferred, *proposals(self._model, found)]):
+            candidate = with_proposal(self._model, found, proposal)
             problem = self.problem([candidate])
             if problem is None:
-                self._choices[_pattern(self._model, found)] = attribute_names(attributes)
+                self._choices[_pattern(self._model, found)] = proposal.pattern
                 self.failures.pop(found.group_set.key, None)
                 return candidate
             first = first or problem
         self.failures[found.group_set.key] = first or ""
         return None
 
-    def _with_integers(self, found: FoundSet, attributes: tuple[Attribute, ...]) -> GroupSet:
-        adaptations = adaptations_of(self._model, found.group_set)
-        return replace(found.group_set, attributes=attributes, adaptations=adaptations)
-
     def unchecked(self, found: FoundSet) -> GroupSet:
         """The set with the integers that are likeliest to follow it."""
-        return self._with_integers(found, self._preferred(found))
+        return with_proposal(self._model, found, self._preferred(found))
 
     def problem(self, sets: Sequence[GroupSet]) -> str | None:
         """How the cut model differs from the masked one if a random half of every set is removed; ``None`` if not at all."""
@@ -141,7 +136,7 @@ def _pattern(model: nn.Module, found: FoundSet) -> tuple[Any, ...]:
 def _same_state(model: nn.Module) -> Iterator[None]:
     """Seed the random numbers, and put them and the buffers back afterwards."""
     buffers = [(b, b.data, b.data.clone()) for b in model.buffers()]
-    devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)

@@ -117,10 +117,7 @@ def _convolution(call: Call) -> list[Value]:
     spatial = range(2, rank)
     value = Value(value.shape, [_flat(call, f, spatial) for f in value.fields], value.constant, value.weight)
     weight = Value(weight.shape, [_flat(call, f, spatial) for f in weight.fields], weight.constant, weight.weight)
-    if groups == 1:
-        product = _dense(call, value, weight, transposed)
-    else:
-        product = _grouped(call, value, weight, transposed, groups)
+    product = _product(call, value, weight, transposed, groups)
     fields = [f.reshape(*f.shape[:2], *(1,) * (rank - 2)) for f in product.fields]
     result = call.results()[0]
     shape = tuple(result.unsqueeze(0).shape) if unbatched else tuple(result.shape)
@@ -147,6 +144,12 @@ def _dense(call: Call, value: Value, weight: Value, transposed: bool) -> Value:
     """Dimensions of the product: batch, output channels, input channels."""
     produced, read = (1, 0) if transposed else (0, 1)
     return contract(call, _matrix(value), _matrix(weight), ((0, NEW, 1), (NEW, produced, read)), 2)
+
+
+def _product(call: Call, value: Value, weight: Value, transposed: bool, groups: int) -> Value:
+    if groups == 1:
+        return _dense(call, value, weight, transposed)
+    return _grouped(call, value, weight, transposed, groups)
 
 
 def _grouped(call: Call, value: Value, weight: Value, transposed: bool, groups: int) -> Value:

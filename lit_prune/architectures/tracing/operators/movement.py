@@ -35,7 +35,6 @@ def _moved(call: Call, operate: Callable[[Tensor], Any]) -> list[Value]:
     "to",
     "_to_copy",
     "_conj",
-    "view_as_real_copy",
     "positive",
 )
 def _same(call: Call) -> list[Value]:
@@ -59,9 +58,13 @@ def _reshaped(call: Call) -> list[Value]:
         return _same(call)
     shape = tuple(call.results()[0].shape)
     value = call.tracer.value(call.args[0])
-    fields = []
-    for labels in value.fields:
+    fields: list[Field] = []
+    # what comes first stays apart if dimensions are joined: heads, not the features of a head
+    for labels in sorted(value.fields, key=lambda f: (not call.rules.labels.owners(f), varies(f))):
         moved = compress(labels.expand(value.shape).reshape(shape))
+        if any(set(varies(moved)) & set(varies(f)) for f in fields) and not _met_before(labels, value.fields):
+            call.rules.freeze(call.rules.collapse(labels, varies(labels)))
+            continue
         if len(varies(labels)) < len(varies(moved)):
             _regular(call, moved)
         fields.append(moved)
@@ -69,22 +72,35 @@ def _reshaped(call: Call) -> list[Value]:
     return [output(r, fields, [value]) for r in call.results()]
 
 
+def _met_before(labels: Field, fields: Sequence[Field]) -> bool:
+    """Whether another field varies along a dimension of this one already."""
+    return any(f is not labels and set(varies(f)) & set(varies(labels)) for f in fields)
+
+
 def _regular(call: Call, labels: Field) -> None:
     """One dimension was split into several: what is removed has to leave a rectangle."""
-    dims = [d for d in varies(labels)]
-    for dim in dims[:-1]:
+    for dim in varies(labels)[:-1]:
         call.rules.labels.balance(labels.movedim(dim, 0).flatten(1), or_rows=True)
 
 
 @rule("expand", "repeat", "tile", "expand_copy")
 def _repeated(call: Call) -> list[Value]:
     value = call.tracer.value(call.args[0])
-    rank = len(call.results()[0].shape)
+    result = call.results()[0]
+    rank = result.dim()
     operate = torch.Tensor.expand if "expand" in call.operator.overloadpacket.__name__ else torch.Tensor.repeat
-    moved = _moved(call, lambda x: operate(x, *call.args[1:2]))
     call.tracer.met_shape(value.fields)
-    assert all(f.dim() == rank for f in moved[0].fields)
+    moved = _moved(call, lambda x: operate(x, *call.args[1:2]))
+    if not value.constant:
+        # a new dimension is the same at all its positions, however many these are
+        own = (1,) * (rank - len(value.shape)) + value.shape
+        grown = [d for d in range(rank) if own[d] == 1 and result.shape[d] > 1]
+        moved[0].fields.extend(_virtual(call, rank, d, result.shape[d]) for d in grown)
     return moved
+
+
+def _virtual(call: Call, rank: int, dim: int, size: int) -> Field:
+    return call.rules.labels.new(size).view([size if d == dim else 1 for d in range(rank)])
 
 
 @rule("repeat_interleave")
@@ -151,6 +167,9 @@ def _parts(call: Call) -> list[Value]:
         if labels.shape[dim] > 1 and lengths[0] not in (0, whole):
             starts = _start(call, name, whole)
             equal = whole % lengths[0] == 0 and starts % lengths[0] == 0 and len(set(lengths)) == 1
+            if name in ("slice", "narrow"):
+                # halves are meant to be equal; smaller parts may be of any kind (keys behind queries)
+                equal = equal and whole == 2 * lengths[0]
             if equal:
                 rows = labels.movedim(dim, 0).flatten(1).reshape(whole // lengths[0], -1)
                 call.rules.labels.balance(rows, or_rows=False)
@@ -166,6 +185,20 @@ def _start(call: Call, name: str, whole: int) -> int:
     if step != 1:
         return 1
     return int(max(start + whole, 0) if start < 0 else start)
+
+
+@rule("view_as_complex")
+def _paired(call: Call) -> list[Value]:
+    value = call.tracer.value(call.args[0])
+    last = len(value.shape) - 1
+    fields = [call.rules.collapse(f, [last]).squeeze(last) for f in value.fields]
+    return [output(r, fields, [value]) for r in call.results()]
+
+
+@rule("view_as_real")
+def _unpaired(call: Call) -> list[Value]:
+    value = call.tracer.value(call.args[0])
+    return [output(r, [f.unsqueeze(-1) for f in value.fields], [value]) for r in call.results()]
 
 
 @rule("roll", "flip")
@@ -210,9 +243,8 @@ def _pad(call: Call) -> list[Value]:
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack", "_cat")
 def _concatenated(call: Call) -> list[Value]:
-    tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
-    values = [call.tracer.value(t) for t in tensors]
     result = call.results()[0]
+    values = [call.tracer.value(t) for t in call.args[0] if t.numel()]
     dim = normal(call.argument(1, "dim", 0), result.dim())
     return [output(result, concatenate(call, values, dim), values)]
 

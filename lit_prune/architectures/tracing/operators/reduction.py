@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lit_prune.architectures.tracing.fields import Value, varies
@@ -135,8 +133,7 @@ def _spatial(call: Call, first: int) -> list[Value]:
     "grid_sampler_3d",
 )
 def _pooled(call: Call) -> list[Value]:
-    others: list[Any] = [t for t in call.tensors()[1:]]
-    for tensor in others:
+    for tensor in call.tensors()[1:]:
         call.rules.rigid(call.tracer.value(tensor))
     kernel = {"max_pool1d": 1, "avg_pool1d": 1, "adaptive_avg_pool1d": 1}
     name = call.operator.overloadpacket.__name__
