@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -158,44 +158,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-
-
-def renumbered(
-    group_sets: Sequence[GroupSet],
-    kept_groups: Mapping[tuple[str, str], Sequence[int]],
-    lengths: Mapping[tuple[str, int], int],
-) -> tuple[GroupSet, ...]:
-    """Group sets as they are after a cut: of the groups that stay, at the positions that these have then.
-
-    Args:
-        group_sets: The group sets before the cut.
-        kept_groups: By key of a set that loses something, the groups that stay.
-        lengths: Length before the cut of every dimension that a slice lies along, by parameter or buffer and dimension.
-    """
-    stays = {place: torch.ones(length, dtype=torch.bool) for place, length in lengths.items()}
-    for group_set in group_sets:
-        if group_set.key in kept_groups:
-            removed = group_set.kept_to_removed(kept_groups[group_set.key])
-            for part in chain(group_set.slices, group_set.buffers):
-                stays[part.parameter, part.dim][part.index[removed].flatten()] = False
-    positions = {place: mask.cumsum(0) - 1 for place, mask in stays.items()}
-    return tuple(_renumbered_set(s, kept_groups.get(s.key), positions) for s in group_sets)
-
-
-def _renumbered_set(
-    group_set: GroupSet, kept: Sequence[int] | None, positions: Mapping[tuple[str, int], Tensor]
-) -> GroupSet:
-    groups = torch.arange(group_set.size) if kept is None else torch.as_tensor(list(kept), dtype=torch.long)
-
-    def moved(parts: Iterable[Slice]) -> tuple[Slice, ...]:
-        return tuple(replace(p, index=positions[p.parameter, p.dim][p.index[groups]]) for p in parts)
-
-    return replace(group_set, size=len(groups), slices=moved(group_set.slices), buffers=moved(group_set.buffers))
-
-
-def with_costs(model: nn.Module, group_sets: Iterable[GroupSet]) -> tuple[GroupSet, ...]:
-    """The group sets with the cost that a group has in the model as it is now."""
-    return tuple(replace(s, cost=group_cost(model, s.slices)) for s in group_sets)
 
 
 def _packed_set(group_set: GroupSet, name_of: Callable[[Adaptation], str]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_prune.architectures.registry import find_group_sets, find_model
 from lit_prune.architectures.tracing.integers import ADAPTATIONS, adaptation_name
@@ -16,11 +17,9 @@ from lit_prune.group_data import (
     GroupData,
     keep_group_sets,
     kept_group_sets,
-    renumbered,
     tensors_of,
-    with_costs,
 )
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, Slice, group_cost
 from lit_prune.plan import PruningPlan
 
 
@@ -77,11 +76,12 @@ def groups_after_cut(
     tensors = tensors_of(model)
     parts = (part for s in group_sets for part in chain(s.slices, s.buffers))
     lengths = {(p.parameter, p.dim): tensors[p.parameter].shape[p.dim] for p in parts}
-    after = renumbered(group_sets, {e.key: e.kept for e in plan.group_entries}, lengths)
+    after = _renumbered(group_sets, {e.key: e.kept for e in plan.group_entries}, lengths)
+    after = tuple(_with_biases(s, plan.biases) for s in after)
     before = kept_group_sets(model)
 
     def keep() -> Callable[[], None]:
-        keep_group_sets(model, with_costs(model, after))
+        keep_group_sets(model, _with_costs(model, after))
         return undo
 
     def undo() -> None:
@@ -91,3 +91,48 @@ def groups_after_cut(
             keep_group_sets(model, before)
 
     return keep
+
+
+def _renumbered(
+    group_sets: Sequence[GroupSet],
+    kept_groups: Mapping[tuple[str, str], Sequence[int]],
+    lengths: Mapping[tuple[str, int], int],
+) -> tuple[GroupSet, ...]:
+    """Group sets as they are after a cut: of the groups that stay, at the positions that these have then.
+
+    Args:
+        group_sets: The group sets before the cut.
+        kept_groups: By key of a set that loses something, the groups that stay.
+        lengths: Length before the cut of every dimension that a slice lies along, by parameter or buffer and dimension.
+    """
+    stays = {place: torch.ones(length, dtype=torch.bool) for place, length in lengths.items()}
+    for group_set in group_sets:
+        if group_set.key in kept_groups:
+            removed = group_set.kept_to_removed(kept_groups[group_set.key])
+            for part in chain(group_set.slices, group_set.buffers):
+                stays[part.parameter, part.dim][part.index[removed].flatten()] = False
+    positions = {place: mask.cumsum(0) - 1 for place, mask in stays.items()}
+    return tuple(_renumbered_set(s, kept_groups.get(s.key), positions) for s in group_sets)
+
+
+def _renumbered_set(
+    group_set: GroupSet, kept: Sequence[int] | None, positions: Mapping[tuple[str, int], Tensor]
+) -> GroupSet:
+    groups = torch.arange(group_set.size) if kept is None else torch.as_tensor(list(kept), dtype=torch.long)
+
+    def moved(parts: Iterable[Slice]) -> tuple[Slice, ...]:
+        return tuple(replace(p, index=positions[p.parameter, p.dim][p.index[groups]]) for p in parts)
+
+    return replace(group_set, size=len(groups), slices=moved(group_set.slices), buffers=moved(group_set.buffers))
+
+
+def _with_biases(group_set: GroupSet, modules: Collection[str]) -> GroupSet:
+    """The group set with the biases that modules got, as far as they belong to what the groups produce."""
+    produced = [p for p in group_set.slices if p.input_dim is not None and not p.consumes and p.module in modules]
+    biases = tuple(Slice(f"{p.module}.bias", 0, p.index) for p in produced)
+    return replace(group_set, slices=(*group_set.slices, *biases))
+
+
+def _with_costs(model: nn.Module, group_sets: Iterable[GroupSet]) -> tuple[GroupSet, ...]:
+    """The group sets with the cost that a group has in the model as it is now."""
+    return tuple(replace(s, cost=group_cost(model, s.slices)) for s in group_sets)
