@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +65,46 @@ def trace_groups(
         TypeError: If ``protect`` is no sequence of names.
         ValueError: If a name in ``protect`` fits nothing in the model.
     """
-    root = model if root is None else root
-    protected = protected_parameters(model, protect)
-    with _as_it_was(root):
-        tracer = trace(model, run, root)
-        found = find_sets(model, tracer, protected)
-        checker = Check(model, run)
-        sets = checker.passing(found) if check else [checker.unchecked(f) for f in found]
-    traced = _result(model, tracer, found, sets, checker.failures, protected)
-    check_weights(model, traced.group_sets, ties=False)
+    traced = find_groups(model, run, root=root, protected=protected_parameters(model, protect), check=check)
     message = summary(type(model).__name__, traced.prunable, traced.whole)
     if not traced.group_sets:
         raise UnsupportedModelError(message)
     if traced.whole:
         warnings.warn(message, UserWarning, stacklevel=2)
     return traced
+
+
+def find_groups(
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    root: nn.Module | None = None,
+    protected: Collection[str] = (),
+    producers_that_stay: Collection[str] = (),
+    kind: str | None = None,
+    check: bool = True,
+) -> TracedGroups:
+    """What :func:`trace_groups` returns, without warnings or errors if little or nothing is prunable.
+
+    Args:
+        model: The model.
+        run: Runs one batch through ``root``.
+        root: The module that holds the model; ``model`` if ``None``.
+        protected: Names of parameters that stay whole.
+        producers_that_stay: Names of modules whose outputs stay; what they read may be removed.
+        kind: What all groups are called; by what they are if ``None``.
+        check: Whether to drop sets for which masked and cut model differ.
+    """
+    root = model if root is None else root
+    with _as_it_was(root):
+        tracer = trace(model, run, root)
+        for name in producers_that_stay:
+            tracer.keep_outputs(name)
+        found = find_sets(model, tracer, protected, kind)
+        checker = Check(model, run)
+        sets = checker.passing(found) if check else [checker.unchecked(f) for f in found]
+    check_weights(model, sets, ties=False)
+    return _result(model, tracer, found, sets, checker.failures, protected)
 
 
 def protected_parameters(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -116,7 +141,7 @@ def _result(
     found: Sequence[FoundSet],
     sets: Sequence[GroupSet],
     failures: dict[tuple[str, str], str],
-    protected: set[str],
+    protected: Collection[str],
 ) -> TracedGroups:
     failed = [(f.group_set, failures[f.group_set.key]) for f in found if f.group_set.key in failures]
     whole = kept_whole(model, tracer, sets, failed, protected)

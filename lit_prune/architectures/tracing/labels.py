@@ -28,6 +28,10 @@ class Atoms:
     size: int
     is_buffer: bool = False
 
+    def labels(self) -> Tensor:
+        """The labels, shape ``(size,)``."""
+        return torch.arange(self.start, self.start + self.size)
+
 
 class Labels:
     """Labels, and what a run says of them: which belong together, which have to stay, and which are read by weights.

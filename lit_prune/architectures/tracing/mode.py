@@ -22,6 +22,7 @@ from lit_prune.architectures.tracing.labels import Labels
 from lit_prune.architectures.tracing.rules import RULES, Call, elementwise, is_pointwise, unknown
 
 OUTPUT = "the model's output"
+PROTECTED = -1
 
 
 class LabelTracer(TorchDispatchMode):
@@ -117,6 +118,12 @@ class LabelTracer(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.rules.rigid(self.value(leaf))
 
+    def keep_outputs(self, module: str) -> None:
+        """Let what the parameters of a module produce stay, but not what they read."""
+        for atoms in self.labels.atoms:
+            if atoms.name.rpartition(".")[0] == module and (atoms.name, atoms.dim) not in self.read:
+                self.labels.freeze(atoms.labels(), PROTECTED)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -190,17 +197,21 @@ def hooked(root: nn.Module, tracer: LabelTracer) -> Iterator[None]:
 def plain_kernels() -> Iterator[None]:
     """Run modules by ordinary operators: no fused attention, no fused recurrent layers, nothing compiled."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    onednn: Any = torch.backends.mkldnn
+    enabled = onednn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    # by the flag alone: the context manager of PyTorch warns about other flags of other devices
+    onednn.enabled = False
     try:
         with (
             torch.compiler.set_stance("force_eager"),
-            torch.backends.mkldnn.flags(enabled=False),
             torch.backends.cudnn.flags(enabled=False),
             sdpa_kernel(SDPBackend.MATH),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        onednn.enabled = enabled
 
 
 def trace(model: nn.Module, run: Callable[[], Any], root: nn.Module) -> LabelTracer:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.architectures.tracing.labels import Atoms
-from lit_prune.architectures.tracing.mode import LabelTracer
+from lit_prune.architectures.tracing.mode import PROTECTED, LabelTracer
 from lit_prune.groups import GroupSet, Slice, group_cost
 
 ATTENTION, MLP, CHANNEL = "attention", "mlp", "channel"
@@ -43,26 +43,25 @@ def join_shared_sizes(model: nn.Module, tracer: LabelTracer) -> None:
             found = [by_name.get((n, 1)) for n in own if n.rpartition(".")[2].startswith("weight_hh")]
             hidden = [a for a in found if a is not None]
             for atoms in hidden[1:]:
-                tracer.labels.unite(_range(hidden[0]), _range(atoms))
+                tracer.labels.unite(hidden[0].labels(), atoms.labels())
 
 
-def _range(atoms: Atoms) -> torch.Tensor:
-    return torch.arange(atoms.start, atoms.start + atoms.size)
-
-
-def find_sets(model: nn.Module, tracer: LabelTracer, protected: Collection[str]) -> list[FoundSet]:
+def find_sets(
+    model: nn.Module, tracer: LabelTracer, protected: Collection[str], kind: str | None = None
+) -> list[FoundSet]:
     """The group sets of a traced model, in the order in which the run used them first.
 
     Args:
         model: The model.
         tracer: What was learnt of a run.
         protected: Names of parameters that stay whole.
+        kind: What all groups are called; by what they are if ``None``.
     """
     labels = tracer.labels
     join_shared_sizes(model, tracer)
     for atoms in labels.atoms:
         if atoms.name in protected:
-            labels.freeze(_range(atoms), -1)
+            labels.freeze(atoms.labels(), PROTECTED)
     labels.settle()
     classes = labels.classes()
     frozen = np.zeros(labels.count, dtype=bool)
@@ -78,6 +77,7 @@ def find_sets(model: nn.Module, tracer: LabelTracer, protected: Collection[str])
     for signature, members in by_signature.items():
         found = _build(model, tracer, signature, members, is_heads=not heads.isdisjoint(members))
         if found is not None:
+            found = found if kind is None else replace(found, kind=kind)
             modules = {m for root in list(members)[:2] for m in reshaped[root]}
             sets.append((found, tuple(sorted(modules))))
     sets.sort(key=lambda item: item[0].layer)
