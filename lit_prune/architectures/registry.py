@@ -258,7 +258,7 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
     if blocks:
         group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
-    check_weights(model, group_sets)
+    check_weights(model, group_sets, ties=not all(block.follows_ties for block in architecture.blocks))
     return group_sets
 
 

@@ -336,12 +336,12 @@ CONSTRUCTS: dict[str, Construct] = {
     "nn.MultiheadAttention": Construct(
         lambda: Apply(multihead, attention=nn.MultiheadAttention(12, 3, batch_first=True), head=nn.Linear(12, 2)),
         features(2, 5, 12),
-        (3,),
+        (3, 12),
     ),
     "nn.MultiheadAttention with padding": Construct(
         lambda: Apply(padded, attention=nn.MultiheadAttention(12, 3, batch_first=True), head=nn.Linear(12, 2)),
         features(2, 5, 12),
-        (3,),
+        (3, 12),
     ),
     "nn.LSTM": Construct(lambda: Recurrent(nn.LSTM), ids, (6, 8)),
     "nn.LSTM, two layers, both directions": Construct(
@@ -356,7 +356,7 @@ CONSTRUCTS: dict[str, Construct] = {
         features(2, 6),
         (8,),
     ),
-    "written in place": Construct(WrittenInPlace, features(2, 6), (4, 4)),
+    "written in place": Construct(WrittenInPlace, features(2, 6), (4,)),
     "several inputs and outputs": Construct(
         SeveralInputs, lambda: ({"left": torch.randn(2, 6), "right": torch.randn(2, 4)}, 0.5), (8,)
     ),

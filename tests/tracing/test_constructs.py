@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from conftest import unsettled
-from lit_prune import Architecture, PruningPlan, Traced, apply_plan, find_group_sets, register_architecture
+from lit_prune import (
+    Architecture,
+    PruningPlan,
+    Traced,
+    UnsupportedModelError,
+    apply_plan,
+    find_group_sets,
+    register_architecture,
+)
 from lit_prune.architectures.tracing import trace_groups
 
 
@@ -129,7 +137,6 @@ def test_residual_branches_that_start_at_zero_do_not_hide_a_wrong_cut():
             return self.c(x + self.gamma * self.b(hidden * hidden.shape[-1]))
 
     model, x = Branch(), torch.randn(2, 6)
-    with pytest.warns(UserWarning, match="failed the check"):
-        found = trace_groups(model, lambda: model(x))
-    assert "a" not in [s.name for s in found.group_sets]
+    with pytest.raises(UnsupportedModelError, match=r"'a', 'b'.*failed the check"):
+        trace_groups(model, lambda: model(x))
     assert not model.gamma.any()

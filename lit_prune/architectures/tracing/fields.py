@@ -24,12 +24,15 @@ class Value:
             removed.
         constant: Whether it was made by a factory and fits whatever size it meets (zeros, ones).
         weight: Whether it was computed from parameters alone.
+        when_used: What has to happen once an operator uses the tensor: positions of what it was computed from are united
+            only then, since nothing depends on what is thrown away (the mean of attention weights over heads).
     """
 
     shape: tuple[int, ...]
     fields: list[Field] = field(default_factory=list)
     constant: bool = False
     weight: bool = False
+    when_used: list[Callable[[], object]] = field(default_factory=list)
 
 
 def varies(labels: Field) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
 from lit_prune.architectures.fitting_shapes import fitting_shapes
-from lit_prune.architectures.tracing.sets import ATTENTION, FoundSet
+from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
 ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
@@ -91,7 +91,7 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
         else:
             multiples.append(attribute)
     orders: list[tuple[Attribute, ...]] = [(), (*counting, *widths), tuple(counting), tuple(widths)]
-    if group_set.kind.startswith(ATTENTION):
+    if found.is_heads:
         orders = [*orders[1:], ()]
     both = (*counting, *widths)
     if len(both) <= _ALL_SUBSETS_UP_TO:
@@ -99,7 +99,7 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
     else:
         orders += [(c, *widths) for c in counting] + [(*counting, w) for w in widths]
         orders += [(a,) for a in both] + [tuple(b for b in both if b is not a) for a in both]
-    if group_set.kind.startswith(ATTENTION):
+    if found.is_heads:
         # query heads, of which every group has several
         several = [c for n in (1, 2) for c in combinations(multiples, n)]
         bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])

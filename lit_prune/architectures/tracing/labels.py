@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# two labels as one number
+_CODE = 2**31
+
 
 @dataclass(frozen=True)
 class Atoms:
@@ -68,10 +71,10 @@ class Labels:
             first: Labels.
             second: Labels of a shape that broadcasts against that of ``first``.
         """
-        pairs = torch.stack([x.reshape(-1) for x in torch.broadcast_tensors(first, second)])
-        pairs = pairs[:, pairs[0] != pairs[1]]
-        if pairs.numel():
-            self._pairs.append(torch.unique(pairs, dim=1) if pairs.shape[1] > 1 else pairs)
+        a, b = (x.reshape(-1) for x in torch.broadcast_tensors(first, second))
+        codes = torch.unique((a * _CODE + b)[a != b])
+        if len(codes):
+            self._pairs.append(torch.stack([codes // _CODE, codes % _CODE]))
             self._classes = None
 
     def freeze(self, labels: Tensor, reason: int) -> None:

@@ -81,6 +81,8 @@ class LabelTracer(TorchDispatchMode):
         if source is not None:
             self.first_use.setdefault(source[0], len(self.first_use))
         if known is not None:
+            while known.when_used:
+                known.when_used.pop()()
             return known
         if source is not None:
             return source[2]

@@ -25,10 +25,12 @@ class FoundSet:
     Args:
         group_set: The set.
         modules: Names of the modules that gave tensors with these groups another shape, and may count the groups.
+        is_heads: Whether the groups lie side by side in products of activations, as heads do.
     """
 
     group_set: GroupSet
     modules: tuple[str, ...]
+    is_heads: bool = False
 
 
 Signature = tuple[tuple[int, int], ...]
@@ -75,13 +77,12 @@ def find_sets(
             reshaped[int(root)][module] = None
     sets = []
     for signature, members in by_signature.items():
-        found = _build(model, tracer, signature, members, is_heads=not heads.isdisjoint(members))
+        is_heads = not heads.isdisjoint(members)
+        found = _build(model, tracer, signature, members, is_heads)
         if found is not None:
-            found = found if kind is None else replace(found, kind=kind)
-            modules = {m for root in list(members)[:2] for m in reshaped[root]}
-            sets.append((found, tuple(sorted(modules))))
-    sets.sort(key=lambda item: item[0].layer)
-    return [FoundSet(s, m) for s, m in _with_unique_keys(sets)]
+            modules = tuple(sorted({m for root in list(members)[:2] for m in reshaped[root]}))
+            sets.append(FoundSet(found if kind is None else replace(found, kind=kind), modules, is_heads))
+    return _with_unique_keys(sorted(sets, key=lambda f: f.group_set.layer))
 
 
 def _by_signature(
@@ -93,7 +94,9 @@ def _by_signature(
         own = classes[one.start : one.start + one.size]
         order = np.argsort(own, kind="stable")
         roots, starts = np.unique(own[order], return_index=True)
-        for root, positions in zip(roots.tolist(), np.split(order, starts[1:]), strict=True):
+        ends = [*starts[1:].tolist(), one.size]
+        for root, start, end in zip(roots.tolist(), starts.tolist(), ends, strict=True):
+            positions = order[start:end]
             if not frozen[root] and len(positions) < one.size:
                 members[root].append((number, positions))
             else:
@@ -159,16 +162,17 @@ def _kind(model: nn.Module, slices: Sequence[Slice]) -> str:
     return MLP if all(isinstance(m, nn.Linear | Conv1D) for m in owners) else CHANNEL
 
 
-def _with_unique_keys(sets: Sequence[tuple[GroupSet, tuple[str, ...]]]) -> list[tuple[GroupSet, tuple[str, ...]]]:
+def _with_unique_keys(sets: Sequence[FoundSet]) -> list[FoundSet]:
     """The sets with layers counted from 0 and, where several start in one module, names of other modules of theirs."""
     taken: set[tuple[str, str]] = set()
     renamed = []
-    for layer, (found, modules) in enumerate(sets):
+    for layer, item in enumerate(sets):
+        found = item.group_set
         names = dict.fromkeys([found.name, *(s.module for s in found.slices)])
         name = next((n for n in names if (n, found.kind) not in taken), found.name)
         kind, number = found.kind, 2
         while (name, kind) in taken:
             kind, number = f"{found.kind}_{number}", number + 1
         taken.add((name, kind))
-        renamed.append((replace(found, name=name, kind=kind, layer=layer), modules))
+        renamed.append(replace(item, group_set=replace(found, name=name, kind=kind, layer=layer)))
     return renamed

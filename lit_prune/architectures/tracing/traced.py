@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Traced(Block):
         kind: What the group table calls these groups.
     """
 
+    follows_ties: ClassVar[bool] = True
     example_inputs: Callable[[], Sequence[Any]]
     ignored: tuple[str, ...] = ()
     kind: str = "channel"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 from torch import Tensor
 
 from lit_prune.architectures.tracing.fields import Value, varies
@@ -29,14 +33,18 @@ def _reduced(call: Call, *, harmless: bool) -> list[Value]:
     results = []
     for result in call.results():
         fields = []
+        when_used: list[Callable[[], object]] = []
         for labels in value.fields:
             own = [d for d in varies(labels) if d in dims]
             if own and harmless and tuple(own) == varies(labels):
                 # zeros change neither a sum nor a norm
                 continue
-            labels = call.rules.collapse(labels, own)
+            if own:
+                when_used.append(partial(call.rules.collapse, labels, own))
+            for dim in own:
+                labels = labels.narrow(dim, 0, 1)
             fields.append(_fitting(labels, result, dims))
-        results.append(output(result, fields, [value]))
+        results.append(replace(output(result, fields, [value]), when_used=when_used))
     return results
 
 
