@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_cut_is_undone_with_its_groups(name):
 def test_biases_that_a_plan_adds_follow_later_cuts():
     torch.manual_seed(0)
     sizes = [192, 24, 20, 16, 4]
-    layers = [part for i, o in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(i, o, bias=False), nn.ReLU())]
+    layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o, bias=False), nn.ReLU())]
     dense = nn.Sequential(nn.Flatten(), *layers[:-1])
     model = copy.deepcopy(dense)
     trace(model, batches(), loss_of(model))
