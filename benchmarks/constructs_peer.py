@@ -59,14 +59,14 @@ def pruned(model: nn.Module, inputs: tuple[Any, ...]) -> str:
                 output_transform=tensors,
             )
             pruner.step()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"raises: {type(error).__name__}: {str(error)[:80]}"
     for module in fused:
         module.num_heads, module.inner = pruner.num_heads[module.qkv], module.qkv.out_features // 3
     try:
         with torch.no_grad():
             after = [t.shape for t in tensors(model(*inputs))]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"does not run afterwards: {type(error).__name__}: {str(error)[:80]}"
     return "runs" if after == shapes else "returns other shapes"
 

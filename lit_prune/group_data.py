@@ -31,20 +31,41 @@ _RUN = re.compile(r"(\d+)(?:-(\d+)(?:/(-?\d+))?)?")
 
 @dataclass(frozen=True)
 class KeptGroups:
-    """The group sets that a model without a description has as it is now."""
+    """The group sets that a model without a description has as it is now.
+
+    Args:
+        group_sets: The group sets.
+        lengths: Length of every dimension that a slice lies along, by parameter or buffer and dimension.
+    """
 
     group_sets: tuple[GroupSet, ...]
+    lengths: Mapping[tuple[str, int], int]
+
+
+def kept_groups(model: nn.Module) -> KeptGroups | None:
+    """What is kept beside the model, as it is now; ``None`` if nothing is."""
+    kept = vars(model).get(GROUPS_ATTRIBUTE)
+    return kept if isinstance(kept, KeptGroups) else None
 
 
 def kept_group_sets(model: nn.Module) -> tuple[GroupSet, ...] | None:
     """The group sets that are kept beside the model, as it is now; ``None`` if none are."""
-    kept = vars(model).get(GROUPS_ATTRIBUTE)
-    return kept.group_sets if isinstance(kept, KeptGroups) else None
+    kept = kept_groups(model)
+    return None if kept is None else kept.group_sets
 
 
 def keep_group_sets(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
     """Keep group sets beside the model. They are no part of its state dict; copies and pickles of the model have them."""
-    setattr(model, GROUPS_ATTRIBUTE, KeptGroups(tuple(group_sets)))
+    sets = tuple(group_sets)
+    setattr(model, GROUPS_ATTRIBUTE, KeptGroups(sets, dimension_lengths(model, sets)))
+
+
+def dimension_lengths(model: nn.Module, group_sets: Iterable[GroupSet]) -> dict[tuple[str, int], int]:
+    """Length of every dimension that a slice lies along, by parameter or buffer and dimension; 0 where there is none."""
+    tensors = tensors_of(model)
+    places = {(part.parameter, part.dim) for s in group_sets for part in chain(s.slices, s.buffers)}
+    known = {place: tuple(tensors[place[0]].shape) if place[0] in tensors else () for place in places}
+    return {(name, dim): shape[dim] if dim < len(shape) else 0 for (name, dim), shape in known.items()}
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,19 @@ def test_tracing_tells_what_it_finds_and_changes_nothing():
     assert find_model(nn.ModuleDict({"inner": model})) == ("inner", model)
 
 
+def test_a_model_that_changed_since_is_refused_and_found_anew():
+    model = built("mlp")
+    trace(model, batches(), loss_of(model))
+    model.layers[3], model.layers[5] = nn.Linear(24, 30), nn.Linear(30, 4)
+    with pytest.raises(
+        UnsupportedModelError, match=r"'layers.3.weight' had 16 positions along dimension 0, and has 30 now"
+    ):
+        lit_prune.prune(model, batches(), loss_of(model), CONFIG)
+    trace(model, batches(), loss_of(model))
+    lit_prune.prune(model, batches(), loss_of(model), CONFIG)
+    assert model.layers[3].out_features < 30
+
+
 def test_a_description_stays_the_first_choice(tokens):
     from conftest import tiny
 

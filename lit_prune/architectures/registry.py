@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.architectures.components import Block
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.group_data import kept_group_sets
-from lit_prune.groups import BLOCK, GroupSet, Slice, check_names, check_weights, stack_of
+from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
 
 
@@ -124,7 +124,7 @@ def _architecture_of(module: nn.Module, *, anyway: bool = False) -> Architecture
 
 
 def _outermost_models(module: nn.Module, prefix: str = "", *, anyway: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    if kept_group_sets(module) is not None or _architecture_of(module, anyway=anyway) is not None:
+    if kept_groups(module) is not None or _architecture_of(module, anyway=anyway) is not None:
         yield prefix, module
         return
     for name, child in module.named_children():
@@ -237,7 +237,7 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
             its weights are quantised, or ``blocks`` are asked of a model that none may leave from.
     """
     model = find_model(model)[1]
-    if (kept := kept_group_sets(model)) is not None:
+    if (kept := kept_groups(model)) is not None:
         return _kept_sets(model, kept, blocks)
     architecture = _architecture_of(model, anyway=True)
     assert architecture is not None
@@ -262,15 +262,22 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
     return group_sets
 
 
-def _kept_sets(model: nn.Module, kept: Sequence[GroupSet], blocks: bool) -> list[GroupSet]:
+def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool) -> list[GroupSet]:
     if blocks:
         raise UnsupportedModelError(
             f"Whole blocks cannot leave {type(model).__name__}: its groups were found by running it, which tells nothing of"
             " blocks. Prune other kinds, or describe the model with lit_prune.register_architecture."
         )
-    check_names(model, kept)
-    check_weights(model, kept, ties=False)
-    return list(kept)
+    now = dimension_lengths(model, kept.group_sets)
+    for (name, dim), length in kept.lengths.items():
+        if now[name, dim] != length:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not as it was when its groups were found: {name!r} had {length} positions along"
+                f" dimension {dim}, and has {now[name, dim] or 'none'} now. If modules were replaced, find the groups anew with"
+                " lit_prune.trace(model, batches, loss_fn); if it carries adapters, merge them first."
+            )
+    check_weights(model, kept.group_sets, ties=False)
+    return list(kept.group_sets)
 
 
 def _pruned_before(model: nn.Module) -> Collection[tuple[str, str]]:

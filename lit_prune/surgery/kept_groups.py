@@ -15,9 +15,10 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import (
     GROUPS_ATTRIBUTE,
     GroupData,
+    dimension_lengths,
     keep_group_sets,
     kept_group_sets,
-    tensors_of,
+    kept_groups,
 )
 from lit_prune.groups import GroupSet, Slice, group_cost
 from lit_prune.plan import PruningPlan
@@ -73,12 +74,10 @@ def groups_after_cut(
     """
     if plan.groups is None:
         return lambda: lambda: None
-    tensors = tensors_of(model)
-    parts = (part for s in group_sets for part in chain(s.slices, s.buffers))
-    lengths = {(p.parameter, p.dim): tensors[p.parameter].shape[p.dim] for p in parts}
+    lengths = dimension_lengths(model, group_sets)
     after = _renumbered(group_sets, {e.key: e.kept for e in plan.group_entries}, lengths)
     after = tuple(_with_biases(s, plan.biases) for s in after)
-    before = kept_group_sets(model)
+    before = kept_groups(model)
 
     def keep() -> Callable[[], None]:
         keep_group_sets(model, _with_costs(model, after))
@@ -88,7 +87,7 @@ def groups_after_cut(
         if before is None:
             delattr(model, GROUPS_ATTRIBUTE)
         else:
-            keep_group_sets(model, before)
+            setattr(model, GROUPS_ATTRIBUTE, before)
 
     return keep
 
