@@ -140,3 +140,22 @@ def test_residual_branches_that_start_at_zero_do_not_hide_a_wrong_cut():
     with pytest.raises(UnsupportedModelError, match=r"'a', 'b'.*failed the check"):
         trace_groups(model, lambda: model(x))
     assert not model.gamma.any()
+
+
+def test_heads_that_were_reshaped_to_the_inputs_width_are_copied_exported_and_cut_again():
+    model, inputs = built(CONSTRUCTS["attention to the input's width"])
+
+    class Narrowed(type(model)):
+        pass
+
+    model.__class__ = Narrowed
+    register_architecture(Architecture("narrowed", (Narrowed,), (Traced(lambda: inputs),)))
+    for kept in ([0, 2, 3], [0, 1]):
+        group_sets = find_group_sets(model)
+        expected = masked(model, group_sets, [kept])(*inputs)
+        apply_plan(model, PruningPlan.from_kept(group_sets, [kept]))
+        torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(*inputs), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        exported = torch.export.export(model, inputs, strict=False).module()(*inputs)
+    torch.testing.assert_close(exported, expected, atol=1e-5, rtol=1e-5)

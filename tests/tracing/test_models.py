@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from architecture_cases import CASES
 from constructs import Recurrent
 from test_constructs import masked, tensors
@@ -136,6 +137,19 @@ def test_vision_models_are_cut_as_they_are_masked(package, name, options, share)
     scale = expected.abs().max()
     torch.testing.assert_close(result / scale, expected / scale, atol=1e-4, rtol=1e-4)
     model.train()(images.expand(4, -1, -1, -1)).sum().backward()
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2", "Hubert", "WavLM"])
+def test_models_of_speech_have_heads_channels_and_features(family):
+    torch.manual_seed(0)
+    layers = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    features = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    config = getattr(transformers, f"{family}Config")(**layers, **features, **positions)
+    model, sound = getattr(transformers, f"{family}Model")(config), torch.randn(1, 400)
+    found = traced(model, lambda: model(sound))
+    sizes = {("channel", 16), ("mlp", 32)} if family == "WavLM" else {("channel", 16), ("mlp", 32), ("attention", 4)}
+    assert sizes <= {(s.kind, s.size) for s in found.group_sets}
 
 
 def test_a_model_of_litgpt_has_heads_and_channels():

@@ -18,6 +18,7 @@ from lit_prune.groups import GroupSet
 
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _RELATIVE_HALF = 3e-2
+_AFTER_A_FAILURE = 3
 
 
 class Check:
@@ -32,6 +33,7 @@ class Check:
         self._model = model
         self._run = run
         self._choices: dict[Any, Any] = {}
+        self._failed: set[Any] = set()
         self.failures: dict[tuple[str, str], str] = {}
 
     def passing(self, found: Sequence[FoundSet]) -> list[GroupSet]:
@@ -80,15 +82,18 @@ class Check:
     def _settle(self, found: FoundSet) -> GroupSet | None:
         """The set with the first integers with which it passes; ``None`` if it passes with none."""
         first = None
-        preferred = self._preferred(found)
-        for proposal in dict.fromkeys([preferred, *proposals(self._model, found)]):
+        pattern = _pattern(self._model, found)
+        options = list(dict.fromkeys([self._preferred(found), *proposals(self._model, found)]))
+        # where nothing helped a set of the same role, little is tried
+        for proposal in options[: _AFTER_A_FAILURE if pattern in self._failed else None]:
             candidate = with_proposal(self._model, found, proposal)
             problem = self.problem([candidate])
             if problem is None:
-                self._choices[_pattern(self._model, found)] = proposal.pattern
+                self._choices[pattern] = proposal.pattern
                 self.failures.pop(found.group_set.key, None)
                 return candidate
             first = first or problem
+        self._failed.add(pattern)
         self.failures[found.group_set.key] = first or ""
         return None
 

@@ -19,7 +19,7 @@ from lit_prune.architectures.tracing import operators  # noqa: F401
 from lit_prune.architectures.tracing.aliases import Aliases
 from lit_prune.architectures.tracing.fields import Rules, Value
 from lit_prune.architectures.tracing.labels import Labels
-from lit_prune.architectures.tracing.rules import RULES, Call, elementwise, is_pointwise, unknown
+from lit_prune.architectures.tracing.rules import RULES, Call, Rule, elementwise, is_pointwise, unknown
 
 OUTPUT = "the model's output"
 PROTECTED = -1
@@ -129,7 +129,6 @@ class LabelTracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         in_place = name.endswith("_") and not name.startswith("__")
         base = name.removesuffix("_") if in_place else name
         known = RULES.get(name) or RULES.get(base)
@@ -143,14 +142,20 @@ class LabelTracer(TorchDispatchMode):
         call = Call(self, func, args, kwargs, result)
         if known is None and is_pointwise(func):
             known = elementwise
-        if known is None:
-            known = unknown
-            if any(self.value(t).fields for t in tensors):
-                self.unknown[self.running[-1] if self.running else "", self._operator] = None
-        for tensor, value in zip(call.results(), known(call), strict=True):
+        for tensor, value in zip(call.results(), self._followed(call, known), strict=True):
             self._set(tensor, value, in_place or "out" in kwargs)
         self._operator = before
         return result
+
+    def _followed(self, call: Call, known: Rule | None) -> list[Value]:
+        """What is known of the results; where there is no rule, or it does not fit the call, the inputs stay whole."""
+        if known is not None:
+            # arguments of a kind that the rule was not written for
+            with contextlib.suppress(IndexError, RuntimeError, ValueError):
+                return known(call)
+        if any(self.value(t).fields for t in call.tensors()):
+            self.unknown[self.running[-1] if self.running else "", self._operator] = None
+        return unknown(call)
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator as PyTorch writes it with simpler ones, which are followed; else ``NotImplemented``."""

@@ -6,5 +6,6 @@ from lit_prune.architectures.tracing.operators import (  # noqa: F401
     lookup,
     movement,
     normalization,
+    recurrent,
     reduction,
 )

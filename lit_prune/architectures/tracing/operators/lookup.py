@@ -49,7 +49,9 @@ def _indexed(call: Call) -> list[Value]:
             # several dimensions became one, at the place of the first
             fields.append(labels.reshape(*rest[: dims[0]], 1, *rest[dims[0] :]))
         else:
-            moved = call.operator(labels.expand(value.shape), list(indices), **call.kwargs)
+            # labels are in the memory of the CPU
+            places = [i.cpu() if isinstance(i, Tensor) else i for i in indices]
+            moved = call.operator(labels.expand(value.shape), places, **call.kwargs)
             fields.append(compress(moved))
     return [output(r, fields, [value]) for r in call.results()]
 

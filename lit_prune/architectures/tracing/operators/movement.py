@@ -171,7 +171,7 @@ def _parts(call: Call) -> list[Value]:
                 # halves are meant to be equal; smaller parts may be of any kind (keys behind queries)
                 equal = equal and whole == 2 * lengths[0]
             if equal:
-                rows = labels.movedim(dim, 0).flatten(1).reshape(whole // lengths[0], -1)
+                rows = labels.movedim(dim, 0).reshape(whole // lengths[0], -1)
                 call.rules.labels.balance(rows, or_rows=False)
     call.tracer.met_shape(value.fields)
     return _moved(call, lambda x: call.operator(x, *call.args[1:], **call.kwargs))
