@@ -63,7 +63,7 @@ def keep_group_sets(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
 def dimension_lengths(model: nn.Module, group_sets: Iterable[GroupSet]) -> dict[tuple[str, int], int]:
     """Length of every dimension that a slice lies along, by parameter or buffer and dimension; 0 where there is none."""
     tensors = tensors_of(model)
-    places = {(part.parameter, part.dim) for s in group_sets for part in chain(s.slices, s.buffers)}
+    places = dict.fromkeys((p.parameter, p.dim) for s in group_sets for p in chain(s.slices, s.buffers))
     known = {place: tuple(tensors[place[0]].shape) if place[0] in tensors else () for place in places}
     return {(name, dim): shape[dim] if dim < len(shape) else 0 for (name, dim), shape in known.items()}
 
