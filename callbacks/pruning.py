@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_prune.architectures.registry import find_group_sets, find_model
+from lit_prune.architectures.registry import find_group_sets, has_groups
 from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage
+from lit_prune.callbacks.detection import model_in
 from lit_prune.callbacks.output import check_output
 from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
 from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
@@ -34,6 +35,7 @@ from lit_prune.callbacks.schedule import (
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
 from lit_prune.config import PruningConfig
+from lit_prune.detection import check_traceable
 from lit_prune.distributed import shards
 from lit_prune.errors import ArgumentValueError, UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan
@@ -240,8 +242,12 @@ class StructuredPruning(Callback):
         return {stage: dict(values) for stage, values in self.runs.current.metrics.items()}
 
     def model(self, pl_module: pl.LightningModule) -> torch.nn.Module:
-        """The model inside the LightningModule that is pruned."""
-        return find_model(pl_module, self.model_path)[1]
+        """The model inside the LightningModule that is pruned.
+
+        That is the one at ``model_path``; without it the one that a description covers, or, where none does, the part that
+        holds all weights that are trained, or else the LightningModule as a whole.
+        """
+        return model_in(pl_module, self.model_path)[1]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the strategy, begin or continue the run of this model, and apply a checkpoint's plan before it loads.
@@ -257,7 +263,8 @@ class StructuredPruning(Callback):
         if stage == "fit":
             # configure_model may make it later; on_fit_start raises if it does not
             with contextlib.suppress(UnsupportedModelError):
-                model = self.model(pl_module)
+                found = self.model(pl_module)
+                model = found if has_groups(found) or any(True for _ in found.parameters()) else None
         self.runs.begin(model)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -276,6 +283,10 @@ class StructuredPruning(Callback):
         if self.output_dir is not None:
             check_output(trainer, self.output_dir)
         model = self.model(pl_module)
+        if not has_groups(model):
+            # its groups are found at the first stage, by running a batch
+            check_traceable(model, blocks=self.config.limits.blocks)
+            return
         group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
         shards.check_layout(model, group_sets)
         check_parameters(model, group_sets, pl_module)
@@ -368,7 +379,8 @@ class StructuredPruning(Callback):
         if self.dry_run:
             run = replace(run, plan=None, stages_done=0, unfinished=False)
         schedule = schedule_state(self.stages, self.config.ratio_of, run.reached)
-        return {"format": FORMAT, "model_path": self.model_path, **run.state_dict(), **schedule}
+        path = run.path if self.model_path is None else self.model_path
+        return {"format": FORMAT, "model_path": path, **run.state_dict(), **schedule}
 
     @property
     def state_key(self) -> str:

@@ -15,6 +15,7 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.tracing import TracedGroups
 from lit_prune.calibration.statistic_registry import (
     GradientStatistic,
     GroupStatistic,
@@ -25,6 +26,7 @@ from lit_prune.calibration.statistic_registry import (
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
+from lit_prune.detection import trace
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
@@ -68,6 +70,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Traced",
+    "TracedGroups",
     "UnsupportedModelError",
     "__version__",
     "apply_plan",
@@ -86,6 +89,7 @@ __all__ = [
     "repair",
     "save_pruned",
     "statistic_names",
+    "trace",
     "unexplained_shares",
     "verify_architecture",
 ]

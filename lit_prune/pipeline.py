@@ -16,17 +16,20 @@ from torch.optim import Optimizer
 
 from lit_prune._moved import moved_names
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.registry import has_groups
 from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
+from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
     SmallBudgetError,
     UnsupportedModelError,
 )
+from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
@@ -107,6 +110,8 @@ def prune(
     Several smaller cuts give better models than one, because importance is measured again after each. An error leaves
     model and optimizers as they were.
 
+    The groups of a module that no description covers are found by running the first batch (see :func:`lit_prune.trace`).
+
     Args:
         model: The model, or a module that holds one; cut in place.
         batches: Calibration batches; iterated several times, so not an iterator.
@@ -123,12 +128,17 @@ def prune(
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
         TypeError: If the batches are an iterator.
+        UnsupportedModelError: If nothing in the model can be pruned.
 
     Example::
 
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
+    if config.limits.blocks and not has_groups(model):
+        check_traceable(model, blocks=True)
+    if (found := find_or_trace(model, batches, loss_fn)) is not None:
+        keep_group_sets(model, found)
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 

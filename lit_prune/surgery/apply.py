@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.architectures.features import is_convolution, output_dim
 from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.architectures.plain_modules import TRANSPOSED
@@ -20,6 +19,7 @@ from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, PruningPlan, get_plan
 from lit_prune.surgery import references
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
+from lit_prune.surgery.kept_groups import groups_after_cut, model_and_group_sets, with_kept_groups
 from lit_prune.surgery.optimizer_groups import add_bias
 from lit_prune.surgery.optimizer_search import check_new_parameters, check_ownership, find_optimizers
 from lit_prune.surgery.optimizer_state import StateCutter, check_repairable, check_state, reset_histories
@@ -125,8 +125,8 @@ def cut(
         root: The module that holds the model, and what else may hold parameters of it; ``model`` if ``None``.
     """
     root = model if root is None else root
-    model = find_model(model)[1]
-    group_sets = find_group_sets(model, blocks=bool(plan.blocks))
+    model, group_sets = model_and_group_sets(model, plan)
+    plan = with_kept_groups(model, plan)
     cuts = parameter_cuts(model, plan, group_sets)
     of_buffers = buffer_cuts(model, plan, group_sets)
     weights = dict(weights or {})
@@ -148,6 +148,7 @@ def cut(
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
+    keep_groups = groups_after_cut(model, group_sets, plan)
 
     def undo() -> None:
         with torch.no_grad():
@@ -168,6 +169,7 @@ def cut(
         _set_attributes(model, group_sets, plan, journal)
         for entry in plan.blocks:
             _remove_blocks(model, entry, cutter, journal)
+        journal.append(keep_groups())
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
