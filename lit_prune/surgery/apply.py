@@ -28,6 +28,7 @@ from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
+from lit_prune.torch_internals import tables
 
 
 def check_holders(
@@ -300,7 +301,7 @@ def _shrink_buffer(
     """Make a buffer smaller; it stays the object that it is."""
     buffer = model.get_buffer(name)
     stayed, removed = cut_tensor(buffer.data, cuts)
-    owners = [m for m in model.modules() if any(b is buffer for b in m._buffers.values())]
+    owners = [m for m in model.modules() if any(b is buffer for b in tables(m)[1].values())]
 
     def undo() -> None:
         # the values as they are now: statistics may have been estimated again, and put back, since; done twice if interrupted
