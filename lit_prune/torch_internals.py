@@ -33,8 +33,10 @@ TABLES = ("_parameters", "_buffers", "_modules")
 DispatchMode = TorchDispatchMode
 
 # the classes that torch's layers of one sort, of 1 to 3 dimensions, derive from
-AnyConvolution, AnyTransposedConvolution = _ConvNd, _ConvTransposeNd
-AnyBatchNorm, AnyRunningNorm = _BatchNorm, _NormBase
+AnyConvolution = _ConvNd
+AnyTransposedConvolution = _ConvTransposeNd
+AnyBatchNorm = _BatchNorm
+AnyRunningNorm = _NormBase
 
 # the attribute of what torch.compile makes of a module that holds the module
 COMPILED_FROM = "_orig_mod"

@@ -38,6 +38,7 @@ LAYERS = [
     "repair",
     "config",
     "planning",
+    "repairing",
     "detection",
     "pipeline",
     "reporting",

@@ -139,13 +139,7 @@ def cut(
     repaired = [name for name in weights if not _is_added(name, plan)]
     found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
-        shards.reshard(model)
-        shards.check_layout(model, group_sets)
-        if plan.biases:
-            raise PruningError(
-                f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
-                " already. Use repair='least_squares' or repair=None."
-            )
+        _prepare_sharded(model, group_sets, plan)
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
@@ -179,6 +173,17 @@ def cut(
         with torch.no_grad():
             undo_all([restore_modules, *journal])
         raise
+
+
+def _prepare_sharded(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> None:
+    """Shard what is gathered, and refuse what FSDP2 cannot follow."""
+    shards.reshard(model)
+    shards.check_layout(model, group_sets)
+    if plan.biases:
+        raise PruningError(
+            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
+            " already. Use repair='least_squares' or repair=None."
+        )
 
 
 def _check_weights(
