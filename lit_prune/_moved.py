@@ -112,6 +112,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "lit_prune.pipeline": {
         "lit_prune.planning": "make_plan",
+        "lit_prune.repairing": "repair",
         "lit_prune.config": "DEFAULT AUTO CANDIDATES HELD_BACK PruningConfig",
         "lit_prune.ranking.model_table": "model_size",
         "lit_prune.ranking.candidates": "masked masked_loss",

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.passes import Call, Data, Passes
+from lit_prune.torch_internals import AnyBatchNorm
 
 _BUFFERS = ("running_mean", "running_var")
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
     """The batch norms of a model that keep running statistics, by path."""
-    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, AnyBatchNorm)}
     return {n: m for n, m in found.items() if m.running_mean is not None and m.running_mean.numel()}
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,37 +126,49 @@ def least_squares(
                     continue
                 smaller = copy.deepcopy(block)
                 cut_block(smaller, name, plan, group_sets, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
-                following, wanted = _dense_pass(block, list(parts), dense, stream, name)
-                # in the order of the calls: what repairs one consumer changes the inputs of the next
-                order = list(wanted[0])
-                residual = _adds_up(dense[0], wanted[0], following[0])
-                for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
-                    with _runs_when_cut(name):
-                        gram, cross, tokens = _normal_equations(
-                            smaller, order, path, residual, dense, pruned, wanted, stream, name
-                        )
-                    if all_reduce is not None:
-                        gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
-                    weight = smaller.get_parameter(f"{path}.weight")
-                    transposed = parts[path].input_dim == 0
-                    solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
-                    weight.copy_(solved.T if transposed else solved)
-                    weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
-                for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
-                    output = _refit_experts(
-                        model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce
-                    )
+                following, refitted = _refit_consumers(
+                    model, name, block, smaller, members, dense, pruned, stream, damping, all_reduce
+                )
+                weights |= refitted
+                for output in _refit_all_experts(
+                    model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
+                ):
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                if routed := [s for s in members if s.key in touched and s.routed]:
-                    whole = _with_groups_of(routed, block, smaller, members, plan, model)
-                    for path in refit_routed(
-                        routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce
-                    ):
-                        weights[f"{name}.{path}"] = _as_in(model, f"{name}.{path}", smaller.get_parameter(path))
                 with _runs_when_cut(name):
                     dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
+
+
+def _refit_consumers(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    dense: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    stream: _Stream,
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Refit the consumers of a block one after the other; what the dense block gives, and the new weights by parameter name."""
+    parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
+    following, wanted = _dense_pass(block, list(parts), dense, stream, name)
+    # in the order of the calls: what repairs one consumer changes the inputs of the next
+    order = list(wanted[0])
+    residual = _adds_up(dense[0], wanted[0], following[0])
+    refitted: dict[str, Tensor] = {}
+    for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
+        with _runs_when_cut(name):
+            gram, cross, tokens = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+        if all_reduce is not None:
+            gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
+        weight = smaller.get_parameter(f"{path}.weight")
+        transposed = parts[path].input_dim == 0
+        solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
+        weight.copy_(solved.T if transposed else solved)
+        refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
+    return following, refitted
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -170,6 +182,28 @@ def _is_of_experts(model: nn.Module, group_set: GroupSet) -> bool:
     return any(
         part.unobservable_input and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers
     )
+
+
+def _refit_all_experts(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    stream: _Stream,
+    pruned: Sequence[Tensor],
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> Iterator[str]:
+    """Refit the experts of a block that lose channels, and give the name of each parameter once it has its new weights."""
+    touched = {e.key for e in plan.entries}
+    for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
+        yield _refit_experts(model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce)
+    if routed := [s for s in members if s.key in touched and s.routed]:
+        whole = _with_groups_of(routed, block, smaller, members, plan, model)
+        paths = refit_routed(routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce)
+        yield from (f"{name}.{path}" for path in paths)
 
 
 def _refit_experts(

@@ -28,6 +28,7 @@ from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
+from lit_prune.torch_internals import tables
 
 
 def check_holders(
@@ -138,13 +139,7 @@ def cut(
     repaired = [name for name in weights if not _is_added(name, plan)]
     found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
-        shards.reshard(model)
-        shards.check_layout(model, group_sets)
-        if plan.biases:
-            raise PruningError(
-                f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
-                " already. Use repair='least_squares' or repair=None."
-            )
+        _prepare_sharded(model, group_sets, plan)
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
@@ -178,6 +173,17 @@ def cut(
         with torch.no_grad():
             undo_all([restore_modules, *journal])
         raise
+
+
+def _prepare_sharded(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> None:
+    """Shard what is gathered, and refuse what FSDP2 cannot follow."""
+    shards.reshard(model)
+    shards.check_layout(model, group_sets)
+    if plan.biases:
+        raise PruningError(
+            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
+            " already. Use repair='least_squares' or repair=None."
+        )
 
 
 def _check_weights(
@@ -300,7 +306,7 @@ def _shrink_buffer(
     """Make a buffer smaller; it stays the object that it is."""
     buffer = model.get_buffer(name)
     stayed, removed = cut_tensor(buffer.data, cuts)
-    owners = [m for m in model.modules() if any(b is buffer for b in m._buffers.values())]
+    owners = [m for m in model.modules() if any(b is buffer for b in tables(m)[1].values())]
 
     def undo() -> None:
         # the values as they are now: statistics may have been estimated again, and put back, since; done twice if interrupted

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.architectures.tracing.trial import masked, telling_values, without
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tree_leaves
 
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _RELATIVE_HALF = 3e-2

@@ -18,6 +18,7 @@ from lit_prune.architectures.tracing.report import Untraceable, kept_whole, summ
 from lit_prune.architectures.tracing.sets import FoundSet, find_sets
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError, UnsupportedModelError
 from lit_prune.groups import GroupSet, check_weights, count_parameters, count_removed
+from lit_prune.torch_internals import move_buffers, tables
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,11 @@ def _as_it_was(root: nn.Module) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer
+                move_buffers(module, {name: buffer})
                 buffer.copy_(values)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, buffer in module._buffers.items():
+    for name, buffer in tables(module)[1].items():
         if buffer is not None:
             yield name, buffer

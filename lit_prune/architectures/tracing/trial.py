@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tables
 
 
 @contextlib.contextmanager
@@ -66,7 +67,8 @@ def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], 
             mask[part.index[groups].flatten()] = False
     places: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        parameters, buffers, _ = tables(module)
+        for tensor in (*parameters.values(), *buffers.values()):
             if tensor is not None:
                 places.setdefault(id(tensor), []).append(module)
     touched: dict[int, nn.Module] = {}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.architectures.tracing.fields import Field, Value, compress, lift, only_varying, varies
 from lit_prune.architectures.tracing.rules import Call, elementwise, normal, output, rule, unknown
+from lit_prune.torch_internals import overload_name, tree_leaves, tree_map
 
 
 def _moved(call: Call, operate: Callable[[Tensor], Any]) -> list[Value]:
@@ -54,7 +54,7 @@ def _reordered(call: Call) -> list[Value]:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "squeeze", "view_copy", "squeeze_")
 def _reshaped(call: Call) -> list[Value]:
     # all of these keep the order of the elements
-    if call.operator._overloadname == "dtype":
+    if overload_name(call.operator) == "dtype":
         return _same(call)
     shape = tuple(call.results()[0].shape)
     value = call.tracer.value(call.args[0])
