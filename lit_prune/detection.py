@@ -62,6 +62,7 @@ def trace(
         print(f"{found.prunable:.0%}", *found.whole, sep="\\n")
     """
     batches = BATCHES.check("batches", batches)
+    model = uncompiled(model)
     check_traceable(model)
     found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root, protect=protect)
     if get_plan(model) is None and (not has_groups(model) or kept_group_sets(model) is not None):
@@ -108,6 +109,12 @@ def find_or_trace(
                 " (calibration_dataloader), or describe the model with lit_prune.register_architecture."
             )
     return found.group_sets
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` made a module of; any other as it is."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def check_traceable(model: nn.Module, *, blocks: bool = False) -> None:

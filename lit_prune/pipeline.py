@@ -23,7 +23,7 @@ from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
-from lit_prune.detection import check_traceable, find_or_trace
+from lit_prune.detection import check_traceable, find_or_trace, uncompiled
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
     SmallBudgetError,
@@ -135,10 +135,11 @@ def prune(
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
-    if config.limits.blocks and not has_groups(model):
-        check_traceable(model, blocks=True)
-    if (found := find_or_trace(model, batches, loss_fn)) is not None:
-        keep_group_sets(model, found)
+    eager = uncompiled(model)
+    if config.limits.blocks and not has_groups(eager):
+        check_traceable(eager, blocks=True)
+    if (found := find_or_trace(eager, batches, loss_fn)) is not None:
+        keep_group_sets(eager, found)
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 

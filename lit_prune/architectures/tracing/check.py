@@ -27,11 +27,13 @@ class Check:
     Args:
         model: The model.
         run: Runs the example batch.
+        also: Another run, which the cut model only has to get through, if there is one.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | None = None) -> None:
         self._model = model
         self._run = run
+        self._also = also
         self._choices: dict[Any, Any] = {}
         self._failed: set[Any] = set()
         self.failures: dict[tuple[str, str], str] = {}
@@ -110,6 +112,9 @@ class Check:
         try:
             with without(self._model, sets, removed):
                 found = self._outputs()
+                if self._also is not None:
+                    with _same_state(self._model):
+                        self._also()
         # whatever the user's forward raises with other sizes
         except Exception as error:
             return f"the cut model does not run ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
