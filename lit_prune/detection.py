@@ -64,7 +64,8 @@ def trace(
     batches = BATCHES.check("batches", batches)
     model = uncompiled(model)
     check_traceable(model)
-    found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root, protect=protect)
+    with torch.compiler.set_stance("force_eager"):
+        found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root, protect=protect)
     if get_plan(model) is None and (not has_groups(model) or kept_group_sets(model) is not None):
         keep_group_sets(model, found.group_sets)
     return found

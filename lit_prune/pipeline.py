@@ -138,10 +138,12 @@ def prune(
     eager = uncompiled(model)
     if config.limits.blocks and not has_groups(eager):
         check_traceable(eager, blocks=True)
-    if (found := find_or_trace(eager, batches, loss_fn)) is not None:
-        keep_group_sets(eager, found)
-    inner = find_model(model)[1]
-    return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
+    # a compiled module would compile what observes it
+    with torch.compiler.set_stance("force_eager"):
+        if (found := find_or_trace(eager, batches, loss_fn)) is not None:
+            keep_group_sets(eager, found)
+        inner = find_model(model)[1]
+        return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
