@@ -22,6 +22,7 @@ from lit_prune.groups import GroupSet
 from lit_prune.plan import get_plan
 from lit_prune.surgery.kept_groups import packed
 from lit_prune.surgery.references import suspended_hooks
+from lit_prune.torch_internals import uncompiled
 
 # batches to look at until one is not skipped
 ATTEMPTS = 8
@@ -110,12 +111,6 @@ def find_or_trace(
                 " (calibration_dataloader), or describe the model with lit_prune.register_architecture."
             )
     return found.group_sets
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` made a module of; any other as it is."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def check_traceable(model: nn.Module, *, blocks: bool = False) -> None:

@@ -23,7 +23,7 @@ from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
-from lit_prune.detection import check_traceable, find_or_trace, uncompiled
+from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import (
     SmallBudgetError,
@@ -46,6 +46,7 @@ from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
 from lit_prune.surgery.undoing import undo_all
+from lit_prune.torch_internals import uncompiled
 
 __getattr__ = moved_names("lit_prune.pipeline")
 

@@ -58,6 +58,14 @@ def test_masks_of_a_weight_along_both_dimensions_are_undone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("importance", ["wanda", "auto"])
+def test_criteria_of_activations_take_inputs_that_nobody_can_observe_for_ones(importance):
+    model = TiedAutoencoder()
+    prune(model, *data(model), PruningConfig(importance=importance, pruning_ratio=0.3))
+    assert model.first.out_features + model.second.out_features < 14
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("importance", ["fisher", "wanda", "auto"])
 def test_a_compiled_model_is_pruned_as_it_is_without_compilation(importance):
     config = PruningConfig(importance=importance, pruning_ratio=0.3)

@@ -59,7 +59,13 @@ class _ChannelsFit(TorchFunctionMode):
             sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
             if len(sizes) > 2 and all(isinstance(s, int | torch.SymInt) for s in sizes):
                 return func(args[0], _with_channels(args[0].shape, sizes))
-        if func in _UNFLATTENS and len(args) == 3 and not kwargs and len(args[2]) > 1 and args[1] in (1, 1 - args[0].dim()):
+        if (
+            func in _UNFLATTENS
+            and len(args) == 3
+            and not kwargs
+            and len(args[2]) > 1
+            and args[1] in (1, 1 - args[0].dim())
+        ):
             shape = args[0].shape
             sizes = _with_channels(shape, (shape[0], *args[2], *shape[2:]))
             return func(args[0], args[1], tuple(sizes[1 : 1 + len(args[2])]))

@@ -82,7 +82,7 @@ def _readers(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan
     """Paths of the modules that read groups some of which are gone."""
     by_key = {s.key: s for s in group_sets}
     parts = [part for entry in plan.group_entries for part in by_key[entry.key].masked]
-    # what is opaque may be read by the module around its own, which then is not called
+    # what cannot be observed may be read by the module around its own, which then is not called
     names = {part.module for part in parts} | {p.module.rpartition(".")[0] for p in parts if p.unobservable_input}
     return names & dict(model.named_modules(remove_duplicate=False)).keys()
 

@@ -127,9 +127,7 @@ def _around(found: FoundSet) -> list[str]:
     return sorted(paths.keys() - own, key=lambda path: (-paths[path], path))
 
 
-def _integers(
-    model: nn.Module, found: FoundSet, names: Sequence[str]
-) -> Iterator[tuple[Attribute, int]]:
+def _integers(model: nn.Module, found: FoundSet, names: Sequence[str]) -> Iterator[tuple[Attribute, int]]:
     """Integers of some modules that may count a set's groups, several things in each, or positions of a parameter."""
     size = found.group_set.size
     positions = {s.index.numel() for s in found.group_set.slices}
