@@ -103,6 +103,17 @@ class Check:
         """The set with the integers that are likeliest to follow it."""
         return with_proposal(self._model, found, self._preferred(found))
 
+    def runs_without(self, sets: Sequence[GroupSet]) -> bool:
+        """Whether the run gets through if half of every set is removed."""
+        removed = [torch.arange(max(1, s.size // 2)) for s in sets]
+        try:
+            with telling_values(self._model), without(self._model, sets, removed):
+                self._outputs()
+        # whatever the user's forward raises with other sizes
+        except Exception:
+            return False
+        return True
+
     def problem(self, sets: Sequence[GroupSet]) -> str | None:
         """How the cut model differs from the masked one if a random half of every set is removed; ``None`` if not at all."""
         generator = torch.Generator().manual_seed(len(sets))

@@ -99,21 +99,37 @@ def find_groups(
     root = model if root is None else root
     with _as_it_was(root):
         tracer = trace(model, run, root)
-        training = _training_run(model, tracer, run, root)
-        for name in producers_that_stay:
-            tracer.keep_outputs(name)
-        # what is only read in training has no statistics: calibration is in evaluation mode
-        found = [f for f in find_sets(model, tracer, protected, kind) if f.group_set.consumers]
-        checker = Check(model, run, also=training)
-        sets = checker.passing(found) if check else [checker.unchecked(f) for f in found]
+        found, sets, checker = _found(model, tracer, run, protected, producers_that_stay, kind, check)
+        if check and sets and (training := _training_run(model, tracer, run, root, sets)) is not None:
+            found, sets, checker = _found(
+                model, tracer, run, protected, producers_that_stay, kind, check, also=training
+            )
     check_weights(model, sets, ties=False)
     return _result(model, tracer, found, sets, checker.failures, protected)
 
 
+def _found(
+    model: nn.Module,
+    tracer: LabelTracer,
+    run: Callable[[], Any],
+    protected: Collection[str],
+    producers_that_stay: Collection[str],
+    kind: str | None,
+    check: bool,
+    also: Callable[[], Any] | None = None,
+) -> tuple[list[FoundSet], list[GroupSet], Check]:
+    for name in producers_that_stay:
+        tracer.keep_outputs(name)
+    # what is only read in training has no statistics: calibration is in evaluation mode
+    found = [f for f in find_sets(model, tracer, protected, kind) if f.group_set.consumers]
+    checker = Check(model, run, also)
+    return found, checker.passing(found) if check else [checker.unchecked(f) for f in found], checker
+
+
 def _training_run(
-    model: nn.Module, tracer: LabelTracer, run: Callable[[], Any], root: nn.Module
+    model: nn.Module, tracer: LabelTracer, run: Callable[[], Any], root: nn.Module, sets: Sequence[GroupSet]
 ) -> Callable[[], Any] | None:
-    """Follow a run in training mode as well if parameters are left that evaluation mode did not use: auxiliary heads.
+    """Follow a run in training mode as well if what only that mode uses (auxiliary heads) does not fit the cut model.
 
     Returns:
         The run in training mode; ``None`` if it was not needed, or is not possible, of which a warning tells.
@@ -127,6 +143,8 @@ def _training_run(
         with training_mode(root), torch.no_grad():
             return run()
 
+    if Check(model, in_training).runs_without(sets):
+        return None
     try:
         follow(tracer, in_training, root)
     # whatever the user's forward raises: a batch norm does on a single sample
