@@ -36,6 +36,7 @@ from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
 from lit_prune.surgery.undoing import undo_all
+from lit_prune.torch_internals import uncompiled
 
 __getattr__ = moved_names("lit_prune.pipeline")
 
@@ -123,12 +124,15 @@ def prune(
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
-    if config.limits.blocks and not has_groups(model):
-        check_traceable(model, blocks=True)
-    if (found := find_or_trace(model, batches, loss_fn)) is not None:
-        keep_group_sets(model, found)
-    inner = find_model(model)[1]
-    return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
+    eager = uncompiled(model)
+    if config.limits.blocks and not has_groups(eager):
+        check_traceable(eager, blocks=True)
+    # a compiled module would compile what observes it
+    with torch.compiler.set_stance("force_eager"):
+        if (found := find_or_trace(eager, batches, loss_fn)) is not None:
+            keep_group_sets(eager, found)
+        inner = find_model(model)[1]
+        return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"

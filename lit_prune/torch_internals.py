@@ -237,3 +237,9 @@ def manage_anew(record: Any, old: DTensor, whole: nn.Parameter) -> nn.Parameter:
         # the only hooks of a sharded parameter that FSDP2 calls
         record.sharded_param._post_accumulate_grad_hooks = hooks
     return record.sharded_param
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` made a module of; any other as it is."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

@@ -576,3 +576,9 @@ def test_help_texts_can_be_changed(capsys):
         cli.main(["plan", "--help"])
     shown = capsys.readouterr().out
     assert "--calibration.text" in shown and ":func:" not in shown and "``" not in shown
+
+
+def test_a_compiled_module_gives_the_module_that_it_was_made_of():
+    inner = torch.nn.Linear(2, 2)
+    assert torch_internals.uncompiled(torch.compile(inner, backend="eager")) is inner
+    assert torch_internals.uncompiled(inner) is inner

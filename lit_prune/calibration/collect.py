@@ -163,5 +163,6 @@ def _checked_loss(loss: Any, number: int, ranks: Ranks | None) -> Tensor:
         raise CalibrationError(f"Calibration batch {number} gave no scalar loss; found {found}.")
     raise CalibrationError(
         f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
-        " unknown. Was it detached, or computed under no_grad?"
+        " unknown. Was it detached, or computed under no_grad, or within torch.utils.checkpoint(use_reentrant=True)? Only with"
+        " use_reentrant=False do gradients reach weights behind frozen ones."
     )

@@ -45,7 +45,8 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
             yield
     finally:
         with torch.no_grad():
-            for tensor, dim, columns, values in before:
+            # the last first: where two sets mask one parameter along both dimensions, later values are of what is masked
+            for tensor, dim, columns, values in reversed(before):
                 tensor.index_copy_(dim, columns, values)
 
 

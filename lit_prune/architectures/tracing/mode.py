@@ -225,8 +225,19 @@ def trace(model: nn.Module, run: Callable[[], Any], root: nn.Module) -> LabelTra
         root: The module that holds the model.
     """
     tracer = LabelTracer(model)
+    follow(tracer, run, root)
+    return tracer
+
+
+def follow(tracer: LabelTracer, run: Callable[[], Any], root: nn.Module) -> None:
+    """Run ``run`` once and add what is learnt of the positions of the model's parameters.
+
+    Args:
+        tracer: What was learnt before.
+        run: Runs a batch through ``root``.
+        root: The module that holds the model.
+    """
     with torch.no_grad(), plain_kernels(), hooked(root, tracer), tracer:
         returned = run()
     with torch.no_grad():
         tracer.finish(returned)
-    return tracer

@@ -100,6 +100,22 @@ def _reset(module: nn.Module, name: str, value: object) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
+def training_mode(root: nn.Module) -> Iterator[None]:
+    """Training mode; modes, and parameters and buffers that forward changes (moving averages), as before at the end."""
+    modes = [(module, module.training) for module in root.modules()]
+    tensors = [(t, t.data, t.data.clone()) for t in (*root.parameters(), *root.buffers()) if not t.is_meta]
+    try:
+        root.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for tensor, data, values in tensors:
+            tensor.data = data
+            tensor.data.copy_(values)
+
+
+@contextlib.contextmanager
 def telling_values(model: nn.Module) -> Iterator[None]:
     """The model with random values where a parameter is constant or tiny, so that no wrong cut hides behind zeros.
 

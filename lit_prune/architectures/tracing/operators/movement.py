@@ -337,3 +337,12 @@ def _folded(call: Call) -> list[Value]:
 def moved_arguments(args: Any, replace: Callable[[Tensor], Tensor]) -> Any:
     """Arguments with other tensors."""
     return tree_map(lambda x: replace(x) if isinstance(x, Tensor) else x, args)
+
+
+@rule("_pack_padded_sequence")
+def _packed(call: Call) -> list[Value]:
+    """Steps of sequences one behind the other; what of a step is a feature stays one."""
+    value = call.tracer.value(call.args[0])
+    fields = [call.rules.collapse(f, [d for d in varies(f) if d < 2]).squeeze(0) for f in value.fields]
+    packed, *rest = call.results()
+    return [output(packed, fields, [value]), *(Value(tuple(r.shape)) for r in rest)]
