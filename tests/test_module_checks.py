@@ -95,7 +95,7 @@ def test_weights_that_are_computed_are_refused_with_what_to_call_first(name, pla
     refused(model, rf"model\.layers\.1\.{place} .*{message}", 0)
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "nn.TransformerEncoder", "ResNet", "Mixtral"])
+@pytest.mark.parametrize("name", ["GPT-2", "nn.TransformerEncoder", "Mixtral"])
 def test_whatever_holds_the_weight(name):
     model = CASE[name].build()
     inner = find_model(model)[1]
@@ -104,6 +104,21 @@ def test_whatever_holds_the_weight(name):
     parameter = parameter if hasattr(inner.get_submodule(path), parameter) else "down_proj"
     torch_prune.l1_unstructured(inner.get_submodule(path), parameter, amount=0.3)
     refused(model, rf"{path.replace('.', '[.]')} .*prune\.remove\(module, '{parameter}'\)", 0)
+
+
+@pytest.mark.parametrize("repair", [None, "bias", "least_squares"])
+def test_a_masked_weight_of_a_model_that_is_found_by_running_it_is_cut_with_its_mask(repair):
+    model = CASE["ResNet"].build().eval()
+    path = next(s.consumers[0].module for s in find_group_sets(model) if s.consumers)
+    torch_prune.l1_unstructured(model.get_submodule(path), "weight", amount=0.3)
+    before = model.get_submodule(path).weight.shape
+    batches = [{"pixel_values": torch.randn(8, 3, 8, 8), "labels": torch.randint(0, 3, (8,))}]
+    prune(model, batches, lambda b: model(**b)[1], PruningConfig(pruning_ratio=0.3, repair=repair))
+    convolution = model.get_submodule(path)
+    model(**batches[0])[1].backward()
+    assert convolution.weight.shape != before
+    assert torch.equal(convolution.weight, convolution.weight_orig * convolution.weight_mask)
+    assert convolution.weight_orig.grad.shape == convolution.weight.shape
 
 
 def test_after_what_the_message_says_it_works():
