@@ -113,7 +113,7 @@ def test_a_masked_weight_of_a_model_that_is_found_by_running_it_is_cut_with_its_
     torch_prune.l1_unstructured(model.get_submodule(path), "weight", amount=0.3)
     before = model.get_submodule(path).weight.shape
     batches = [{"pixel_values": torch.randn(8, 3, 8, 8), "labels": torch.randint(0, 3, (8,))}]
-    lit_prune.prune(model, batches, lambda b: model(**b)[1], PruningConfig(pruning_ratio=0.3, repair=repair))
+    lit_prune.prune(model, batches, lambda b: model(**b)[1], PruningConfig(pruning_ratio=0.6, repair=repair))
     convolution = model.get_submodule(path)
     model(**batches[0])[1].backward()
     assert convolution.weight.shape != before
