@@ -29,7 +29,8 @@ from lit_prune._files import write_text
 from lit_prune.groups import count_parameters
 
 RATIOS = (0.3, 0.5, 0.7)
-OURS: dict[str, dict[str, Any]] = {"lit_prune": {}, "lit_prune, no repair": {"repair": None}}
+REFERENCE = "lit_prune"
+OURS: dict[str, dict[str, Any]] = {REFERENCE: {}, "lit_prune, no repair": {"repair": None}}
 Row = dict[str, Any]
 
 
@@ -39,12 +40,7 @@ def measure(seeds: int, output: Path) -> None:
     for seed in range(seeds):
         images = load(seed)
         for network, recipe in RECIPES.items():
-            done = {row["method"] for row in results["rows"] if (row["network"], row["seed"]) == (network, seed)}
-            run = Run(network, recipe, images, seed)
-            if len(done) == 1 + len(OURS) + len(run.candidates):
-                continue
-            results["rows"] = [r for r in results["rows"] if (r["network"], r["seed"]) != (network, seed)]
-            run.carry_out(results, output)
+            Run(network, recipe, images, seed).carry_out(results, output)
 
 
 class Run:
@@ -58,26 +54,35 @@ class Run:
         self.candidates = CANDIDATES[network]
 
     def carry_out(self, results: dict[str, Any], output: Path) -> None:
-        """Add the rows of the dense model, of lit_prune and of torch-pruning to the results."""
+        """Add the rows of the dense model, of lit_prune and of torch-pruning to the results, without those that are there."""
+        rows: list[Row] = results["rows"]
+        done = {row["method"] for row in rows if (row["network"], row["seed"]) == (self.network, self.seed)}
+        if done.issuperset(["dense", *OURS, *self.candidates]):
+            return
         torch.manual_seed(self.seed)
         dense = self.recipe.make()
         fit(dense, self.recipe, self.images, self.seed, tuning=False)
-        rows: list[Row] = results["rows"]
-        rows.append(self.row(dense, "dense", "parameters", 0.0))
-        targets: list[tuple[str, float, float]] = []
-        for method, options in OURS.items():
+        if "dense" not in done:
+            rows.append(self.row(dense, "dense", "parameters", 0.0))
+        for method in (m for m in OURS if m not in done):
             for ratio in RATIOS:
-                model = pruned(dense, self.images, ratio, options)
+                model = pruned(dense, self.images, ratio, OURS[method])
                 rows.append(self.row(model, method, "parameters", ratio))
-                if not options:
+                if method == REFERENCE:
                     rows.append({**rows[-1], "equal": "flops"})
-                    targets.append(("parameters", ratio, 1 - count_parameters(model) / count_parameters(dense)))
-                    targets.append(("flops", ratio, 1 - flops(model) / flops(dense)))
             write(results, output)
-        for method in self.candidates:
+        targets = self.targets(rows, dense)
+        for method in (m for m in self.candidates if m not in done):
             for (equal, ratio, _), model in self.peer(dense, method, results["settings"], targets).items():
                 rows.append(self.row(model, method, equal, ratio))
             write(results, output)
+
+    def targets(self, rows: list[Row], dense: nn.Module) -> list[tuple[str, float, float]]:
+        """What torch-pruning is to reach: a measure, lit_prune's ratio, and the share of the measure that lit_prune removed."""
+        whole = {"parameters": count_parameters(dense), "flops": flops(dense)}
+        wanted = (self.network, self.seed, REFERENCE)
+        ours = [row for row in rows if (row["network"], row["seed"], row["method"]) == wanted]
+        return [(row["equal"], row["ratio"], 1 - row[row["equal"]] / whole[row["equal"]]) for row in ours]
 
     def peer(
         self, dense: nn.Module, method: str, settings: dict[str, str], targets: list[tuple[str, float, float]]
@@ -93,7 +98,9 @@ class Run:
                 continue
             start = sparse(dense, setting, self.recipe, self.images, self.seed) if setting.regularization else dense
             found = walk(start, setting, self.images, targets)
-            right = statistics.fmean(accuracy(model, self.images.validation) for model in found.values()) if found else 0.0
+            right = (
+                statistics.fmean(accuracy(model, self.images.validation) for model in found.values()) if found else 0.0
+            )
             print(self.network, self.seed, method, name, f"{right:.1f} on validation images", flush=True)
             if right > best_accuracy:
                 best, best_accuracy, settings[f"{self.network}: {method}"] = found, right, name

@@ -90,7 +90,7 @@ class ResNet(nn.Module):
 
 
 def vit() -> nn.Module:
-    """timm's ViT on 16 patches; without the fused kernel of attention, which torch-pruning does not see through."""
+    """Timm's ViT on 16 patches; without the fused kernel of attention, which torch-pruning does not see through."""
     vision_packages.install()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -134,7 +134,7 @@ def _adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
 
 RECIPES = {
     "ResNet": Recipe(ResNet, _sgd, rate=0.1, epochs=6, tuning_rate=0.02, tuning_steps=25),
-    "ViT": Recipe(vit, _adamw, rate=3e-3, epochs=12, tuning_rate=1e-3, tuning_steps=25),
+    "ViT": Recipe(vit, _adamw, rate=3e-3, epochs=20, tuning_rate=1e-3, tuning_steps=25),
 }
 
 

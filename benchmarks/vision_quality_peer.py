@@ -36,7 +36,6 @@ class Setting:
         isomorphic: Whether layers are only ranked against those of the same structure.
         inside_blocks: Whether what writes to a transformer's residual stream stays whole (``--bottleneck`` in its example).
         regularization: Strength of the sparse training before the cuts; 0 is none.
-        most: Share of a layer's channels that may leave.
     """
 
     importance: str
@@ -44,7 +43,6 @@ class Setting:
     isomorphic: bool = False
     inside_blocks: bool = False
     regularization: float = 0.0
-    most: float = 1.0
 
 
 # settings to choose from, by network and method
@@ -54,6 +52,8 @@ CANDIDATES: dict[str, dict[str, dict[str, Setting]]] = {
         "magnitude": {"global": Setting("magnitude"), "isomorphic": Setting("magnitude", isomorphic=True)},
         "BN scale, sparse training": {
             "global": Setting("bn scale", regularization=5e-3),
+            "isomorphic": Setting("bn scale", regularization=5e-3, isomorphic=True),
+            "isomorphic, weaker": Setting("bn scale", regularization=1e-3, isomorphic=True),
         },
     },
     "ViT": {
@@ -145,7 +145,6 @@ def _pruner(model: nn.Module, setting: Setting, steps: int) -> Any:
             iterative_steps=steps,
             global_pruning=True,
             isomorphic=setting.isomorphic,
-            max_pruning_ratio=setting.most,
             ignored_layers=ignored,
             num_heads=dict(heads),
             in_channel_groups={},

