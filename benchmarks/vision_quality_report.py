@@ -91,7 +91,8 @@ def _introduction(results: dict[str, Any], rows: list[Row]) -> list[str]:
         "What this does not show: the images are easy and few (a ViT learns them less well than a ResNet), whatever"
         " removes little leaves networks close to the dense accuracy, fine-tuning is short"
         f" ({BATCH} images a step), torch-pruning's sparse training is short beside the hundred epochs of its own"
-        " experiments, its settings were chosen out of two or three, and three seeds are few. A first run trained the ViT for 12 epochs;"
+        " experiments, its settings were chosen out of two or three, and three seeds are few. A"
+        " first run trained the ViT for 12 epochs;"
         " dense it had 84.6 on the first seed, at 70% lit_prune was behind Taylor there (80.2 to 82.5), and training was"
         " made longer. Taylor's setting for the ViT was chosen in that run.",
     ]
