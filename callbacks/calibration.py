@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lit_prune._moved import moved_names
+from lit_prune.calibration.precision import scaled_loss
 from lit_prune.callbacks.lightning_internals import (
     metrics_kept,
     prepared_train_dataloader,
@@ -174,12 +175,13 @@ def _sized(loader: _Fresh) -> bool:
 
 @contextlib.contextmanager
 def unscaled(trainer: pl.Trainer) -> Iterator[None]:
-    """Divide the gradients that reach parameters by :func:`gradient_scale`."""
+    """Divide the gradients that reach parameters by :func:`gradient_scale`, and say what those of activations come with."""
     scale = gradient_scale(trainer)
     scaled = [p for p in trainer.lightning_module.parameters() if p.requires_grad] if scale != 1 else []
     handles = [p.register_hook(lambda gradient: gradient / scale) for p in scaled]
     try:
-        yield
+        with scaled_loss(scale):
+            yield
     finally:
         for handle in handles:
             handle.remove()

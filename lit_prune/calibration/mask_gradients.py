@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.evaluation import is_observed
+from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.terms import Term
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.distributed.ranks import Ranks
@@ -44,8 +45,10 @@ class _Masked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (inputs,) = ctx.saved_tensors
-        product = (inputs * gradient).movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
-        return gradient, product.sum(dim=1, dtype=torch.float32), None
+        # in float16 the product of an input and its gradient may be below the smallest number there is
+        wide = accumulation_dtype(inputs.dtype)
+        product = (inputs.to(wide) * gradient.to(wide)).movedim(ctx.batch_dim, 0)
+        return gradient, product.reshape(ctx.samples, -1, inputs.shape[-1]).sum(dim=1), None
 
 
 def watch_block(
@@ -59,9 +62,10 @@ def watch_block(
         states = hidden_output(output)
         before, after = hidden_input(args, kwargs).detach(), states.detach()
         batch_dim = 0 if token_masks is None else token_masks.batch_dim
+        scale = loss_scale()
 
         def derive(gradient: Tensor) -> None:
-            product = gradient.float() * (after.float() - before.float())
+            product = gradient.float() / scale * (after.float() - before.float())
             take(product.movedim(batch_dim, 0).flatten(1).sum(dim=1) if product.dim() > 2 else product.sum().view(1))
 
         if torch.is_grad_enabled():
@@ -149,7 +153,7 @@ class MaskCollector:
             derivatives[group_set.key] += [d[:, None] for d in self._blocks.get(group_set.key, ())]
             for position, part in enumerate(group_set.consumers):
                 masks = self._masks[group_set.key, position]
-                found = [m.grad for m in masks if m.grad is not None]
+                found = [m.grad / loss_scale() for m in masks if m.grad is not None]
                 derivatives[group_set.key] += [g[:, part.index.to(g.device)].sum(dim=2) for g in found]
                 masks.clear()
         for taken in self._blocks.values():
@@ -204,7 +208,13 @@ def _mask_inputs(
             return args
         batch_dim = token_masks.batch_dim if inputs.dim() > 2 else 0
         samples = inputs.shape[batch_dim] if inputs.dim() > 2 else 1
-        mask = torch.ones(samples, inputs.shape[-1], device=inputs.device, requires_grad=torch.is_grad_enabled())
+        mask = torch.ones(
+            samples,
+            inputs.shape[-1],
+            dtype=accumulation_dtype(inputs.dtype),
+            device=inputs.device,
+            requires_grad=torch.is_grad_enabled(),
+        )
         masks.append(mask)
         return (_Masked.apply(inputs, mask, batch_dim), *args[1:])
 

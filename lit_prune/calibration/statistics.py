@@ -80,7 +80,7 @@ class Statistics:
         assert isinstance(known, InputStatistic)
         module = self.activations.get(part.module)
         if not part.observable or part.input_dim is None or module is None:
-            return torch.full((), known.of_constant(self.tokens), device=weight.device)
+            return torch.full((), known.of_constant(self.tokens), dtype=torch.float32, device=weight.device)
         shape = [1] * weight.dim()
         shape[part.input_dim] = -1
         return module.statistic(known).to(device=weight.device, dtype=torch.float32).view(shape)

@@ -15,7 +15,6 @@ The refit is that of reconstruction-based pruning (He et al., Channel Pruning, I
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,9 +24,11 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
+from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
@@ -104,7 +105,8 @@ def least_squares(
                     stream.check_replay(name, dense[0])
                     pruned = pruned if started else dense
                     continue
-                smaller = copy.deepcopy(block)
+                written = {part.parameter.removeprefix(f"{name}.") for s in members for part in s.consumers}
+                smaller = copy_to_cut(block, written)
                 cut_block(smaller, name, plan, group_sets, cuts)
                 parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
                 following, wanted = _dense_pass(block, list(parts), dense, stream, name)
@@ -196,12 +198,12 @@ def _with_groups_of(
     whole_keys = {s.key for s in group_sets}
     others = [e for e in plan.entries if e.key in {s.key for s in members} - whole_keys]
     rest = replace(plan, entries=tuple(others), sets=())
-    whole = copy.deepcopy(block)
+    whole = copy_to_cut(block, ())
     cut_block(whole, members[0].block, rest, members, parameter_cuts(model, rest, members))
     state = smaller.state_dict()
     for key, parameter in whole.named_parameters():
         if state[key].shape == parameter.shape:
-            parameter.copy_(state[key])
+            parameter.data = state[key]
     return whole
 
 
@@ -221,27 +223,28 @@ def _normal_equations(
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
     gram = cross = None
-    tokens = torch.zeros((), device=dense[0].device)
+    tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
     for number, (x_dense, x_pruned, call, mask) in enumerate(
         zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
     ):
         given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
-        inputs, target = given[path][0], wanted[number][path]
+        inputs = given[path][0]
+        wide = accumulation_dtype(inputs.dtype)
+        target = wanted[number][path].to(wide)
         if residual and target.shape == x_dense.shape:
-            target = target + (x_dense - x_pruned)
+            target = target + (x_dense.to(wide) - x_pruned.to(wide))
             for before in (p for p in earlier if given[p][1].shape == x_dense.shape):
-                target = target + (wanted[number][before] - given[before][1])
+                target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
         if bias is not None:
-            target = target - bias
+            target = target - bias.to(wide)
         select = mask if mask is not None else slice(None)
-        precision = torch.promote_types(inputs.dtype, torch.float32)
-        a = inputs[select].reshape(-1, inputs.shape[-1]).to(precision)
-        b = target[select].reshape(-1, target.shape[-1]).to(precision)
+        a = inputs[select].reshape(-1, inputs.shape[-1]).to(wide)
+        b = target[select].reshape(-1, target.shape[-1])
         tokens += len(a)
-        gram = a.T @ a if gram is None else gram + a.T @ a
-        cross = b.T @ a if cross is None else cross + b.T @ a
+        products = transposed_product(a, a), transposed_product(b, a)
+        gram, cross = products if gram is None else (gram.add_(products[0]), cross.add_(products[1]))
     assert gram is not None
     assert cross is not None
     return gram, cross, tokens

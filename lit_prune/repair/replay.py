@@ -13,11 +13,13 @@ from transformers import Cache
 
 from lit_prune.architectures.layers import hidden_output
 from lit_prune.calibration.evaluation import is_observed
+from lit_prune.calibration.precision import Precision, accumulation_dtype
 from lit_prune.calibration.module_checks import filled, relative_difference, tolerance
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
+from lit_prune.repair.calls import Call
 from lit_prune.repair.experts import StopForward
 
 # values of a block's first output that are kept to check its replay by
@@ -28,10 +30,11 @@ _SAMPLE = 4096
 _REPLAY_SLACK = 8.0
 
 
+# how much of what its consumers add may be missing from the output of a block that counts as a sum
+_MISSING = 1e-2
+
+
 _WAY_OUT = "Use repair='bias' or repair=None."
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -105,7 +108,7 @@ def _record(
                     f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
                     " after the other. Use repair='bias' or repair=None."
                 )
-            stream.calls[name].append((rest, named))
+            stream.calls[name].append(Call(rest, named, Precision.current(hidden.device)))
 
         return before
 
@@ -229,8 +232,8 @@ def _runs_when_cut(name: str) -> Iterator[None]:
 def _run(block: nn.Module, inputs: Sequence[Tensor], stream: _Stream, name: str) -> list[Tensor]:
     with _replayed(name):
         return [
-            _states(block(x, *args, **kwargs), name)
-            for x, (args, kwargs) in zip(inputs, stream.calls[name], strict=True)
+            _states(call.run(block, x), name)
+            for x, call in zip(inputs, stream.calls[name], strict=True)
         ]
 
 
@@ -262,7 +265,7 @@ def _trace(
     handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
         with _replayed(name):
-            return _states(block(x, *call[0], **call[1]), name), found
+            return _states(call.run(block, x), name), found
     except StopForward:
         return None, found
     finally:
@@ -289,7 +292,16 @@ def _dense_pass(
 def _adds_up(x: Tensor, consumed: Mapping[str, Tensor], output: Tensor) -> bool:
     """Whether a block gives its input plus what its consumers give, so that a later one can make up for an error.
 
+    What is missing, beyond what the block's own precision rounds off, is compared by norm with what the consumers give.
     Consumers that give something else than hidden states (the time steps of a state-space model) are not among them.
     """
-    total = x + sum(given for given in consumed.values() if given.shape == x.shape)
-    return bool(torch.allclose(output, total, rtol=1e-2, atol=1e-2 * float(output.abs().mean())))
+    wide = accumulation_dtype(output.dtype)
+    given = [value.to(wide) for value in consumed.values() if value.shape == x.shape]
+    if not given:
+        return False
+    added = sum(given[1:], start=given[0])
+    size = sum((value.abs() for value in given), start=x.to(wide).abs())
+    eps = max(torch.finfo(output.dtype).eps, torch.finfo(x.dtype).eps)
+    rounding = (len(given) + 1) / 2 * eps * size
+    missing = ((output.to(wide) - x.to(wide) - added).abs() - rounding).clamp_min(0)
+    return bool(missing.norm() <= _MISSING * added.norm())

@@ -24,7 +24,7 @@ from lit_prune.surgery.optimizer_state import StateCutter, check_repairable, che
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
-from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
 
 
@@ -166,6 +166,8 @@ def cut(
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
+        for step in (s for s in journal if isinstance(s, UndoCut)):
+            step.settle()
         return undo
     except BaseException:
         with torch.no_grad():
@@ -272,15 +274,15 @@ def _shrink_parameter(
     data = stayed
     if values is not None:
         data = values.to(dtype=stayed.dtype, device=stayed.device, copy=True).contiguous()
+    put_back = UndoCut(parameter, cuts, stayed, removed, replaced=values is not None)
 
     def undo() -> None:
-        set_data(parameter, paste_tensor(stayed, cuts, removed) if cuts else stayed)
         parameter.requires_grad_(requires_grad)
         parameter.grad = gradient
         for module, _ in owners:
             sync_features(module)
 
-    journal.append(undo)
+    journal += [undo, put_back]
     parameter.grad = None
     # a layer that lost everything has no gradient to wait for, and DDP would wait
     parameter.requires_grad_(requires_grad and data.numel() > 0)
