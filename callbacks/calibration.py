@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -107,23 +104,6 @@ def _warn_of_traces(trainer: pl.Trainer, names: Sequence[str]) -> None:
             f"Calibration leaves a trace: {', '.join(new[:5])}{more} changed in a way that cannot be undone, and the run goes on"
             " with it. Let training_step and the hooks around it leave this alone where self.training is False."
         )
-
-
-@contextlib.contextmanager
-def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Add to ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # the process's highest so far, in KiB (bytes on macOS)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    costs["calibration_seconds"] = costs.get("calibration_seconds", 0.0) + time.perf_counter() - start
-    costs["calibration_peak_megabytes"] = max(costs.get("calibration_peak_megabytes", 0.0), peak / 1e6)
 
 
 def _train_dataloader(trainer: pl.Trainer) -> Any:

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from pydantic import Field
 from torch import nn
 
@@ -30,6 +29,7 @@ from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
 from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks, _renew_optimizers
 from lit_prune.callbacks.runs import PerModule
+from lit_prune.callbacks.snapshot import random_state_kept
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import ADAPTERS, ADAPTERS_FORMAT
@@ -177,7 +177,7 @@ class LoRARecovery(Callback):
             targets = sorted(names)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
-        with isolate_rng():
+        with random_state_kept():
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():

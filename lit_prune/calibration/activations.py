@@ -149,9 +149,7 @@ class ActivationObserver:
     def _sums_of(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         inputs = inputs.reshape(-1, inputs.shape[-1])
         mask = None if mask is None else mask.reshape(-1, 1)
-        result = {
-            key: torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device) for key in self._sums
-        }
+        result = {key: torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device) for key in self._sums}
         for index in pieces(inputs.shape, piece_size(inputs.device)):
             part = inputs[index].float()
             if mask is not None:

@@ -51,4 +51,3 @@ def copy_to_cut(block: nn.Module, written: Collection[str]) -> nn.Module:
         data = parameter.detach().clone() if id(parameter) in own else parameter.detach()
         memo.setdefault(id(parameter), nn.Parameter(data, requires_grad=parameter.requires_grad))
     return copy.deepcopy(block, memo)
-

@@ -43,6 +43,7 @@ from lit_prune.repair.replay import (
 from lit_prune.repair.routed import refit_routed
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
+from lit_prune.surgery.tensors import DimensionCut
 
 REPAIRS = ("least_squares", "bias")
 
@@ -105,9 +106,7 @@ def least_squares(
                     stream.check_replay(name, dense[0])
                     pruned = pruned if started else dense
                     continue
-                written = {part.parameter.removeprefix(f"{name}.") for s in members for part in s.consumers}
-                smaller = copy_to_cut(block, written)
-                cut_block(smaller, name, plan, group_sets, cuts)
+                smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
                 parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
                 following, wanted = _dense_pass(block, list(parts), dense, stream, name)
                 # in the order of the calls: what repairs one consumer changes the inputs of the next
@@ -121,9 +120,7 @@ def least_squares(
                     if all_reduce is not None:
                         gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
                     weight = smaller.get_parameter(f"{path}.weight")
-                    transposed = parts[path].input_dim == 0
-                    solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
-                    weight.copy_(solved.T if transposed else solved)
+                    _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
                     weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
                 for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
                     output = _refit_experts(
@@ -139,6 +136,27 @@ def least_squares(
                 with _runs_when_cut(name):
                     dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
+
+
+def _smaller_copy(
+    block: nn.Module,
+    name: str,
+    plan: PruningPlan,
+    group_sets: Sequence[GroupSet],
+    members: Sequence[GroupSet],
+    cuts: Mapping[str, Sequence[DimensionCut]],
+) -> nn.Module:
+    """A copy of a block, cut as planned; what is refitted in it is its own, all else shares the block's memory."""
+    refitted = {part.parameter.removeprefix(f"{name}.") for s in members for part in s.consumers}
+    smaller = copy_to_cut(block, refitted)
+    cut_block(smaller, name, plan, group_sets, cuts)
+    return smaller
+
+
+def _solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, *, transposed: bool) -> None:
+    """Refit a weight in place, that of ``Conv1D`` (inputs first) transposed."""
+    solved = ridge(gram, cross, weight.T if transposed else weight, damping)
+    weight.copy_(solved.T if transposed else solved)
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -181,8 +199,7 @@ def _refit_experts(
         # an expert that no token went to says nothing
         if float(gram[expert].diagonal().sum()) > 0:
             relative = _relative(damping, gram[expert], tokens[expert])
-            solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, relative)
-            weight.copy_(solved if part.dim == 2 else solved.T)
+            _solve(weight, gram[expert], cross[expert], relative, transposed=part.dim != 2)
     return part.parameter
 
 

@@ -13,14 +13,15 @@ from transformers import Cache
 
 from lit_prune.architectures.layers import hidden_output
 from lit_prune.calibration.evaluation import is_observed
-from lit_prune.calibration.precision import Precision, accumulation_dtype
 from lit_prune.calibration.module_checks import filled, relative_difference, tolerance
+from lit_prune.calibration.precision import Precision, accumulation_dtype
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.repair.calls import Call
 from lit_prune.repair.experts import StopForward
+from lit_prune.torch_internals import version_of
 
 # values of a block's first output that are kept to check its replay by
 _SAMPLE = 4096
@@ -92,7 +93,7 @@ def _record(
             blocks.append(group_set.block)
     streams = [_Stream(blocks, calls={b: [] for b in blocks}) for blocks in stacks.values()]
     token_masks = TokenMasks(model, [block for stream in streams for block in stream.blocks])
-    last: dict[str, Tensor] = {}
+    last: dict[str, tuple[Tensor, int]] = {}
 
     def hook(stream: _Stream, name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def _record(
                 _refuse_filled_cache(args, kwargs, name)
                 stream.inputs.append(hidden.detach())
                 stream.masks.append(token_masks.of(hidden))
-            elif not torch.equal(last[stream.blocks[0]], hidden):
+            elif not _is_unchanged(*last[stream.blocks[0]], hidden):
                 raise UnsupportedModelError(
                     f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
                     " after the other. Use repair='bias' or repair=None."
@@ -116,7 +117,8 @@ def _record(
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if not is_observed():
                 return
-            states = last[stream.blocks[0]] = _states(output, name)
+            states = _states(output, name)
+            last[stream.blocks[0]] = states, version_of(states)
             if name not in stream.first:
                 stream.first[name] = _sample(states)
 
@@ -139,6 +141,18 @@ def _record(
     for stream in streams:
         _check_calls(stream)
     return streams
+
+
+def _is_unchanged(states: Tensor, version: int, hidden: Tensor) -> bool:
+    """Whether hidden states are what a block gave: the same tensor, not written into since, or another of equal values.
+
+    Args:
+        states: What the block gave.
+        version: How often that had been written into then.
+        hidden: The hidden states to compare.
+    """
+    # comparing values would wait for the device
+    return version_of(hidden) == version if hidden is states else torch.equal(states, hidden)
 
 
 def _check_calls(stream: _Stream) -> None:
@@ -231,10 +245,7 @@ def _runs_when_cut(name: str) -> Iterator[None]:
 
 def _run(block: nn.Module, inputs: Sequence[Tensor], stream: _Stream, name: str) -> list[Tensor]:
     with _replayed(name):
-        return [
-            _states(call.run(block, x), name)
-            for x, call in zip(inputs, stream.calls[name], strict=True)
-        ]
+        return [_states(call.run(block, x), name) for x, call in zip(inputs, stream.calls[name], strict=True)]
 
 
 def _at_positions(features: Tensor, positions: torch.Size) -> Tensor:

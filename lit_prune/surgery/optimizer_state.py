@@ -325,11 +325,7 @@ class StateCutter:
             return
         stayed, left = cut_tensor(value.detach(), applied)
         self.journal.append(UndoCut(value, applied, stayed, left, replaced=moves))
-        if moves:
-            assert change is not None
-            set_data(value, stayed + factor * change.to(stayed))
-        else:
-            set_data(value, stayed)
+        set_data(value, stayed if change is None or not moves else stayed + factor * change.to(stayed))
 
     def _cut_sharded(self, found: Found, cuts: Sequence[DimensionCut], change: Tensor | None, factor: float) -> None:
         value, holder, key = found.value, found.holder, found.path[-1]
