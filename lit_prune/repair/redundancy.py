@@ -13,7 +13,7 @@ from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
-from lit_prune.repair.regression import _relative
+from lit_prune.repair.regression import _relative, typical_square
 from lit_prune.repair.replay import (
     _record,
     _trace,
@@ -107,7 +107,7 @@ def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: floa
         gram: :math:`X^TX`, shape ``(inputs, inputs)``.
         weight: The consumer's weight, shape ``(outputs, inputs)``.
         index: The inputs of every group, shape ``(groups, width)``.
-        damping: λ relative to the mean of the diagonal of ``gram``.
+        damping: λ relative to :func:`lit_prune.repair.regression.typical_square` of ``gram``.
 
     Returns:
         Tensor of shape ``(groups,)`` in (0, 1]; ones if the inverse cannot be computed.
@@ -117,7 +117,7 @@ def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: floa
     """
     system = gram.double()
     index = index.to(system.device)
-    system.diagonal().add_(max(damping, 1e-9) * float(system.diagonal().mean()))
+    system.diagonal().add_(max(damping, 1e-9) * typical_square(system))
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
         return torch.ones(len(index), dtype=torch.float32, device=gram.device)

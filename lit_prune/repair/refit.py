@@ -114,11 +114,10 @@ def least_squares(
                 residual = _adds_up(dense[0], wanted[0], following[0])
                 for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
                     with _runs_when_cut(name):
-                        gram, cross, tokens = _normal_equations(
+                        equations = _normal_equations(
                             smaller, order, path, residual, dense, pruned, wanted, stream, name
                         )
-                    if all_reduce is not None:
-                        gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
+                    gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
                     weight = smaller.get_parameter(f"{path}.weight")
                     _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
                     weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
@@ -239,7 +238,8 @@ def _normal_equations(
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
-    gram = cross = None
+    gram: Tensor | None = None
+    cross: Tensor | None = None
     tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
@@ -260,8 +260,8 @@ def _normal_equations(
         a = inputs[select].reshape(-1, inputs.shape[-1]).to(wide)
         b = target[select].reshape(-1, target.shape[-1])
         tokens += len(a)
-        products = transposed_product(a, a), transposed_product(b, a)
-        gram, cross = products if gram is None else (gram.add_(products[0]), cross.add_(products[1]))
+        gram = transposed_product(a, a) if gram is None else gram.add_(transposed_product(a, a))
+        cross = transposed_product(b, a) if cross is None else cross.add_(transposed_product(b, a))
     assert gram is not None
     assert cross is not None
     return gram, cross, tokens
