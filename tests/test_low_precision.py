@@ -24,7 +24,17 @@ from lit_prune.repair.replay import _adds_up, _dense_pass, _record
 
 ROOT = Path(__file__).parent.parent
 LOW = [torch.bfloat16, torch.float16]
-CRITERIA = ["fisher", "taylor", "taylor_2nd", "taylor_batch", "second_order", "wanda", "output_wanda", "flap", "magnitude"]
+CRITERIA = [
+    "fisher",
+    "taylor",
+    "taylor_2nd",
+    "taylor_batch",
+    "second_order",
+    "wanda",
+    "output_wanda",
+    "flap",
+    "magnitude",
+]
 
 
 @contextlib.contextmanager

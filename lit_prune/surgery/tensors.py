@@ -46,6 +46,11 @@ def paste_tensor(tensor: Tensor, cuts: Sequence[DimensionCut], removed: Sequence
     return tensor
 
 
+def _in_cpu_memory(tensor: Tensor) -> Tensor:
+    # one on the meta device has no values
+    return tensor if tensor.is_meta else tensor.cpu()
+
+
 class UndoCut:
     """Gives a tensor its values from before a cut again; what it holds on to for that is in CPU memory.
 
@@ -61,9 +66,9 @@ class UndoCut:
         self, tensor: Tensor, cuts: Sequence[DimensionCut], stayed: Tensor, removed: Sequence[Tensor], *, replaced: bool
     ) -> None:
         self._tensor, self._cuts, self._device = tensor, cuts, tensor.device
-        self._removed = [part.cpu() for part in removed]
+        self._removed = [_in_cpu_memory(part) for part in removed]
         self._replaced = replaced
-        self._stayed: Tensor | None = stayed.cpu() if replaced else stayed
+        self._stayed: Tensor | None = _in_cpu_memory(stayed) if replaced else stayed
         self._whole: Tensor | None = None
 
     def settle(self) -> None:
@@ -81,7 +86,7 @@ class UndoCut:
 
 def move_to_cpu(tensors: Iterable[Tensor]) -> Callable[[], None]:
     """Move the values of tensors, which stay the objects they are, to CPU memory; return a function that moves them back."""
-    moved = [(t, t.device) for t in tensors if t.device.type != "cpu" and not isinstance(t, DTensor)]
+    moved = [(t, t.device) for t in tensors if t.device.type not in ("cpu", "meta") and not isinstance(t, DTensor)]
 
     def undo() -> None:
         for tensor, device in moved:
