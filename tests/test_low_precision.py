@@ -70,9 +70,9 @@ def constructors_without_dtype(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         function = node.func if isinstance(node, ast.Call) else None
         named = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
-        if named and function.value.id == "torch" and function.attr in makers:
-            if not any(keyword.arg == "dtype" for keyword in node.keywords):
-                yield f"{path.relative_to(ROOT)}:{node.lineno} torch.{function.attr}"
+        made = named and function.value.id == "torch" and function.attr in makers
+        if made and not any(keyword.arg == "dtype" for keyword in node.keywords):
+            yield f"{path.relative_to(ROOT)}:{node.lineno} torch.{function.attr}"
 
 
 def test_no_tensor_of_statistics_or_repair_takes_the_default_dtype():
@@ -133,8 +133,11 @@ def test_the_statistics_of_a_model_of_16_bits_are_sums_of_its_values_in_float64(
     model = tiny("llama", num_hidden_layers=2).to(dtype)
     group_sets = find_group_sets(model)
     loss = loss_of(model)
-    # small as the gradients of long batches are: their products with inputs are below the smallest float16
-    small = lambda batch: loss(batch) * 1e-3
+
+    def small(batch):
+        # as the gradients of long batches are: their products with inputs are below the smallest float16
+        return loss(batch) * 1e-3
+
     by_hand = derivatives_by_hand(model, group_sets, small)
     model.zero_grad()
     criterion = get_criterion("fisher")

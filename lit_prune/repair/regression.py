@@ -10,8 +10,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-# measured on SmolLM2-135M, where one channel of 1536 is 3,000 times the mean of the others: the median itself, three times
-# it, or a λ for each feature are all worse
+# so that a layer with one massive channel is repaired at all. Measured on SmolLM2-135M, where one layer's mean is 3,000 times its
+# median, with 1,536 tokens (held-out loss 3.136, cut 3.621): ten times 3.418, thirty 3.419, three 3.423, the median 3.431, a λ
+# for each feature 3.461; the plain mean, which leaves that layer as it is, 3.414
 _MASSIVE = 10.0
 
 
