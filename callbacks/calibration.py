@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from lit_prune._moved import moved_names
 from lit_prune.calibration.precision import scaled_loss
+from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks.lightning_internals import (
     metrics_kept,
     prepared_train_dataloader,
@@ -28,7 +29,7 @@ from lit_prune.callbacks.lightning_internals import (
 )
 from lit_prune.callbacks.manual_optimization import nothing, replaced
 from lit_prune.callbacks.packages import is_a
-from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
+from lit_prune.callbacks.snapshot import Snapshot
 from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import shards

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from lit_prune.architectures.registry import find_model
+from lit_prune.callbacks.detection import model_in
 from lit_prune.callbacks.lightning_internals import averaged_model
 from lit_prune.callbacks.packages import is_a
 from lit_prune.errors import UnsupportedCallbackError, UnsupportedModelError
+from lit_prune.group_data import kept_group_sets
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.apply import cut
 from lit_prune.surgery.references import attributes, items, stale_copies
@@ -57,7 +58,9 @@ def check_references(trainer: pl.Trainer, pl_module: pl.LightningModule, model: 
 
 def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
     """Refuse an average of the model that the LightningModule keeps itself; a dense copy that is no average is a teacher."""
-    inside = {id(m) for m in model.modules()}
+    parts = _pruned_parts(model)
+    inside = {id(m) for m in parts}
+    copied = [model] if kept_group_sets(model) is None else parts
     candidates = [
         (path, item)
         for path, holder in pl_module.named_modules()
@@ -70,7 +73,7 @@ def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
         averages_itself = any(
             hasattr(candidate, name) for name in ("update_parameters", "update", "n_averaged", "decay")
         )
-        if averages_itself and isinstance(kept, nn.Module) and id(kept) not in inside and _is_copy(kept, model):
+        if averages_itself and isinstance(kept, nn.Module) and any(_is_copy(kept, part) for part in copied):
             raise UnsupportedModelError(
                 f"{type(pl_module).__name__} holds a {type(candidate).__name__} (in {path or 'itself'!r}), an average of the"
                 " model that the cut would leave at the old sizes. Use Lightning's WeightAveraging callback, which is cut"
@@ -78,12 +81,24 @@ def _check_averages(pl_module: pl.LightningModule, model: nn.Module) -> None:
             )
 
 
+def _pruned_parts(model: nn.Module) -> list[nn.Module]:
+    """The model and the modules in it; where groups were found by running it, those that hold parameters of groups.
+
+    A LightningModule that is pruned as a whole may hold an average of itself, which is not run and has no groups.
+    """
+    kept = kept_group_sets(model)
+    if kept is None:
+        return list(model.modules())
+    grouped = {id(model.get_parameter(part.parameter)) for group_set in kept for part in group_set.slices}
+    return [m for m in model.modules() if any(id(p) in grouped for p in m.parameters())]
+
+
 def _is_copy(module: nn.Module, model: nn.Module) -> bool:
-    try:
-        found = find_model(module)[1]
-    except UnsupportedModelError:
-        return False
-    return type(found) is type(model) and [p.shape for p in found.parameters()] == [p.shape for p in model.parameters()]
+    candidates = [module]
+    with contextlib.suppress(UnsupportedModelError):
+        candidates.append(model_in(module)[1])
+    shapes = [p.shape for p in model.parameters()]
+    return any(type(m) is type(model) and [p.shape for p in m.parameters()] == shapes for m in candidates)
 
 
 def averages(trainer: pl.Trainer) -> list[tuple[AveragedModel, nn.Module]]:
@@ -106,7 +121,7 @@ def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | No
     """
     with contextlib.ExitStack() as undos:
         for _, module in averages(trainer):
-            undos.callback(cut(find_model(module, path)[1], plan))
+            undos.callback(cut(model_in(module, path)[1], plan))
         return undos.pop_all().close
 
 

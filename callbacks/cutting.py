@@ -21,6 +21,7 @@ from lit_prune.callbacks.compatibility import (
     reset_best_scores,
     restart_averages,
 )
+from lit_prune.callbacks.detection import find_groups
 from lit_prune.callbacks.output import warn_instead
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
@@ -37,6 +38,7 @@ from lit_prune.text_escape import one_line
 
 def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
     """Calibrate, plan and, unless it is a dry run, cut; :meth:`StructuredPruning.prune` without its defaults."""
+    find_groups(pruning, trainer, pl_module)
     model = pruning.model(pl_module)
     check_references(trainer, pl_module, model)
     pruning.notify(trainer, pl_module, "on_pruning_start")
@@ -103,7 +105,8 @@ def _record(
         reached=reached,
         unfinished=True,
     )
-    undo_averages = nothing_to_undo if pruning.dry_run else prune_weight_averages(trainer, plan, pruning.model_path)
+    path = pruning.model_path or before.path
+    undo_averages = nothing_to_undo if pruning.dry_run else prune_weight_averages(trainer, plan, path)
     forget = pruning.runs.commit(run)
 
     def undo() -> None:

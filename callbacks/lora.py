@@ -24,12 +24,12 @@ from lit_prune.arguments import (
     optional,
     sequence_of,
 )
+from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
 from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks, _renew_optimizers
 from lit_prune.callbacks.runs import PerModule
-from lit_prune.callbacks.snapshot import random_state_kept
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import ADAPTERS, ADAPTERS_FORMAT

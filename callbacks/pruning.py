@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_prune.architectures.registry import find_group_sets, find_model
-from lit_prune.architectures.weight_checks import check_parameters
+from lit_prune.architectures.registry import has_groups
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage
-from lit_prune.callbacks.output import check_output
+from lit_prune.callbacks.detection import model_in
+from lit_prune.callbacks.fit_checks import check_fit
 from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
 from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
 from lit_prune.callbacks.runs import PruningRun, Runs
@@ -34,7 +34,6 @@ from lit_prune.callbacks.schedule import (
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
 from lit_prune.config import PruningConfig
-from lit_prune.distributed import shards
 from lit_prune.errors import ArgumentValueError, UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan
 from lit_prune.ranking.selection import Limits
@@ -115,6 +114,8 @@ class StructuredPruning(Callback):
             the calibration batches).
         iterations: Number of equal cuts in which each stage reaches its ratio. Each is calibrated, ranked and repaired
             on the same batches; more cuts are better, and cost proportionally more.
+        recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
+            batches after every cut.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -127,7 +128,7 @@ class StructuredPruning(Callback):
         costs: What each phase of the last stage took, its iterations together, and all of them (``"total"``):
             ``"PHASE_seconds"``, and ``"PHASE_peak_bytes"``, the highest use of memory so far when it ended, see
             :class:`lit_prune.costs.PhaseCost`. The phases are ``"check"``, ``"calibration"``, ``"compensation"``,
-            ``"planning"``, ``"repair"`` and ``"surgery"``.
+            ``"planning"``, ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
 
     Raises:
         ArgumentTypeError: If an argument is of another type. Scalars of numpy and torch count as numbers.
@@ -169,6 +170,7 @@ class StructuredPruning(Callback):
         seed: int = PruningConfig.seed,
         compensation: bool = PruningConfig.compensation,
         iterations: int = PruningConfig.iterations,
+        recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -210,6 +212,7 @@ class StructuredPruning(Callback):
             seed=seed,
             compensation=compensation,
             iterations=iterations,
+            recalibrate_batch_norm=recalibrate_batch_norm,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)
@@ -239,8 +242,12 @@ class StructuredPruning(Callback):
         return {stage: dict(values) for stage, values in self.runs.current.metrics.items()}
 
     def model(self, pl_module: pl.LightningModule) -> torch.nn.Module:
-        """The model inside the LightningModule that is pruned."""
-        return find_model(pl_module, self.model_path)[1]
+        """The model inside the LightningModule that is pruned.
+
+        That is the one at ``model_path``; without it the one that a description covers, or, where none does, the part that
+        holds all weights that are trained, or else the LightningModule as a whole.
+        """
+        return model_in(pl_module, self.model_path)[1]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the strategy, begin or continue the run of this model, and apply a checkpoint's plan before it loads.
@@ -256,7 +263,8 @@ class StructuredPruning(Callback):
         if stage == "fit":
             # configure_model may make it later; on_fit_start raises if it does not
             with contextlib.suppress(UnsupportedModelError):
-                model = self.model(pl_module)
+                found = self.model(pl_module)
+                model = found if has_groups(found) or any(True for _ in found.parameters()) else None
         self.runs.begin(model)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -269,16 +277,7 @@ class StructuredPruning(Callback):
         """Check the model, the budget and the output folder before any work is done."""
         self.runs.bind(self.model(pl_module), self.config.limits.blocks)
         if self.stages_done < len(self.stages):
-            self._check(trainer, pl_module)
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.output_dir is not None:
-            check_output(trainer, self.output_dir)
-        model = self.model(pl_module)
-        group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
-        shards.check_layout(model, group_sets)
-        check_parameters(model, group_sets, pl_module)
-        self.stage_config().check(model, group_sets)
+            check_fit(self, trainer, pl_module)
 
     @on_all_ranks("the checks before training")
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -367,7 +366,8 @@ class StructuredPruning(Callback):
         if self.dry_run:
             run = replace(run, plan=None, stages_done=0, unfinished=False)
         schedule = schedule_state(self.stages, self.config.ratio_of, run.reached)
-        return {"format": FORMAT, "model_path": self.model_path, **run.state_dict(), **schedule}
+        path = run.path if self.model_path is None else self.model_path
+        return {"format": FORMAT, "model_path": path, **run.state_dict(), **schedule}
 
     @property
     def state_key(self) -> str:

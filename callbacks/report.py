@@ -181,7 +181,12 @@ class PruningReport(Callback):
         self._state.value.lost = {}
         model = pruning.model(pl_module)
         self._state.value.metrics = {"dense": _size(model)}
-        if self.measure_speed and trainer.is_global_zero:
+        if self.measure_speed and not hasattr(model, "get_input_embeddings"):
+            rank_zero_warn(
+                "PruningReport(measure_speed=True): the speed is measured of language models, in tokens per second; the model is"
+                f" a {type(model).__name__}. It is not measured."
+            )
+        elif self.measure_speed and trainer.is_global_zero:
             gradients = {p: p.grad for p in model.parameters()}
             for parameter in gradients:
                 parameter.grad = None

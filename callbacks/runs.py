@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from lit_prune.architectures.registry import find_group_sets
+from lit_prune.architectures.registry import find_group_sets, has_groups
 from lit_prune.errors import PruningError
 from lit_prune.io.lightning_checkpoint import plan_digest
 from lit_prune.plan import PruningPlan
@@ -105,6 +105,7 @@ class PruningRun:
         reached: Parameters that the stages done were to remove from the model that the run began with.
         metrics: Validation metrics, by ``"dense"`` and ``"pruned"``.
         unfinished: Whether something that belongs to the last stage and comes after its cut is still to be done.
+        path: Qualified name of the model in the LightningModule, if its groups were found by running it.
     """
 
     start: str | None = None
@@ -116,6 +117,7 @@ class PruningRun:
     reached: int = 0
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unfinished: bool = False
+    path: str | None = None
 
     def measured(self, stage: str, values: Mapping[str, float]) -> PruningRun:
         """The same run with other metrics for ``stage``; with none if ``values`` is empty."""
@@ -128,6 +130,7 @@ class PruningRun:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "stages_done": self.stages_done,
             "unfinished": self.unfinished,
+            "path": self.path,
             "reference": None if self.reference is None else list(self.reference),
             "digests": {
                 "start": self.start,
@@ -148,6 +151,7 @@ class PruningRun:
             stages_done=state["stages_done"],
             metrics={stage: dict(values) for stage, values in state["metrics"].items()},
             unfinished=state.get("unfinished", False),
+            path=state.get("path"),
         )
 
 
@@ -215,7 +219,8 @@ class Runs:
                 " its checkpoint: trainer.fit(module, ckpt_path=...). To prune it further, use a new StructuredPruning."
             )
         if self.current.reference is None:
-            size = model_size(model, find_group_sets(model, blocks=blocks))
+            # the groups of a model that no description covers are found later
+            size = model_size(model, find_group_sets(model, blocks=blocks)) if has_groups(model) else None
             self.current = replace(self.current, start=found, now=found, reference=size)
         elif found != self.current.now:
             raise PruningError(
@@ -224,6 +229,10 @@ class Runs:
                 " checkpoint? Use a new StructuredPruning for it."
             )
         self._of.module = model
+
+    def traced(self, path: str) -> None:
+        """Note where the model is whose groups were found by running it."""
+        self.current = replace(self.current, path=path)
 
     def commit(self, run: PruningRun) -> Callable[[], None]:
         """Make a run the current one, for the same model, and return a function that undoes this."""

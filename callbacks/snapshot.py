@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import random
@@ -53,21 +52,6 @@ _LIBRARIES = {*sys.stdlib_module_names, "torch", "lightning", "pytorch_lightning
 }
 # an object that holds one of these has a state outside of Python
 _RESOURCES = {"_io", "io", "_thread", "threading", "queue", "_queue", "socket", "subprocess", "multiprocessing", "mmap"}
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the states of the global random number generators of Python, NumPy and torch back, also after an error."""
-    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 class Snapshot:

@@ -18,8 +18,8 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from lit_prune.architectures import find_model
 from lit_prune.callbacks.compatibility import averages, optimizers_of
+from lit_prune.callbacks.detection import model_in
 from lit_prune.callbacks.lightning_internals import METADATA_FILENAME, start_method
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.protocol import Pruning
@@ -187,7 +187,7 @@ class _Loading:
     def _states(self, checkpoint: Mapping[str, Any]) -> list[tuple[Pruning, dict[str, Any]]]:
         """The state of each callback: the one that is of the same model, whatever path it was given by."""
         module = self._trainer.lightning_module
-        saved = [(find_model(module, s.model_path)[1], s.state) for s in saved_prunings(checkpoint)]
+        saved = [(model_in(module, s.model_path)[1], s.state) for s in saved_prunings(checkpoint)]
         return [(c, dict(state)) for c in self.callbacks for model, state in saved if c.model(module) is model]
 
 

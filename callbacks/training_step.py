@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -55,6 +56,7 @@ class TrainingStep:
         self._optimization = RecordedOptimization(trainer, model, guard)
         self._scale = gradient_scale(trainer)
         self._number = -1
+        self._autocast = True
         # the outputs of a step whose batch has not ended yet
         self._outputs: Mapping[str, Any] | None = None
         self._fetcher: IteratorFetcher | None = None
@@ -80,6 +82,14 @@ class TrainingStep:
             yield batch
             self._end_batch(batch)
             progress()
+
+    def without_autocast(self) -> None:
+        """Let the calls from now on compute in the precision of the weights, also where training casts operators."""
+        self._autocast = False
+
+    def repeat(self) -> None:
+        """Let the next call be one on the same batch again, with the same number."""
+        self._number -= 1
 
     def __call__(self, batch: Any) -> Any:
         """The loss of a batch.
@@ -145,7 +155,9 @@ class TrainingStep:
         arguments = step_arguments(self._trainer, batch, self._number)
         if fetcher is not None:
             arguments = OrderedDict(any=batch)
-        with self._trainer.precision_plugin.train_step_context():
+        plugin = self._trainer.precision_plugin
+        plain = is_a(plugin, MixedPrecision) and not self._autocast
+        with contextlib.nullcontext() if plain else plugin.train_step_context():
             try:
                 output = self._module.training_step(*arguments.values())
             except StopIteration:

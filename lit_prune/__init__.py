@@ -15,6 +15,7 @@ from lit_prune.architectures import (
     find_model,
     register_architecture,
 )
+from lit_prune.architectures.tracing import TracedGroups
 from lit_prune.calibration.statistic_registry import (
     GradientStatistic,
     GroupStatistic,
@@ -25,18 +26,20 @@ from lit_prune.calibration.statistic_registry import (
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
+from lit_prune.detection import trace
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
-from lit_prune.pipeline import calibrate, prune, repair
+from lit_prune.pipeline import calibrate, prune
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.planning import make_plan
 from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
@@ -68,6 +71,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Traced",
+    "TracedGroups",
     "UnsupportedModelError",
     "__version__",
     "apply_plan",
@@ -86,6 +90,7 @@ __all__ = [
     "repair",
     "save_pruned",
     "statistic_names",
+    "trace",
     "unexplained_shares",
     "verify_architecture",
 ]

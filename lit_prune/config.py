@@ -75,6 +75,7 @@ _RULES: dict[str, Rule] = {
     "seed": INTEGER,
     "compensation": FLAG,
     "iterations": CUTS,
+    "recalibrate_batch_norm": FLAG,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -104,6 +105,8 @@ class PruningConfig:
             reconstruct. Costs two more forward passes over the calibration batches in each iteration.
         iterations: Number of equal cuts in which the ratio is reached. Each cut calibrates, ranks and repairs on the
             model that the previous one produced; see :func:`prune`.
+        recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
+            on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
@@ -120,6 +123,7 @@ class PruningConfig:
     seed: int = 0
     compensation: bool = True
     iterations: int = 2
+    recalibrate_batch_norm: bool = True
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

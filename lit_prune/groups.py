@@ -31,9 +31,10 @@ class Slice:
         index: Integer tensor of shape ``(groups, width)``: ``index[g]`` are the positions along ``dim`` that are
             removed with group ``g``.
         input_dim: Dimension of the parameter that is multiplied with the input features of its module: 1 for the
-            weight of ``nn.Linear``, 0 for that of ``Conv1D``; ``None`` for biases and norms.
-        unobservable_input: Whether the module that owns the parameter does more than multiply its input with it (fused experts,
-            ``nn.MultiheadAttention``, a convolution), so that the input features cannot be observed from outside.
+            weight of ``nn.Linear`` and of convolutions, 0 for that of ``Conv1D`` and of transposed convolutions; ``None`` for
+            biases and norms.
+        unobservable_input: Whether the module that owns the parameter does more than multiply its input with it, or convolve
+            it (fused experts, ``nn.MultiheadAttention``), so that the input features cannot be observed from outside.
             Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
             experts.
     """
@@ -139,6 +140,8 @@ class GroupSet:
             something else, that holds.
         routed: Whether the module is called with some of the positions only, those that a router sends there: an expert that
             is a module of its own. Its rows are then no positions of the layer around it.
+        buffers: The slices of buffers (running statistics of batch norms) that are removed with the groups; ``parameter``
+            names a buffer.
     """
 
     name: str
@@ -154,6 +157,7 @@ class GroupSet:
     equal_parts: int = 1
     multiple_of: int = 1
     routed: bool = False
+    buffers: tuple[Slice, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -257,8 +261,13 @@ def check_names(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                 )
 
 
-def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+def check_weights(model: nn.Module, group_sets: Sequence[GroupSet], *, ties: bool = True) -> None:
     """Refuse weights that cannot be scored or sliced.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        ties: Whether to look for ties, too; not for groups that were found by tracing, which saw every use of a weight.
 
     Raises:
         UnsupportedModelError: For quantised weights, or a weight that is tied to one outside its group set. A module
@@ -279,7 +288,7 @@ def check_weights(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
                     " weights: load the model without a quantization_config, prune it, and quantise afterwards."
                 )
             elsewhere = set(places[id(parameter)]) - names
-            if elsewhere:
+            if ties and elsewhere:
                 raise UnsupportedModelError(
                     f"{name!r} is the same parameter as {sorted(elsewhere)}, which belongs to another place of the"
                     " model: cutting one would cut the other. Untie them first."

@@ -173,7 +173,8 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
             raise PrunedPlanError(f"Expected a list of biases in config.json; found {_short(pruning['biases'])}.")
         for name in pruning["biases"]:
             module: Any = model.get_submodule(local_name(model, name))
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            module.bias = nn.Parameter(module.weight.new_zeros(outputs))
         for entry in pruning["groups"]:
             kept = len(from_ranges(entry["kept"], entry["size"]))
             for name, rule in entry["attributes"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_prune._moved import moved_names
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.registry import has_groups
 from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES
 from lit_prune.calibration.collect import collect_statistics
@@ -22,19 +22,17 @@ from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
+from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
-from lit_prune.errors import (
-    SmallBudgetError,
-    UnsupportedModelError,
-)
+from lit_prune.errors import SmallBudgetError
+from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
-from lit_prune.repair.bias import bias_fold
-from lit_prune.repair.redundancy import unexplained_shares
-from lit_prune.repair.refit import least_squares
+from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
+from lit_prune.repairing import repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
@@ -101,6 +99,8 @@ def prune(
     Several smaller cuts give better models than one, because importance is measured again after each. An error leaves
     model and optimizers as they were.
 
+    The groups of a module that no description covers are found by running the first batch (see :func:`lit_prune.trace`).
+
     Args:
         model: The model, or a module that holds one; cut in place.
         batches: Calibration batches; iterated several times, so not an iterator.
@@ -117,17 +117,23 @@ def prune(
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
         CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
         TypeError: If the batches are an iterator.
+        UnsupportedModelError: If nothing in the model can be pruned.
 
     Example::
 
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
+    if config.limits.blocks and not has_groups(model):
+        check_traceable(model, blocks=True)
+    if (found := find_or_trace(model, batches, loss_fn)) is not None:
+        keep_group_sets(model, found)
     inner = find_model(model)[1]
     return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
+RECALIBRATION = "recalibration"
 
 
 # what no batches are run for
@@ -158,7 +164,8 @@ def prune_with(
         data: Called with what the batches are for, ``"check"`` (one batch, see
             :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
-            run, with the batches, the same ones every time, and the loss function.
+            run, with the batches, the same ones every time, and the loss function. It may be called several times for
+            ``"repair"``, and once with ``"recalibration"`` for batch norms.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -169,7 +176,7 @@ def prune_with(
             that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
-            comparison of candidates), ``"repair"`` and ``"surgery"``.
+            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
@@ -199,8 +206,9 @@ def prune_with(
                     statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
-                with phase(COMPENSATION), data(COMPENSATION) as (batches, loss):
-                    statistics.unexplained = _unexplained(model, group_sets, batches, loss, root, progress, ranks)
+                compensation = partial(data, COMPENSATION)
+                with phase(COMPENSATION):
+                    statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -214,23 +222,30 @@ def prune_with(
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
-                with phase(REPAIR), data(REPAIR) as (batches, loss):
-                    plan, weights = repair(
-                        model,
-                        group_sets,
-                        plan,
-                        statistics,
-                        batches,
-                        loss,
-                        step,
-                        root=root,
-                        progress=progress,
-                        ranks=ranks,
-                    )
+                weights: dict[str, Tensor] = {}
+                if step.repair is not None:
+                    with phase(REPAIR):
+                        plan, weights = repaired(
+                            model,
+                            group_sets,
+                            plan,
+                            statistics,
+                            partial(data, REPAIR),
+                            step,
+                            root=root,
+                            progress=progress,
+                            ranks=ranks,
+                        )
                 # what another process could not cut is not cut here
                 with phase(SURGERY), together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
+                if step.recalibrate_batch_norm and batch_norms(model):
+                    again = partial(data, RECALIBRATION)
+                    with phase(RECALIBRATION), together(ranks, "recalibration"):
+                        undos.append(
+                            recalibrate_batch_norms(model, group_sets, plan, again, root=root, all_reduce=all_reduce)
+                        )
             made = plan if made is None else _composed(made, plan, number + 1)
         assert table is not None
         assert made is not None
@@ -281,71 +296,6 @@ def _undone_at_error(undos: list[Callable[[], None]], ranks: Ranks | None) -> It
                 undo_all(undos)
 
 
-def _unexplained(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
-    root: nn.Module | None,
-    progress: Callable[[Sequence[str]], Iterable[str]],
-    ranks: Ranks | None,
-) -> dict[tuple[str, str], Tensor]:
-    all_reduce = None if ranks is None else ranks.sum
-    try:
-        with together(ranks, "measuring unexplained shares"):
-            return unexplained_shares(
-                model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
-            )
-    except UnsupportedModelError:
-        # such a model is not repaired either, of which repair warns
-        return {}
-
-
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
     plan = first.compose(later)
     return replace(plan, info={**plan.info, "iterations": iterations})
-
-
-def repair(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    plan: PruningPlan,
-    statistics: Statistics,
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
-    config: PruningConfig,
-    *,
-    root: nn.Module | None = None,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    ranks: Ranks | None = None,
-) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """Compute new weights for the layers that read the removed groups; the model is not changed.
-
-    Args:
-        model: The dense model.
-        group_sets: Its group sets.
-        plan: The plan.
-        statistics: What calibration collected.
-        batches: The calibration batches once more; read only by ``"least_squares"``.
-        forward: Runs one batch through the model.
-        config: The configuration.
-        root: The module that holds the model, if ``forward`` runs more than the model.
-        progress: Wraps the sequence of blocks.
-        ranks: The processes of a distributed run, each with batches of its own.
-
-    Returns:
-        The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
-        whose blocks cannot be run one after the other gets a warning and no new weights.
-    """
-    if config.repair == "bias":
-        return bias_fold(model, group_sets, plan, statistics)
-    if config.repair == "least_squares":
-        try:
-            with together(ranks, "repair"):
-                all_reduce = None if ranks is None else ranks.sum
-                return plan, least_squares(
-                    model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
-                )
-        except UnsupportedModelError as error:
-            warnings.warn(f"Nothing was repaired: {error}", stacklevel=2)
-    return plan, {}

@@ -15,6 +15,7 @@ from torch import nn
 from lit_prune._files import read_json, write_text
 from lit_prune._renamed import RenamedAttribute
 from lit_prune.errors import PlanError, PruningError
+from lit_prune.group_data import GroupData
 from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
 from lit_prune.modeling_pruned import local_name, to_ranges
@@ -44,12 +45,15 @@ class PruningPlan:
         info: How the plan was made (criterion, ratio, metrics); plain JSON data that nothing depends on.
         sets: Name, kind and size of every group set of the model that the plan is for, by which another model is refused;
             empty if that is not known.
+        groups: The group sets themselves, for a model that no description covers: they were found by running it, and the plan
+            can be applied without running it again. ``None`` where a description finds them.
     """
 
     entries: tuple[PlanEntry, ...]
     biases: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sets: tuple[tuple[str, str, int], ...] = field(default=(), compare=False)
+    groups: GroupData | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Leave out what leaves with its block."""
@@ -187,7 +191,7 @@ class PruningPlan:
             info.pop(name, None)
             if name in owner:
                 info[name] = owner[name]
-        return PruningPlan(tuple(entries), biases, info, self.sets)
+        return PruningPlan(tuple(entries), biases, info, self.sets, self.groups)
 
     def counted(self, before: int | None, after: int) -> PruningPlan:
         """The same plan with the parameter counts before (if known) and after it is applied in its ``info``."""
@@ -195,10 +199,11 @@ class PruningPlan:
         return replace(self, info={**self.info, **counts})
 
     def original(self, group_set: GroupSet) -> GroupSet:
-        """A group set of the model that this plan results in, by the name and layer that it had before."""
+        """A group set of the model that this plan results in, by the names and layer that everything had before."""
         moved = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
         name, layer = _moved(group_set.name, group_set.layer, moved)
-        return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0])
+        slices = tuple(replace(s, parameter=_moved(s.parameter, 0, moved)[0]) for s in group_set.slices)
+        return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0], slices=slices)
 
     def entries_after(self) -> dict[tuple[str, str], PlanEntry]:
         """The group-set entries by name and kind that the sets have in the pruned model."""
@@ -209,7 +214,8 @@ class PruningPlan:
         """The same plan for a model whose modules have other names."""
         entries = tuple(replace(e, name=rename(e.name)) for e in self.entries)
         sets = tuple((rename(name), kind, size) for name, kind, size in self.sets)
-        return replace(self, entries=entries, biases=tuple(rename(b) for b in self.biases), sets=sets)
+        groups = None if self.groups is None else self.groups.renamed(rename)
+        return replace(self, entries=entries, biases=tuple(rename(b) for b in self.biases), sets=sets, groups=groups)
 
     def digest(self) -> str:
         """SHA-256 of what the plan cuts, the same on every rank and machine, and for every version of the file."""
@@ -218,6 +224,8 @@ class PruningPlan:
             for e in self.entries
         ]
         content = {"format": FORMAT, "version": 1, "group_sets": groups, "biases": list(self.biases)}
+        if self.groups is not None:
+            content["groups"] = self.groups.digest()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,6 +240,7 @@ class PruningPlan:
             "biases": list(self.biases),
             "model": [list(group_set) for group_set in self.sets],
             "info": json.loads(json.dumps(dict(self.info))),
+            **({} if self.groups is None else {"groups": self.groups.to_dict()}),
         }
 
     @classmethod
@@ -267,12 +276,14 @@ class PruningPlan:
             raise PlanError(f"The plan is malformed: {type(error).__name__}: {error}.") from error
         if len({e.key for e in entries}) != len(entries):
             raise PlanError("The plan names a group set twice.")
-        return cls(entries, biases, dict(info), sets)
+        groups = GroupData.from_dict(data["groups"]) if data.get("groups") is not None else None
+        return cls(entries, biases, dict(info), sets, groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, one line a group set."""
         content = self.to_dict()
-        lists = []
+        groups = content.pop("groups", None)
+        lists = [] if groups is None else [f' "groups": {json.dumps(groups)}']
         for name in ("group_sets", "model"):
             lines = ",\n  ".join(json.dumps(entry) for entry in content.pop(name))
             lists.append(f' "{name}": [\n  {lines}\n ]')

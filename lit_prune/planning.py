@@ -19,6 +19,7 @@ from lit_prune.ranking.importance import group_importance, mixed_importance
 from lit_prune.ranking.model_table import group_table, select_in_model
 from lit_prune.ranking.registry import get_criterion
 from lit_prune.ranking.table import GroupTable
+from lit_prune.surgery.kept_groups import with_kept_groups
 
 
 def make_plan(
@@ -81,7 +82,7 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
+        plan = with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)

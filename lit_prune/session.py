@@ -21,9 +21,10 @@ from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.pipeline import CALIBRATION, REPAIR, SURGERY, calibrate, prune_with, repair
+from lit_prune.pipeline import CALIBRATION, REPAIR, SURGERY, calibrate, prune_with
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 
 

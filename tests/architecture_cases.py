@@ -1014,8 +1014,7 @@ CASES = (
         generates=False,
         saves=False,
         attentions=("own",),
-        notes="cut once; not refitted",
-        refits=False,
+        notes="cut once",
         blocks=False,
     ),
     Case(
@@ -1043,9 +1042,8 @@ CASES = (
         generates=False,
         saves=False,
         attentions=("own",),
-        notes="coupled by torch-pruning's dependency graph",
+        notes="found by running it",
         kinds=("channel",),
-        refits=False,
         blocks=False,
     ),
 )

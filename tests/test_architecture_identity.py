@@ -137,7 +137,7 @@ def test_a_class_is_named_as_an_object_or_by_where_it_is_defined_or_exported(mon
 
 def test_naming_a_class_imports_nothing():
     register_architecture(Architecture("absent", ("a_package_that_is_absent.models.Own",), MLPS))
-    with pytest.raises(UnsupportedModelError, match=r"Supported are .*a_package_that_is_absent\.models\.Own"):
+    with pytest.raises(UnsupportedModelError, match=r"Described are .*a_package_that_is_absent\.models\.Own"):
         find_group_sets(model_class("Own")())
     assert "a_package_that_is_absent" not in sys.modules
 

@@ -145,11 +145,16 @@ class Depthwise(nn.Module):
         return self.last(self.second(self.first(x)))
 
 
-def test_convolutions_in_groups_are_refused_by_name_or_left_alone():
+def test_convolutions_in_groups_lose_channels_unless_they_are_ignored():
     trace = {"example_inputs": lambda: (torch.zeros(1, 3, 6, 6),)}
     register_architecture(Architecture("depthwise", ("Depthwise",), (Traced(**trace),)))
-    with pytest.raises(UnsupportedModelError, match=r"'second' is a convolution in 4 groups.*Add '.*' to `ignored`"):
-        find_group_sets(Depthwise())
+    torch.manual_seed(0)
+    model, images = unsettled(Depthwise()), torch.randn(2, 3, 6, 6)
+    (group_set,) = find_group_sets(model)
+    expected = zeroed(model, [[0, 2]])(images)
+    apply_plan(model, PruningPlan.from_kept([group_set], [[0, 2]]))
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    assert model.second.groups == 2
     register_architecture(Architecture("depthwise", ("Depthwise",), (Traced(**trace, ignored=("first", "second")),)))
     assert find_group_sets(Depthwise()) == []
 
@@ -179,7 +184,7 @@ def test_norms_over_what_several_layers_gave_lose_the_channels_of_each():
     for norm in model.norms:
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-    for kept, sizes in (([[1, 2], [0, 2, 3, 5], [0, 1, 3]], [4, 6, 4]), ([[1], [1, 3], [0, 2]], [2, 4, 3])):
+    for kept, sizes in (([[0, 2, 3, 5], [0, 1, 3], [1, 2]], [6, 4, 4]), ([[1, 3], [0, 2], [1]], [4, 3, 2])):
         group_sets = find_group_sets(model)
         assert [s.size for s in group_sets] == sizes
         expected = zeroed(model, kept)(images)

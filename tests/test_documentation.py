@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from any_models import ConvNet, images
 from litgpt_package import named, write_folder
 from own_models import MyGPT
 from test_pruning import corpus
@@ -99,6 +100,16 @@ def vit() -> torch.nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
 
 
+class Pictures(Texts):
+    """A user's module with a network of their own in it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
 def image_rows() -> list[dict[str, torch.Tensor]]:
     pixels = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return [{"pixel_values": p, "labels": torch.tensor(i % 3)} for i, p in enumerate(pixels)]
@@ -107,7 +118,7 @@ def image_rows() -> list[dict[str, torch.Tensor]]:
 def reader(page: Path) -> dict[str, Any]:
     """What a reader of the page has before a snippet: a model, data, a module."""
     model, module = tiny(), Texts(tiny())
-    images = "vision" in page.stem
+    vision = "vision" in page.stem
     return {
         "L": L,
         "torch": torch,
@@ -120,7 +131,13 @@ def reader(page: Path) -> dict[str, Any]:
         "my_module": module,
         "my_classifier": Texts(vit()),
         "datamodule": Data(text_rows()),
-        "my_datamodule": Data(image_rows() if images else text_rows()),
+        "my_datamodule": Data(image_rows() if vision else text_rows()),
+        "MyNet": ConvNet,
+        "net": ConvNet(),
+        "images": [images(8, seed) for seed in range(3)],
+        "my_loss": torch.nn.functional.cross_entropy,
+        "my_network": Pictures(ConvNet()),
+        "my_images": Data(list(zip(*images(16), strict=True))),
         "tiny_random_model": MyGPT(64),
         "MyGPT": MyGPT,
         "tokens": torch.arange(12)[None],
@@ -158,6 +175,9 @@ def check_ratio(snippet: Snippet, names: dict[str, Any]) -> None:
     dense = vit() if "my_classifier" in snippet.text else tiny()
     if "litgpt" in snippet.page.stem:
         dense = named("Llama-3.2-1B")
+    if "MyNet()" in snippet.text or "my_network" in snippet.text:
+        pruned = names["net"] if "MyNet()" in snippet.text else names["my_network"].net
+        dense = ConvNet()
     removed = 1 - parameters(pruned) / parameters(dense)
     assert ratio is not None
     assert ratio - 0.03 < removed <= ratio

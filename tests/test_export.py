@@ -317,7 +317,7 @@ def test_nothing_else_is_replaced(tmp_path):
     assert (tmp_path / "notes" / "precious.txt").read_text() == "x"
     with pytest.raises(PruningError, match="was not pruned"):
         save_pruned(tiny(), tmp_path / "dense")
-    with pytest.raises(UnsupportedModelError, match="found Linear"):
+    with pytest.raises(PruningError, match="This Linear was not pruned, nor was a module in it"):
         save_pruned(torch.nn.Linear(2, 2), tmp_path / "linear")
 
 

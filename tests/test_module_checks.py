@@ -270,7 +270,9 @@ def test_hooks_show_on_every_kind_of_module(name, message):
     case = CASE[name]
     model = case.build()
     sets = [s for s in find_group_sets(model) if any(p.input_dim is not None for p in s.slices)]
-    part = next(p for s in sets for p in s.consumers if p.unobservable_input or name in ("GPT-2", "BLOOM"))
+    part = next(
+        p for s in sets for p in s.consumers if p.unobservable_input or name in ("GPT-2", "BLOOM") or "conv" in p.module
+    )
     path = part.module.removesuffix(".out_proj")
 
     def triple(_, __, output):
@@ -418,20 +420,21 @@ def prefix_tuned():
     return peft.get_peft_model(tiny("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
-def test_with_prefix_tuning_channels_leave_without_a_repair_and_heads_are_refused():
+def test_with_prefix_tuning_channels_leave_and_are_repaired_and_heads_are_refused(recwarn):
     model = prefix_tuned()
     refused(model, r"called with a cache that holds tokens .*kinds=\['mlp'\]", 1, config=PruningConfig("wanda", 0.2))
     weights = weight_of(model.base_model).weight.detach().clone()
     config = PruningConfig("wanda", 0.1, limits=Limits(kinds=("mlp",)), iterations=1)
-    with pytest.warns(UserWarning, match="Nothing was repaired: .*cache that holds 4 tokens"):
-        pruned(model, config=config)
+    pruned(model, config=config)
+    assert not [w for w in recwarn if "Nothing was repaired" in str(w.message)]
     plan = lit_prune.get_plan(find_model(model)[1])
     kept = next(list(e.kept) for e in plan.entries if e.layer == 1)
-    assert torch.equal(weight_of(model.base_model).weight, weights[:, kept])
+    assert weight_of(model.base_model).weight.shape == weights[:, kept].shape
+    assert not torch.equal(weight_of(model.base_model).weight, weights[:, kept])
     assert torch.isfinite(loss_of(model, BATCHES[0]))
 
 
-def test_a_sequence_in_pieces_is_pruned_without_a_repair():
+def test_a_sequence_in_pieces_is_pruned_and_repaired(recwarn):
     model = tiny("llama")
 
     def loss(batch):
@@ -439,8 +442,12 @@ def test_a_sequence_in_pieces_is_pruned_without_a_repair():
         ids = batch["input_ids"][:, 5:]
         return model(input_ids=ids, labels=ids, past_key_values=first.past_key_values).loss
 
-    with pytest.warns(UserWarning, match="Nothing was repaired: .*a sequence in several pieces"):
-        pruned(model, loss=loss)
+    whole = copy.deepcopy(model)
+    pruned(model, loss=loss)
+    assert not [w for w in recwarn if "Nothing was repaired" in str(w.message)]
+    apply_plan(whole, PruningPlan(lit_prune.get_plan(model).entries))
+    assert weight_of(model).weight.shape == weight_of(whole).weight.shape
+    assert not torch.equal(weight_of(model).weight, weight_of(whole).weight)
     assert torch.isfinite(loss(BATCHES[0]))
 
 
@@ -465,16 +472,39 @@ class Failing(Remembering):
         return self.layer[0](hidden_states, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(Remembering, r"does not give what it gave in the model \(largest"), (Failing, r"cannot be run on.*I run once")],
-)
-def test_blocks_that_give_something_else_or_fail_when_run_again_are_not_repaired(kind, message):
+@pytest.mark.parametrize("kind", [Remembering, Failing])
+def test_blocks_that_give_something_else_or_fail_when_run_on_their_own_are_repaired_in_the_model(kind, recwarn):
     model = tiny("llama")
     model.model.layers[1] = kind(model.model.layers[1])
-    with pytest.warns(UserWarning, match=rf"Nothing was repaired: model\.layers\.1.*{message}"):
-        # one batch with no data for importance: the block runs in the check and in the recording
-        pruned(model, BATCHES[:1], PruningConfig("magnitude", 0.2, iterations=1), loss=fresh(model, kind))
+    whole = copy.deepcopy(model)
+    # one batch with no data for importance: the block runs in the check and in the recording
+    pruned(model, BATCHES[:1], PruningConfig("magnitude", 0.2, iterations=1), loss=fresh(model, kind))
+    assert not [w for w in recwarn if "Nothing was repaired" in str(w.message)]
+    apply_plan(whole, PruningPlan(lit_prune.get_plan(model).entries))
+    assert not torch.equal(weight_of(model).weight, weight_of(whole).weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Remembering, r"model\.layers.* does not give what it gave on the same batch before \(largest"),
+        (Failing, r"batch 0 ran before, and cannot be run again \(RuntimeError: I run once\)"),
+    ],
+)
+def test_models_that_give_something_else_or_fail_when_run_again_are_not_repaired(kind, message):
+    model = tiny("llama")
+    model.model.layers[1] = kind(model.model.layers[1])
+    module, runs = model.model.layers[1], []
+
+    def loss(batch):
+        # the check, the batch with no statistics, and the recording of the blocks
+        if kind is Failing and len(runs) < 3:
+            module.before.clear()
+        runs.append(batch)
+        return loss_of(model, batch)
+
+    with pytest.warns(UserWarning, match=f"Nothing was repaired: .*{message}"):
+        pruned(model, BATCHES[:1], PruningConfig("magnitude", 0.2, iterations=1), loss=loss)
     assert lit_prune.get_plan(model) is not None
 
 

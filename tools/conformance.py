@@ -43,7 +43,7 @@ EXPLANATION = """\
 * **empty**: kinds of which a layer may lose every group; it is then skipped, and caches keep working. Of the other kinds a
   group has to stay in every layer (of experts, as many as a token goes to), which selection knows.
 * **repaired**: calibration, plan, repair and cut; least squares brings the model nearer to the dense one (`no` under *refit*
-  where its blocks cannot be run one after the other, or have no linear layer behind the groups).
+  where nothing can be refitted).
 * **blocks**: without its first block the model computes what the dense one does that passes it over, with a cache and without,
   and after saving; – where no block may leave.
 """

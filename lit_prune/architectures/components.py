@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ class Component(ABC):
     path: str
     requires: str | None
     optional: bool
+    # whether the groups hold every place where a parameter is used, so that a parameter may be in several modules
+    follows_ties: ClassVar[bool] = False
 
     @abstractmethod
     def group_set(self, model: nn.Module, name: str, layer: int, pruned: Collection[tuple[str, str]]) -> GroupSet:

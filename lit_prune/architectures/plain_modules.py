@@ -16,9 +16,9 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.torch_internals import forward_pre_hooks, pruned_name
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# what multiplies its inputs with its weight
+LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 
 
 def check_plain(module: nn.Module, path: str) -> None:

@@ -13,6 +13,7 @@ from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.architectures.components import Component
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
 
@@ -126,15 +127,38 @@ def _architecture_of(module: nn.Module, *, anyway: bool = False) -> Architecture
 
 
 def _outermost_models(module: nn.Module, prefix: str = "", *, anyway: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    if _architecture_of(module, anyway=anyway) is not None:
+    if kept_groups(module) is not None or _architecture_of(module, anyway=anyway) is not None:
         yield prefix, module
         return
     for name, child in module.named_children():
         yield from _outermost_models(child, f"{prefix}.{name}" if prefix else name, anyway=anyway)
 
 
+def has_groups(module: nn.Module) -> bool:
+    """Whether groups of the module, or of something in it, are known: by a description, or found by running it before."""
+    return next(_outermost_models(module), None) is not None or (
+        next(_outermost_models(module, anyway=True), None) is not None
+    )
+
+
+def submodule(module: nn.Module, path: str | None) -> nn.Module:
+    """The module at a path; the module itself if that is ``None`` or empty.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    try:
+        return module.get_submodule(path or "")
+    except AttributeError as error:
+        children = [name for name, _ in module.named_children()]
+        raise UnsupportedModelError(f"No module at {path!r}. The top-level modules are {children}.") from error
+
+
 def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
-    """Find the one supported model inside a module, a LightningModule for instance, however deep it is nested.
+    """Find the one model inside a module, a LightningModule for instance, whose groups are known.
+
+    They are known of a model of a registered architecture, however deep it is nested, and of a module that
+    :func:`lit_prune.trace` or :func:`lit_prune.prune` ran to find them.
 
     Args:
         module: The module to search; it may be the model itself.
@@ -146,12 +170,7 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     Raises:
         UnsupportedModelError: If there is no supported model, or more than one; the message lists what was looked at.
     """
-    if path is not None:
-        try:
-            module = module.get_submodule(path)
-        except AttributeError as error:
-            children = [name for name, _ in module.named_children()]
-            raise UnsupportedModelError(f"No module at {path!r}. The top-level modules are {children}.") from error
+    module = submodule(module, path)
     # last, one that has the name of a class but not its parts, for an error that names the part
     found = list(_outermost_models(module)) or list(_outermost_models(module, anyway=True))
     if len(found) == 1:
@@ -165,8 +184,9 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         raise UnsupportedModelError(
             f"No supported model found in {type(module).__name__}. Looked at {', '.join(looked_at[:20])}"
             f"{', ...' if len(looked_at) > 20 else ''}.{_layers_hint(module)}{_namesake_hint(module)}"
-            f" Supported are modules of, or derived from: {', '.join(supported)}. Describe"
-            " your own with lit_prune.register_architecture."
+            f" Described are modules of, or derived from: {', '.join(supported)}. Of any other module lit_prune.prune and the"
+            " callback find the groups by running it, as lit_prune.trace(model, batches, loss_fn) does; or describe it with"
+            " lit_prune.register_architecture."
         )
     listed = ", ".join(f"{name!r} ({type(m).__name__})" for name, m in found)
     raise UnsupportedModelError(
@@ -205,8 +225,10 @@ def _layers_hint(module: nn.Module) -> str:
 def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
     """Find all group sets of a model. Sets that an earlier cut emptied are left out.
 
+    Groups that were found by running the model (:func:`lit_prune.trace`) are kept beside it, and follow every cut.
+
     Args:
-        model: A model of a registered architecture, or a module that holds one (see :func:`find_model`).
+        model: A model of a registered architecture or one that was traced, or a module that holds one (see :func:`find_model`).
         blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
             others.
 
@@ -218,6 +240,8 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
             its weights are quantised, or ``blocks`` is set for a model whose blocks cannot be removed.
     """
     model = find_model(model)[1]
+    if (kept := kept_groups(model)) is not None:
+        return _kept_sets(model, kept, blocks)
     architecture = _architecture_of(model, anyway=True)
     assert architecture is not None
     if architecture.check is not None:
@@ -237,8 +261,26 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
     if blocks:
         group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
-    check_weights(model, group_sets)
+    check_weights(model, group_sets, ties=not all(block.follows_ties for block in architecture.components))
     return group_sets
+
+
+def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool) -> list[GroupSet]:
+    if blocks:
+        raise UnsupportedModelError(
+            f"Whole blocks cannot leave {type(model).__name__}: its groups were found by running it, which tells nothing of"
+            " blocks. Prune other kinds, or describe the model with lit_prune.register_architecture."
+        )
+    now = dimension_lengths(model, kept.group_sets)
+    for (name, dim), length in kept.lengths.items():
+        if now[name, dim] != length:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not as it was when its groups were found: {name!r} had {length} positions along"
+                f" dimension {dim}, and has {now[name, dim] or 'none'} now. If modules were replaced, find the groups anew with"
+                " lit_prune.trace(model, batches, loss_fn); if it carries adapters, merge them first."
+            )
+    check_weights(model, kept.group_sets, ties=False)
+    return list(kept.group_sets)
 
 
 def _pruned_before(model: nn.Module) -> Collection[tuple[str, str]]:

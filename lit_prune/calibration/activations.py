@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.architectures.features import feature_dim
 from lit_prune.calibration.evaluation import is_observed
-from lit_prune.calibration.reduce import piece_size, pieces
+from lit_prune.calibration.reduce import add_line, piece_size, pieces
 from lit_prune.calibration.statistic_registry import INPUT_SUMS, InputStatistic, get_statistic
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError
@@ -22,10 +23,12 @@ from lit_prune.torch_internals import version_of
 
 @dataclass
 class ActivationStatistics:
-    """Sums over the tokens that a projection saw, one number an input feature. Means of no tokens, for an expert, are 0.
+    """Sums over the tokens that a projection saw, or the positions that a convolution did, one number an input feature.
+
+    Means of no tokens, for an expert, are 0.
 
     Args:
-        count: Number of tokens.
+        count: Number of tokens; of a convolution, that of the spatial positions of its inputs.
         sums: By name the sums that were asked for, of ``"sum"`` (of the values), ``"sum_abs"``, ``"sum_squares"`` and those of
             statistics that were registered; float64 tensors of shape ``(in_features,)``.
     """
@@ -45,6 +48,11 @@ class ActivationStatistics:
         statistic = get_statistic(name)
         assert isinstance(statistic, InputStatistic)
         return self.statistic(statistic)
+
+    @property
+    def features(self) -> int:
+        """Number of input features."""
+        return len(next(iter(self.sums.values())))
 
     def _total(self, name: str) -> Tensor:
         if name not in self.sums:
@@ -107,7 +115,7 @@ class ActivationObserver:
         # of the batch at hand, which may be skipped in the end
         self._batch: dict[str, dict[str, Tensor]] = {}
         # the input of the projection before, if it lives, and its sums: query, key and value have theirs in common
-        self._last: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, int, int], dict[str, Tensor]] | None = None
 
     def __enter__(self) -> ActivationObserver:
         for name, module in self._modules.items():
@@ -135,18 +143,22 @@ class ActivationObserver:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if recomputing() or not is_observed():
                 return
             inputs: Tensor = args[0]
-            state = (version_of(inputs), self._token_masks.batches)
+            dim = feature_dim(module)
+            state = (version_of(inputs), self._token_masks.batches, dim)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:
-                self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), self._token_masks.of(inputs)))
+                mask = self._token_masks.of(inputs if dim == -1 else inputs.movedim(dim, -1))
+                self._last = (weakref.ref(inputs), state, self._sums_of(inputs.detach(), mask, dim))
             _add_sums(self._batch, name, self._last[2])
 
         return hook
 
-    def _sums_of(self, inputs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _sums_of(self, inputs: Tensor, mask: Tensor | None, dim: int) -> dict[str, Tensor]:
+        if dim != -1:
+            return self._sums_of_channels(inputs, mask, dim)
         inputs = inputs.reshape(-1, inputs.shape[-1])
         mask = None if mask is None else mask.reshape(-1, 1)
         result = {key: torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device) for key in self._sums}
@@ -158,6 +170,22 @@ class ActivationObserver:
             for key, line in result.items():
                 line += INPUT_SUMS[key](part).sum(dim=0, dtype=line.dtype)
         result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
+        return result
+
+    def _sums_of_channels(self, inputs: Tensor, mask: Tensor | None, dim: int) -> dict[str, Tensor]:
+        """Sums over batch and spatial positions, without a copy that has the channels last."""
+        batch, positions = inputs.shape[: inputs.dim() + dim].numel(), inputs.shape[dim + 1 :].numel()
+        inputs = inputs.reshape(batch, inputs.shape[dim], positions)
+        mask = None if mask is None else mask.reshape(batch, 1, positions).expand_as(inputs)
+        result = {key: torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device) for key in self._sums}
+        for index in pieces(inputs.shape, piece_size(inputs.device)):
+            part = inputs[index].float()
+            if mask is not None:
+                part = torch.where(mask[index], part, 0.0)
+            for key, line in result.items():
+                add_line(line, INPUT_SUMS[key](part), 1, index)
+        count = torch.tensor(batch * positions, device=inputs.device)
+        result["count"] = count if mask is None else mask[:, 0].sum()
         return result
 
 

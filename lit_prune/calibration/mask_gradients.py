@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.architectures.features import feature_dim, input_features
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.precision import accumulation_dtype, loss_scale
@@ -36,19 +37,25 @@ class _Masked(torch.autograd.Function):
     """The identity, as if a mask of ones of shape ``(samples, features)`` scaled the features."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, mask: Tensor, batch_dim: int) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, mask: Tensor, batch_dim: int, feature_dim: int) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.samples, ctx.batch_dim = len(mask), batch_dim
+        ctx.samples, ctx.batch_dim, ctx.feature_dim = len(mask), batch_dim, feature_dim
         return inputs.view_as(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
         # in float16 the product of an input and its gradient may be below the smallest number there is
         wide = accumulation_dtype(inputs.dtype)
-        product = (inputs.to(wide) * gradient.to(wide)).movedim(ctx.batch_dim, 0)
-        return gradient, product.reshape(ctx.samples, -1, inputs.shape[-1]).sum(dim=1), None
+        product = inputs.to(wide) * gradient.to(wide)
+        if ctx.feature_dim == -1:
+            product = product.movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
+            return gradient, product.sum(dim=1), None, None
+        # channels of a convolution: its spatial positions lie behind them
+        channels = inputs.dim() + ctx.feature_dim
+        product = product.flatten(channels + 1).sum(dim=-1)
+        return gradient, product.reshape(ctx.samples, inputs.shape[channels]), None, None
 
 
 def watch_block(
@@ -78,9 +85,10 @@ def watch_block(
 class MaskCollector:
     """Puts masks on the groups of a model and adds up what terms of whole groups make of their derivatives.
 
-    A sample is an entry along the batch's dimension of what the consumers read; where they do not agree on how many there
-    are (a model that flattens batch and tokens in places), the whole batch is one. The derivative is that of the sample's
-    own loss, taking the loss for the mean over the batch, so that the size of the batches does not matter.
+    A sample is an entry along the batch's dimension of what the consumers read, an image for convolutions; where they do not
+    agree on how many there are (a model that flattens batch and tokens in places), the whole batch is one. A group that is
+    read in several places has one mask in all of them: its derivative is the sum of theirs. The derivative is that of the
+    sample's own loss, taking the loss for the mean over the batch, so that the size of the batches does not matter.
 
     Padding needs no mask: where the loss does not depend on it the gradient is 0, and where it does, so does the derivative.
 
@@ -105,11 +113,14 @@ class MaskCollector:
         self._group_sets = group_sets
         self._terms = terms
         self._ranks = ranks
-        self._masks: dict[tuple[Key, int], list[Tensor]] = {}
+        # by consumer: sets that it reads several of have one mask there
+        self._masks: dict[str, list[Tensor]] = {}
         self._blocks: dict[Key, list[Tensor]] = {}
         self._sums: dict[tuple[Term, Key], Tensor] = {}
         self._finite: list[Tensor] = []
         self._samples = 0
+        # of the batch at hand, as the last consumer saw it whose input shows its samples
+        self._batch_size = 0
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> MaskCollector:
@@ -118,15 +129,48 @@ class MaskCollector:
                 derivatives = self._blocks.setdefault(group_set.key, [])
                 block = self._model.get_submodule(group_set.name)
                 self._handles.append(watch_block(block, derivatives.append, self._token_masks))
-            for position, part in enumerate(group_set.consumers):
-                masks = self._masks.setdefault((group_set.key, position), [])
+            for part in (p for p in group_set.consumers if p.module not in self._masks):
+                masks = self._masks[part.module] = []
                 module = self._model.get_submodule(part.module)
-                self._handles.append(module.register_forward_pre_hook(_mask_inputs(masks, self._token_masks)))
+                hook = self._mask_inputs(masks, described=bool(group_set.block))
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _mask_inputs(
+        self, masks: list[Tensor], described: bool
+    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            inputs: Tensor = args[0]
+            if not is_observed():
+                return None
+            dim = feature_dim(module)
+            batch_dim = self._token_masks.batch_dim if dim == -1 and inputs.dim() > 2 else 0
+            samples = self._samples_in(inputs, dim, batch_dim, described)
+            mask = torch.ones(
+                samples,
+                inputs.shape[dim],
+                dtype=accumulation_dtype(inputs.dtype),
+                device=inputs.device,
+                requires_grad=torch.is_grad_enabled(),
+            )
+            masks.append(mask)
+            return (_Masked.apply(inputs, mask, batch_dim, dim), *args[1:])
+
+        return hook
+
+    def _samples_in(self, inputs: Tensor, dim: int, batch_dim: int, described: bool) -> int:
+        """Number of samples in what a consumer reads; 1 where its rows may be tokens of several samples."""
+        if inputs.dim() > 2 and inputs.dim() > -dim:
+            self._batch_size = inputs.shape[batch_dim]
+            return self._batch_size
+        if dim != -1 or inputs.dim() != 2:
+            return 1
+        # two dimensions: tokens in a row in a decoder layer, samples behind a flatten or in a model of no such layers
+        return len(inputs) if not described or len(inputs) == self._batch_size else 1
 
     def start_backward(self) -> None:
         """Drop what backward passes within the forward pass (to inputs, for adversarial samples) have left."""
@@ -140,6 +184,7 @@ class MaskCollector:
         """Drop everything that the forward pass of a batch has left."""
         for taken in (*self._blocks.values(), *self._masks.values()):
             taken.clear()
+        self._batch_size = 0
 
     @torch.no_grad()
     def end_batch(self) -> list[str]:
@@ -149,15 +194,15 @@ class MaskCollector:
             Names of the modules that it did not reach.
         """
         derivatives: dict[Key, list[Tensor]] = {s.key: [] for s in self._group_sets}
+        scale = loss_scale()
+        gradients = {name: [m.grad / scale for m in masks if m.grad is not None] for name, masks in self._masks.items()}
         for group_set in self._group_sets:
             derivatives[group_set.key] += [d[:, None] for d in self._blocks.get(group_set.key, ())]
-            for position, part in enumerate(group_set.consumers):
-                masks = self._masks[group_set.key, position]
-                found = [m.grad / loss_scale() for m in masks if m.grad is not None]
-                derivatives[group_set.key] += [g[:, part.index.to(g.device)].sum(dim=2) for g in found]
-                masks.clear()
-        for taken in self._blocks.values():
-            taken.clear()
+            for part in group_set.consumers:
+                features = input_features(self._model.get_submodule(part.module), part.index, part.dim)
+                found = gradients[part.module]
+                derivatives[group_set.key] += [g[:, features.to(g.device)].sum(dim=2) for g in found]
+        self.skip_batch()
         missing = [name for (name, _), found in derivatives.items() if not found]
         if missing:
             return missing
@@ -197,25 +242,3 @@ class MaskCollector:
             total = self._ranks.sum(torch.cat(list(self._sums.values())))
             self._sums = dict(zip(self._sums, total.split(sizes), strict=True))
         return {(term, key, 0): value / samples for (term, key), value in self._sums.items()}
-
-
-def _mask_inputs(
-    masks: list[Tensor], token_masks: TokenMasks
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        inputs: Tensor = args[0]
-        if not is_observed():
-            return args
-        batch_dim = token_masks.batch_dim if inputs.dim() > 2 else 0
-        samples = inputs.shape[batch_dim] if inputs.dim() > 2 else 1
-        mask = torch.ones(
-            samples,
-            inputs.shape[-1],
-            dtype=accumulation_dtype(inputs.dtype),
-            device=inputs.device,
-            requires_grad=torch.is_grad_enabled(),
-        )
-        masks.append(mask)
-        return (_Masked.apply(inputs, mask, batch_dim), *args[1:])
-
-    return hook

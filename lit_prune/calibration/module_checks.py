@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune.architectures.plain_modules import (
     CONVOLUTIONS,
     LINEAR,
+    TRANSPOSED,
     class_forward,
     hook_name,
 )
@@ -210,7 +211,7 @@ class _Watch:
             )
             return
         try:
-            expected = _product(module, first) if self._linear else class_forward(module)(*args, **kwargs)
+            expected = _product(module, args, kwargs) if self._linear else class_forward(module)(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
@@ -236,7 +237,8 @@ class _Watch:
 
     def _formula(self, module: nn.Module) -> str:
         if self._linear:
-            what = "the convolution of its input with its weight" if isinstance(module, CONVOLUTIONS) else "x W^T + b"
+            convolves = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+            what = "the convolution of its input with its weight" if convolves else "x W^T + b"
             return "x W + b" if isinstance(module, Conv1D) else what
         return f"what the forward of {class_forward(module).func.__qualname__.partition('.')[0]} does"
 
@@ -261,8 +263,14 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return difference if difference > tolerance(found.dtype, expected.dtype) or difference != difference else 0.0
 
 
-def _product(module: Any, x: Tensor) -> Tensor:
+def _product(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The product of an input with the weight of a linear layer, a Conv1D or a convolution, and its bias."""
+    if isinstance(module, TRANSPOSED):
+        # its call may say how large the output is to be
+        transposed: Any = next(c for c in TRANSPOSED if isinstance(module, c))
+        return transposed.forward(module, *args, **kwargs)
+    x = _first_tensor(args, kwargs)
+    assert x is not None
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(module.weight.dtype)
     if isinstance(module, CONVOLUTIONS):

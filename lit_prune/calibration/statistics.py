@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lit_prune.architectures.features import spread_features
 from lit_prune.calibration.activations import ActivationStatistics
 from lit_prune.calibration.statistic_registry import InputStatistic, get_statistic
 from lit_prune.calibration.terms import Term
@@ -73,6 +74,8 @@ class Statistics:
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
 
+        Every weight of a convolution's kernel multiplies its input channel, so that all of them get the channel's number.
+
         A bias or a norm's scale multiplies the constant 1 in every token; for want of better,
         so does a slice whose input cannot be observed.
         """
@@ -81,9 +84,18 @@ class Statistics:
         module = self.activations.get(part.module)
         if not part.observable or part.input_dim is None or module is None:
             return torch.full((), known.of_constant(self.tokens), dtype=torch.float32, device=weight.device)
-        shape = [1] * weight.dim()
-        shape[part.input_dim] = -1
-        return module.statistic(known).to(device=weight.device, dtype=torch.float32).view(shape)
+        values = module.statistic(known).to(device=weight.device, dtype=torch.float32)
+        return spread_features(values, weight, part.input_dim)
+
+    def feature_groups(self, part: Slice, weight: Tensor) -> int:
+        """How many input features of its module a position of the slice's parameter stands for.
+
+        One, but for a convolution in several groups of channels.
+        """
+        module = self.activations.get(part.module)
+        if not part.observable or part.input_dim is None or module is None:
+            return 1
+        return max(1, module.features // max(1, weight.shape[part.input_dim]))
 
 
 def check_gathering(mode: str, gradient_dtype: str) -> None:

@@ -26,6 +26,7 @@ from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.io.model_card import model_card
+from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.io.stock import _stock_config
 from lit_prune.modeling_pruned import PrunedConfig, to_ranges
@@ -46,24 +47,29 @@ def save_pruned(
     max_shard_size: int | str = "5GB",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a pruned model of transformers or LitGPT to a folder, so that it loads again.
+    """Write a pruned model to a folder, so that it loads again.
 
-    The folder holds safetensors, ``config.json`` with the plan, the generation config, a model card, and the tokenizer if
-    one is given. If every layer kept the same widths (or nothing but whole blocks left) and a stock config can say so, the
-    config is stock, and transformers loads the model without lit_prune. Otherwise its ``model_type`` is ``lit_prune``,
-    which ``import lit_prune`` makes known to the Auto classes. Everything is written to a temporary folder that replaces
-    ``directory`` at the end. A list of the files, with checksums of the weights, is written, too; see
-    :func:`load_pruned`. For a ``litgpt.GPT``, see :func:`lit_prune.io.litgpt_folder.save_litgpt`, whose folder has
-    neither model card nor code.
+    Of a model that is no transformers model, or has no description, the folder holds safetensors, ``plan.json`` and a small
+    ``config.json``; ``load_pruned(directory, model=...)`` needs the dense model, as its code is yours. A module that holds
+    the pruned model (a LightningModule) is saved as a whole. For a ``litgpt.GPT``, see
+    :func:`lit_prune.io.litgpt_folder.save_litgpt`, whose folder has neither model card nor code.
+
+    For a transformers model the folder holds safetensors, ``config.json`` with the plan, the generation config, a model
+    card, and the tokenizer if one is given. If every layer kept the same widths (or nothing but whole blocks left) and a
+    stock config can say so, the config is stock, and transformers loads the model without lit_prune. Otherwise its
+    ``model_type`` is ``lit_prune``, which ``import lit_prune`` makes known to the Auto classes. Everything is written to a
+    temporary folder that replaces ``directory`` at the end. A list of the files, with checksums of the weights, is written,
+    too; see :func:`load_pruned`.
 
     Args:
-        model: A model that was cut by :func:`lit_prune.apply_plan`.
+        model: A model that was cut, by :func:`lit_prune.prune` for instance.
         directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
             otherwise.
         tokenizer: A tokenizer to save beside the model; for a ``litgpt.GPT`` also the LitGPT folder that holds it.
-        metrics: Metrics for the model card by stage (``"dense"``, ``"pruned"``, ``"recovered"``) and name.
+        metrics: Metrics for the model card (for the config of other models) by stage (``"dense"``, ``"pruned"``,
+            ``"recovered"``) and name.
         self_contained: Write the modelling code beside the weights, so that ``trust_remote_code=True`` loads the model where
-            lit_prune is not installed.
+            lit_prune is not installed; only for transformers models.
         max_shard_size: Size at which a new weights file begins, bytes or text like ``"2GB"``.
         state_dict: The whole weights by name, where the model's own parameters are shards of them.
 
@@ -71,10 +77,10 @@ def save_pruned(
         The directory.
 
     Raises:
-        ArgumentValueError: If ``self_contained`` is asked for a ``litgpt.GPT``.
+        ArgumentValueError: If ``self_contained`` is asked for a model that is no transformers model.
         PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
             directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
-        UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
+        UnsupportedModelError: If its weights are quantised, or its state is not all tensors.
     """
     if gpt_class(model) is not None:
         if self_contained:
@@ -84,12 +90,38 @@ def save_pruned(
             )
         return save_litgpt(model, directory, tokenizer, state_dict=state_dict)
     check_replaceable(directory)
+    if not _is_transformers(model):
+        if self_contained:
+            raise ArgumentValueError(
+                f"self_contained=True writes code of transformers models; found a {type(model).__name__}, whose code is yours."
+            )
+        check_saveable(model, state_dict)
+        with replacing_folder(directory) as temporary:
+            write_module(
+                model,
+                temporary,
+                tokenizer=tokenizer,
+                metrics=metrics,
+                max_shard_size=max_shard_size,
+                state_dict=state_dict,
+            )
+        return Path(directory)
     whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
     with replacing_folder(directory) as temporary:
         write_pruned(
             whole, temporary, tokenizer, metrics=metrics, self_contained=self_contained, max_shard_size=max_shard_size
         )
     return Path(directory)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether a model is saved as a transformers model: it is one, and a description finds its groups."""
+    return isinstance(model, PreTrainedModel) and not _is_traced(model)
+
+
+def _is_traced(model: nn.Module) -> bool:
+    plan = get_plan(model)
+    return plan is not None and plan.groups is not None
 
 
 def write_pruned(
@@ -141,8 +173,12 @@ def to_pretrained(
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"Only transformers models can be saved as one; found {type(model).__name__}. Save its state_dict and plan"
-            " yourself."
+            f"Only transformers models can be saved as one; found {type(model).__name__}. Save it with lit_prune.save_pruned."
+        )
+    if _is_traced(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no description, so its config cannot say how it was cut. Save it with"
+            " lit_prune.save_pruned, and load it with lit_prune.load_pruned(directory, model=...)."
         )
     plan = get_plan(model)
     if plan is None:

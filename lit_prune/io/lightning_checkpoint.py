@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.registry import find_group_sets, find_model, has_groups, submodule
 from lit_prune.errors import ArgumentTypeError, PlanError, UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan, get_plan
 from lit_prune.surgery.apply import cut
@@ -195,7 +195,7 @@ def cut_as_saved(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: I
     """
     optimizers = list(optimizers)
     for saved in saved_prunings(checkpoint):
-        model = find_model(module, saved.model_path)[1]
+        model = _model_of(module, saved)
         before = get_plan(model)
         found = None if before is None else before.digest()
         if found == saved.now:
@@ -207,6 +207,14 @@ def cut_as_saved(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: I
                 f" {_short(found)}. Give the model that the run began with."
             )
         cut(model, saved.plan_for(before), optimizers, root=module)
+
+
+def _model_of(module: nn.Module, saved: SavedPruning) -> nn.Module:
+    """The model inside a module that a checkpoint's plan is for."""
+    inside = submodule(module, saved.model_path)
+    described = saved.plan is not None and saved.plan.groups is None
+    # groups that were found by running the model come with the plan
+    return find_model(inside)[1] if described or has_groups(inside) else inside
 
 
 def merge_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:

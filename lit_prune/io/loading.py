@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from lit_prune import modeling_pruned
 from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
-from lit_prune.arguments import PATH
+from lit_prune.arguments import PATH, shown
 from lit_prune.errors import ArgumentValueError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
+from lit_prune.io.module_folder import is_module_folder, load_module
 from lit_prune.io.output_folder import leftover
 from lit_prune.modeling_pruned import (
     HUB_OPTIONS,
@@ -63,37 +65,49 @@ AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
 def load_pruned(
     directory: str | os.PathLike[str],
     *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
     dtype: torch.dtype | str = "auto",
     verify: bool = False,
     **options: Any,
 ) -> Any:
-    """Load a model that :func:`lit_prune.save_pruned` wrote, as the class that it was saved as.
+    """Load a model that :func:`lit_prune.save_pruned` wrote.
 
-    ``AutoModelForCausalLM.from_pretrained`` and its likes load it, too, after ``import lit_prune``. Code that lies beside
-    the weights is never run.
+    A transformers model loads as the class that it was saved as. Of any other the code is yours: ``model`` is cut by the
+    plan of the folder, and the weights are loaded into it, all of them.
+
+    ``AutoModelForCausalLM.from_pretrained`` and its likes load transformers models, too, after ``import lit_prune``. Code that
+    lies beside the weights is never run.
 
     Args:
         directory: The folder, or the name of a repository on the hub.
+        model: For what is no transformers model: the dense module, built as the one that was pruned, or a function that builds
+            it (its class). It is changed in place; an error leaves it as it was.
         dtype: Data type of the weights; that of the files if ``"auto"``.
         verify: Compare the SHA-256 of the weights with what was noted when they were saved, before they are read.
-        options: What ``from_pretrained`` of transformers takes: ``device_map``, ``attn_implementation``, ``token``...
+        options: What ``from_pretrained`` of transformers takes: ``device_map``, ``attn_implementation``, ``token``... For other
+            models, only what says where files come from: ``revision``, ``cache_dir``, ``token``...
 
     Returns:
         The pruned model, in eval mode. :func:`lit_prune.get_plan` gives its plan.
 
     Raises:
         ArgumentTypeError: If ``directory`` is no path.
+        ArgumentValueError: If ``model`` is missing, or given for a transformers or LitGPT model.
         FileNotFoundError: If the folder or a file is missing.
-        PlanError: If the plan was changed, or does not fit the weights.
+        PlanError: If the plan was changed, or does not fit the weights or ``model``.
         PruningError: If files are damaged, weights are missing, unknown, not floating or not finite, the model was not
             pruned, or ``verify`` finds other weights than were saved.
         UnsupportedModelError: If the model's class or type is unknown, or quantisation is asked for.
+
+    Example::
+
+        model = lit_prune.load_pruned("outputs/pruned", model=MyNet)
     """
     folder = PATH.check("directory", directory)
     if is_litgpt_folder(folder):
-        if options:
+        if found := sorted(options) + ["model"] * (model is not None):
             raise ArgumentValueError(
-                f"{directory} holds a model of LitGPT, for which load_pruned takes dtype and verify; found {sorted(options)}."
+                f"{directory} holds a model of LitGPT, for which load_pruned takes dtype and verify; found {found}."
             )
         return load_litgpt(folder, dtype=dtype, verify=verify)
     _check_folder(folder)
@@ -101,6 +115,14 @@ def load_pruned(
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
         file = Path(str(cached_file(directory, "config.json", **hub)))
+        if is_module_folder(read_json(file)):
+            _check_options(directory, options.keys() - hub.keys())
+            return load_module(str(directory), file, model, dtype=dtype, verify=verify, hub=hub)
+        if model is not None:
+            raise ArgumentValueError(
+                f"{directory} holds a transformers model, which is built from its config; found model={shown(model)}. Leave it"
+                " out."
+            )
         fields = _checked_fields(directory, file)
         files = weight_files(directory, **hub)
         headers = weight_headers(directory, files)
@@ -118,7 +140,7 @@ def load_pruned(
         cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if pruned else base
         _check_shapes(directory, cls, config, headers)
         load: Any = cls.from_pretrained if pruned else partial(modeling_pruned.load_whole, cls.from_pretrained)
-        model = load(directory, config=config, dtype=dtype, **options)
+        loaded = load(directory, config=config, dtype=dtype, **options)
     except PrunedPlanError as error:
         raise PlanError(str(error)) from error
     except PrunedModelError as error:
@@ -127,8 +149,21 @@ def load_pruned(
         raise UnsupportedModelError(str(error)) from error
     except OSError as error:
         raise FileNotFoundError(str(error)) from error
-    _check_plan(directory, model)
-    return model
+    _check_plan(directory, loaded)
+    return loaded
+
+
+def _check_options(directory: str | os.PathLike[str], options: Collection[str]) -> None:
+    """Refuse options that only mean something for transformers models.
+
+    Raises:
+        ArgumentValueError: Naming one.
+    """
+    if options:
+        raise ArgumentValueError(
+            f"{directory} holds no transformers model, for which load_pruned takes no {sorted(options)[0]!r}: move the loaded"
+            " model where it is to run."
+        )
 
 
 def _check_folder(directory: Path) -> None:

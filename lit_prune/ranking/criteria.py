@@ -39,9 +39,9 @@ def fisher(mask_gradient: Tensor) -> Tensor:
     A mask :math:`m_j`, 1 for a group that is there and 0 for one that is not, scales what the consumer reads of group j. Its
     derivative for sample i is :math:`\sum x\,\partial L_i/\partial x` over the sample's tokens and the group's features,
     so no weight needs a gradient (:mod:`lit_prune.calibration.mask_gradients`). Unlike a sum of element by element terms it
-    knows which of
-    them cancel. Where the inputs of a consumer cannot be observed (fused experts, convolutions) it is taken from the
-    gradients of the weights, :math:`\sum_{\theta\in j}\theta g_i`, and a whole batch is one sample.
+    knows which of them cancel. For a convolution the sum is over the spatial positions of a channel. Where the inputs of a
+    consumer cannot be observed (fused experts) it is taken, for all groups, from the gradients of the weights,
+    :math:`\sum_{\theta\in j}\theta g_i`, and a whole batch is one sample.
 
     Args:
         mask_gradient: The derivative by each group's mask, shape ``(samples, groups)``, or ``(groups,)`` for one sample.
@@ -74,7 +74,9 @@ def wanda(weight: Tensor, activation: Tensor) -> Tensor:
     Args:
         weight: A parameter, any shape.
         activation: Magnitude of each input feature (mean absolute value, L1 or L2 norm over the calibration tokens),
-            of a shape that broadcasts against ``weight``. A bias multiplies the constant 1.
+            of a shape that broadcasts against ``weight``. A bias multiplies the constant 1. Every weight of a convolution's
+            kernel multiplies its input channel: a group's importance is :math:`\sum_{o,t}|W_{ojt}|A_j` over outputs o and
+            places t in the kernel, the channel's magnitude being taken over batch and positions.
 
     Reference: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024.
     """
@@ -85,7 +87,8 @@ def output_wanda(weight: Tensor, activation: Tensor) -> Tensor:
     r"""Output-side Wanda :math:`\|W_{:,j}\|_2 A_j` of each input feature j of a consumer: what removing it does to the output.
 
     Args:
-        weight: A projection's weight, shape ``(out_features, in_features)``.
+        weight: A projection's weight, shape ``(out_features, in_features)``; of a convolution, a row for each output channel and
+            place in the kernel, so that :math:`\|W_{:,j}\|_2^2=\sum_{o,t}W_{ojt}^2`.
         activation: L2 norm of each input feature over the calibration tokens, shape ``(in_features,)``.
 
     Returns:
@@ -102,7 +105,8 @@ def fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
     What the feature does beyond its mean, which a bias can make up for (``repair="bias"``).
 
     Args:
-        weight: A projection's weight, shape ``(out_features, in_features)``.
+        weight: A projection's weight, shape ``(out_features, in_features)``; of a convolution, a row for each output channel and
+            place in the kernel.
         variance: Variance of each input feature over the calibration tokens, shape ``(in_features,)``.
 
     Returns:

@@ -145,8 +145,9 @@ def _term_importance(
     assert statistics is not None
     if term.per_input:
         weight = shards.full(weight)
-        value = statistics.activation_of(part, term.statistic, weight).flatten()
-        columns = term.function(weight.float().movedim(part.dim, -1).flatten(0, -2), value)
+        value = statistics.activation_of(part, term.statistic, weight)
+        groups = statistics.feature_groups(part, weight)
+        columns = _per_input(term, weight.float(), part.dim, value, groups)
         return columns[part.index.to(columns.device)].sum(dim=1)
     streamed = statistics.reduced.get((term, group_set.key, position))
     if streamed is not None:
@@ -162,6 +163,24 @@ def _term_importance(
     else:
         value = shards.local_part(statistics.activation_of(part, term.statistic, weight), weight)
     return shards.sum_by_group(part, _line(term.function(shards.local(weight).float(), value), part.dim), weight)
+
+
+def _per_input(term: Term, weight: Tensor, dim: int, statistic: Tensor, groups: int) -> Tensor:
+    """A term's value of every position along the input dimension of a weight, a row being an output and a place in the kernel.
+
+    Args:
+        term: A term of input features.
+        weight: The weight.
+        dim: Its dimension that meets the features.
+        statistic: The features' statistic, as from :meth:`Statistics.activation_of`.
+        groups: Of a convolution, in how many groups of channels it is. A position stands for a channel in each of them,
+            whose values add up.
+    """
+    if groups == 1:
+        return term.function(weight.movedim(dim, -1).flatten(0, -2), statistic.flatten())
+    rows = zip(weight.chunk(groups), statistic.flatten(1).chunk(groups), strict=True)
+    values = [term.function(w.movedim(dim, -1).flatten(0, -2), line[0]) for w, line in rows]
+    return torch.stack(values).sum(dim=0)
 
 
 def _line(values: Tensor, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,7 +69,8 @@ class Limits:
         min_fraction: Smallest fraction of the groups to keep in every group set, in [0, 1]. Both floors apply to the
             number of blocks, too, of which at least one is kept; a removed block is removed with everything in it.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions that
-            are searched in the names of the group sets. A block is kept if anything in it is protected.
+            are searched in the names of the group sets, and of the modules that they hold parameters of. A block is
+            kept if anything in it is protected.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of. Kinds that are not in it have what
             kernels ask for (8 for the heads of a Mamba-2), or 1. A set that starts out uneven may stay as it is. ``None``
             is the largest of :data:`ALIGNMENTS` for which a set has :data:`STEPS` such steps (64 for 3072 groups or more,
@@ -129,7 +130,7 @@ class Limits:
             if isinstance(entry, int):
                 chosen = table.layers == (entry + layers if entry < 0 else entry)
             else:
-                chosen = np.array([re.search(entry, name) is not None for name, _ in table.keys])
+                chosen = np.array([any(re.search(entry, n) for n in names) for names in _names(table)])
             if not chosen.any():
                 raise ArgumentValueError(
                     f"protect names {entry!r}, but no prunable layer matches: there are layers 0 to {layers - 1}, with"
@@ -161,6 +162,12 @@ class Limits:
             candidates = [p for p in members if not floor[p]]
             candidates.sort(key=lambda p: table.score[table.offsets[p]])
             floor[candidates[max(len(members) - least, 0) :]] = 1
+
+
+def _names(table: GroupTable) -> Iterator[tuple[str, ...]]:
+    """For every set its name, and those of the modules that it holds parameters of."""
+    members = table.members or ((),) * len(table.keys)
+    return ((name, *inner) for (name, _), inner in zip(table.keys, members, strict=True))
 
 
 def _whole_sizes(table: GroupTable, original: Mapping[tuple[str, str], int] | None) -> np.ndarray:

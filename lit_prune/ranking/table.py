@@ -49,6 +49,8 @@ class GroupTable:
             ``(sets,)``; 1 for all if ``None``. Not written to files.
         multiple_of: Of every set the number that kernels want the kept groups to be a multiple of, int array of shape
             ``(sets,)``; 1 for all if ``None``. Not written to files.
+        members: Names of the modules that every set holds parameters of, by which it can be protected, too. Not written to
+            files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -60,6 +62,7 @@ class GroupTable:
     minimum: np.ndarray | None = None
     equal_parts: np.ndarray | None = None
     multiple_of: np.ndarray | None = None
+    members: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -80,6 +83,7 @@ class GroupTable:
             minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
             equal_parts=np.array([s.equal_parts for s in group_sets], dtype=np.int64),
             multiple_of=np.array([s.multiple_of for s in group_sets], dtype=np.int64),
+            members=tuple(tuple(dict.fromkeys(part.module for part in s.slices)) for s in group_sets),
         )
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])

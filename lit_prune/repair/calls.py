@@ -13,7 +13,7 @@ from lit_prune.calibration.precision import Precision
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """What a block was called with besides hidden states, and the precision that it was computed in.
 
     Args:

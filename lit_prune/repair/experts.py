@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lit_prune.architectures.config_view import override_config
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
-from lit_prune.repair.calls import Call
+from lit_prune.repair.calls import BlockCall
 from lit_prune.transformers_internals import EXPERTS_FIELD, has_choice_of_experts
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
@@ -33,7 +33,7 @@ def expert_equations(
     output_dim: int,
     kept: Tensor,
     inputs: Sequence[Tensor],
-    calls: Sequence[Call],
+    calls: Sequence[BlockCall],
     masks: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normal equations of every expert's output projection, on the channels that stay.

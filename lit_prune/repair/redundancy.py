@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,13 +14,13 @@ from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
-from lit_prune.repair.regression import _relative, typical_square
+from lit_prune.repair.channel_redundancy import unexplained_anywhere
+from lit_prune.repair.regression import SHARE_DAMPING, _relative, unexplained_share
 from lit_prune.repair.replay import (
     _record,
     _trace,
+    is_chain,
 )
-
-SHARE_DAMPING = 0.1
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def unexplained_shares(
     """Fraction of each group's output that a linear regression on the other groups cannot reconstruct.
 
     It walks through the blocks one by one, as :func:`least_squares` does, and holds the Gram matrices of one block at a time.
+    Where the model is no chain of blocks, see :func:`lit_prune.repair.channel_redundancy.unexplained_anywhere`.
 
     Args:
         model: The model; it is not changed.
@@ -55,6 +57,10 @@ def unexplained_shares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     scored = [s for s in group_sets if s.kind != BLOCK]
+    if not is_chain(model, scored):
+        return unexplained_anywhere(
+            model, scored, lambda: contextlib.nullcontext((batches, forward)), root=root, all_reduce=all_reduce
+        )
     if not all(s.block and s.consumers and len(s.repairable) == len(s.consumers) for s in scored):
         return {}
     shares: dict[tuple[str, str], Tensor] = {}
@@ -94,41 +100,3 @@ def unexplained_shares(
                     shares[group_set.key] = torch.maximum(earlier, share)
                 states = following
     return shares
-
-
-def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: float) -> Tensor:
-    r"""The share of what each group of inputs adds to an output that regression on the other inputs cannot explain.
-
-    For one input that is :math:`1/(H_{jj}[H^{-1}]_{jj})`, with :math:`H=X^TX+\lambda I` one minus the squared multiple
-    correlation of input j with the others. For several, :math:`R_g=([H^{-1}]_{gg})^{-1}` is what is left of their Gram
-    matrix, and the share is :math:`\mathrm{tr}(W_gR_gW_g^T)/\mathrm{tr}(W_gH_{gg}W_g^T)`.
-
-    Args:
-        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
-        weight: The consumer's weight, shape ``(outputs, inputs)``.
-        index: The inputs of every group, shape ``(groups, width)``.
-        damping: λ relative to :func:`lit_prune.repair.regression.typical_square` of ``gram``.
-
-    Returns:
-        Tensor of shape ``(groups,)`` in (0, 1]; ones if the inverse cannot be computed.
-
-    Reference: Hassibi & Stork, Optimal Brain Surgeon, NeurIPS 1992, on the inputs of one layer as in Frantar & Alistarh,
-    Optimal Brain Compression, NeurIPS 2022.
-    """
-    system = gram.double()
-    index = index.to(system.device)
-    system.diagonal().add_(max(damping, 1e-9) * typical_square(system))
-    factor, info = torch.linalg.cholesky_ex(system)
-    if int(info) != 0:
-        return torch.ones(len(index), dtype=torch.float32, device=gram.device)
-    inverse = torch.cholesky_inverse(factor)
-    within = index[:, :, None], index[:, None, :]
-    # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)
-    factors, failed = torch.linalg.cholesky_ex(inverse[within])
-    left = torch.cholesky_inverse(factors)
-    left[failed != 0] = torch.nan
-    columns = weight.double()[:, index].movedim(0, 1)
-    before = torch.einsum("gow,gwv,gov->g", columns, system[within], columns)
-    after = torch.einsum("gow,gwv,gov->g", columns, left, columns)
-    share = (after / before.clamp_min(torch.finfo(torch.float64).tiny)).clamp(1e-6, 1.0)
-    return torch.where(share.isfinite(), share, 1.0).float()

@@ -7,6 +7,9 @@ for what earlier blocks got wrong. One copy of one block and a few hidden states
 time, and a block runs about as often as in four forward passes over the calibration batches. Experts whose channels leave
 are refitted each by itself, to what it gives on the pruned stream with all its channels.
 
+Where the groups are not all in such blocks (convolutions, models found by running them), layers are refitted one after the
+other in the order in which they run, see :mod:`lit_prune.repair.module_order`.
+
 ``bias`` only adds the mean of what leaves to the consumer's bias (An et al., FLAP, AAAI 2024).
 
 The refit is that of reconstruction-based pruning (He et al., Channel Pruning, ICCV 2017; Ling et al., SlimGPT, NeurIPS
@@ -15,7 +18,8 @@ The refit is that of reconstruction-based pruning (He et al., Channel Pruning, I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +34,7 @@ from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
+from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
     _adds_up,
@@ -39,6 +44,7 @@ from lit_prune.repair.replay import (
     _runs_when_cut,
     _Stream,
     _trace,
+    is_chain,
 )
 from lit_prune.repair.routed import refit_routed
 from lit_prune.surgery.apply import cut_block
@@ -61,7 +67,7 @@ def least_squares(
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
     *,
-    damping: float = DAMPING,
+    damping: float | None = None,
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
@@ -77,6 +83,8 @@ def least_squares(
         damping: The damping of :func:`ridge` in units of inputs / tokens of each consumer: the more weights there are to fit
             for each calibration token, the less the fit is trusted. In the Bayesian reading of ridge regression it is the
             ratio of the variance of what no weights could fit to that of what the change of the weights contributes.
+            :data:`DAMPING` if ``None``, and :data:`lit_prune.repair.module_order.DAMPING` where layers are refitted in the
+            order in which they run.
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
@@ -87,6 +95,18 @@ def least_squares(
     Raises:
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
+    if not is_chain(model, group_sets):
+        return refit_in_order(
+            model,
+            group_sets,
+            plan,
+            lambda: contextlib.nullcontext((batches, forward)),
+            damping=damping,
+            root=root,
+            progress=progress,
+            all_reduce=all_reduce,
+        )
+    damping = DAMPING if damping is None else damping
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
     gone = set(plan.removed_blocks)
@@ -107,31 +127,14 @@ def least_squares(
                     pruned = pruned if started else dense
                     continue
                 smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
-                following, wanted = _dense_pass(block, list(parts), dense, stream, name)
-                # in the order of the calls: what repairs one consumer changes the inputs of the next
-                order = list(wanted[0])
-                residual = _adds_up(dense[0], wanted[0], following[0])
-                for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
-                    with _runs_when_cut(name):
-                        equations = _normal_equations(
-                            smaller, order, path, residual, dense, pruned, wanted, stream, name
-                        )
-                    gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
-                    weight = smaller.get_parameter(f"{path}.weight")
-                    _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
-                    weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
-                for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
-                    output = _refit_experts(
-                        model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce
-                    )
+                following, refitted = _refit_consumers(
+                    model, name, block, smaller, members, dense, pruned, stream, damping, all_reduce
+                )
+                weights |= refitted
+                for output in _refit_all_experts(
+                    model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
+                ):
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                if routed := [s for s in members if s.key in touched and s.routed]:
-                    whole = _with_groups_of(routed, block, smaller, members, plan, model)
-                    for path in refit_routed(
-                        routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce
-                    ):
-                        weights[f"{name}.{path}"] = _as_in(model, f"{name}.{path}", smaller.get_parameter(path))
                 with _runs_when_cut(name):
                     dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
@@ -158,6 +161,35 @@ def _solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, *, trans
     weight.copy_(solved.T if transposed else solved)
 
 
+def _refit_consumers(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    dense: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    stream: _Stream,
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Refit the consumers of a block one after the other; what the dense block gives, and the new weights by parameter name."""
+    parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
+    following, wanted = _dense_pass(block, list(parts), dense, stream, name)
+    # in the order of the calls: what repairs one consumer changes the inputs of the next
+    order = list(wanted[0])
+    residual = _adds_up(dense[0], wanted[0], following[0])
+    refitted: dict[str, Tensor] = {}
+    for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
+        with _runs_when_cut(name):
+            equations = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+        gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
+        weight = smaller.get_parameter(f"{path}.weight")
+        _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
+        refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
+    return following, refitted
+
+
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A refitted weight, sharded as the model's own is."""
     refitted, original = weight.detach().clone(), model.get_parameter(name)
@@ -169,6 +201,28 @@ def _is_of_experts(model: nn.Module, group_set: GroupSet) -> bool:
     return any(
         part.unobservable_input and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers
     )
+
+
+def _refit_all_experts(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    stream: _Stream,
+    pruned: Sequence[Tensor],
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> Iterator[str]:
+    """Refit the experts of a block that lose channels, and give the name of each parameter once it has its new weights."""
+    touched = {e.key for e in plan.entries}
+    for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
+        yield _refit_experts(model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce)
+    if routed := [s for s in members if s.key in touched and s.routed]:
+        whole = _with_groups_of(routed, block, smaller, members, plan, model)
+        paths = refit_routed(routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce)
+        yield from (f"{name}.{path}" for path in paths)
 
 
 def _refit_experts(

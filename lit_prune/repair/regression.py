@@ -1,4 +1,4 @@
-"""Ridge regression by normal equations."""
+"""Ridge regression by normal equations, and what it leaves unexplained."""
 
 from __future__ import annotations
 
@@ -9,43 +9,24 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-
-# so that a layer with one massive channel is repaired at all. Measured on SmolLM2-135M, where one layer's mean is 3,000 times its
-# median, with 1,536 tokens (held-out loss 3.136, cut 3.621): ten times 3.418, thirty 3.419, three 3.423, the median 3.431, a λ
-# for each feature 3.461; the plain mean, which leaves that layer as it is, 3.414
-_MASSIVE = 10.0
-
-
-def typical_square(gram: Tensor) -> float:
-    """Return the mean of a Gram matrix's diagonal in which no feature counts for more than ten times the median.
-
-    Without that limit one massive channel, as most language models have, would set the damping of all others.
-
-    Args:
-        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
-    """
-    squares = gram.diagonal()
-    present = squares[squares > 0]
-    if not len(present):
-        return float(squares.mean())
-    return float(squares.clamp_max(_MASSIVE * float(present.median())).mean())
+SHARE_DAMPING = 0.1
 
 
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
-    r"""Solve :math:`\min_W \|Y - XW^T\|^2 + \lambda\|W - W_0\|^2`, λ = ``damping`` times :func:`typical_square`.
+    r"""Solve :math:`\min_W \|Y - XW^T\|^2 + \lambda\|W - W_0\|^2`, λ = ``damping`` times the mean of the Gram's diagonal.
 
     Args:
         gram: :math:`X^TX`, shape ``(inputs, inputs)``.
         cross: :math:`Y^TX`, shape ``(outputs, inputs)``.
         prior: :math:`W_0`, shape ``(outputs, inputs)``.
-        damping: λ relative to :func:`typical_square` of ``gram``, at least 0.
+        damping: λ relative to the mean of the diagonal of ``gram``, at least 0.
 
     Returns:
         W, of the prior's dtype and shape; the prior itself, with a warning, if the system cannot be solved or the
         solution is not finite or fits worse than the prior.
     """
     g, c, w = gram.double(), cross.double(), prior.double()
-    scale = typical_square(g)
+    scale = float(g.diagonal().mean())
     # the floor keeps a rank-deficient system solvable; the boosts are for those that fail all the same
     for boost in (1.0, 1e3, 1e6):
         strength = max(damping, 1e-12) * boost * scale
@@ -69,3 +50,41 @@ def _misfit(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
 
 def _relative(damping: float, gram: Tensor, tokens: Tensor) -> float:
     return damping * gram.shape[-1] / max(float(tokens), 1.0)
+
+
+def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: float) -> Tensor:
+    r"""The share of what each group of inputs adds to an output that regression on the other inputs cannot explain.
+
+    For one input that is :math:`1/(H_{jj}[H^{-1}]_{jj})`, with :math:`H=X^TX+\lambda I` one minus the squared multiple
+    correlation of input j with the others. For several, :math:`R_g=([H^{-1}]_{gg})^{-1}` is what is left of their Gram
+    matrix, and the share is :math:`\mathrm{tr}(W_gR_gW_g^T)/\mathrm{tr}(W_gH_{gg}W_g^T)`.
+
+    Args:
+        gram: :math:`X^TX`, shape ``(inputs, inputs)``.
+        weight: The consumer's weight, shape ``(outputs, inputs)``.
+        index: The inputs of every group, shape ``(groups, width)``.
+        damping: λ relative to the mean of the diagonal of ``gram``.
+
+    Returns:
+        Tensor of shape ``(groups,)`` in (0, 1]; ones if the inverse cannot be computed.
+
+    Reference: Hassibi & Stork, Optimal Brain Surgeon, NeurIPS 1992, on the inputs of one layer as in Frantar & Alistarh,
+    Optimal Brain Compression, NeurIPS 2022.
+    """
+    system = gram.double()
+    index = index.to(system.device)
+    system.diagonal().add_(max(damping, 1e-9) * float(system.diagonal().mean()))
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0:
+        return torch.ones(len(index), dtype=torch.float32, device=gram.device)
+    inverse = torch.cholesky_inverse(factor)
+    within = index[:, :, None], index[:, None, :]
+    # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)
+    factors, failed = torch.linalg.cholesky_ex(inverse[within])
+    left = torch.cholesky_inverse(factors)
+    left[failed != 0] = torch.nan
+    columns = weight.double()[:, index].movedim(0, 1)
+    before = torch.einsum("gow,gwv,gov->g", columns, system[within], columns)
+    after = torch.einsum("gow,gwv,gov->g", columns, left, columns)
+    share = (after / before.clamp_min(torch.finfo(torch.float64).tiny)).clamp(1e-6, 1.0)
+    return torch.where(share.isfinite(), share, 1.0).float()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lit_prune.architectures.features import is_convolution
 from lit_prune.architectures.layers import hidden_output
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.module_checks import filled, relative_difference, tolerance
@@ -18,8 +19,8 @@ from lit_prune.calibration.precision import Precision, accumulation_dtype
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
-from lit_prune.groups import GroupSet
-from lit_prune.repair.calls import Call
+from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.experts import StopForward
 from lit_prune.torch_internals import version_of
 
@@ -38,13 +39,25 @@ _MISSING = 1e-2
 _WAY_OUT = "Use repair='bias' or repair=None."
 
 
+def is_chain(model: nn.Module, group_sets: Sequence[GroupSet]) -> bool:
+    """Whether all groups are in blocks that are described, and none is read by a convolution.
+
+    Whether the blocks follow each other shows when they run.
+    """
+    return all(
+        s.block and not any(is_convolution(model.get_submodule(p.module)) for p in s.repairable)
+        for s in group_sets
+        if s.kind != BLOCK
+    )
+
+
 @dataclass
 class _Stream:
     """The blocks of one stack (an encoder, a decoder) with the calls that calibration made of them."""
 
     blocks: list[str]
     inputs: list[Tensor] = field(default_factory=list)
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     masks: list[Tensor | None] = field(default_factory=list)
     # by block, of what its first call gave: a sample to check a replay by, and the precision that it was computed in
     first: dict[str, tuple[Tensor, torch.dtype]] = field(default_factory=dict)
@@ -109,7 +122,7 @@ def _record(
                     f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
                     " after the other. Use repair='bias' or repair=None."
                 )
-            stream.calls[name].append(Call(rest, named, Precision.current(hidden.device)))
+            stream.calls[name].append(BlockCall(rest, named, Precision.current(hidden.device)))
 
         return before
 
@@ -256,7 +269,7 @@ def _at_positions(features: Tensor, positions: torch.Size) -> Tensor:
 
 
 def _trace(
-    block: nn.Module, paths: Sequence[str], x: Tensor, call: Call, name: str, until: str | None = None
+    block: nn.Module, paths: Sequence[str], x: Tensor, call: BlockCall, name: str, until: str | None = None
 ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
     """Run a block; give its output, and the input and output of some projections in it, in the order of their calls.
 

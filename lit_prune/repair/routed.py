@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
-from lit_prune.repair.calls import Call
+from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.regression import _relative, ridge
 
 
@@ -45,7 +45,7 @@ def refit_routed(
     smaller: nn.Module,
     plan: PruningPlan,
     inputs: Sequence[Tensor],
-    calls: Sequence[Call],
+    calls: Sequence[BlockCall],
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> list[str]:

@@ -10,22 +10,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.features import is_convolution, output_dim
+from lit_prune.architectures.module_sizes import sync_sizes
+from lit_prune.architectures.plain_modules import TRANSPOSED
 from lit_prune.distributed import shards
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
-from lit_prune.modeling_pruned import sync_features
 from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, PruningPlan, get_plan
 from lit_prune.surgery import references
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
+from lit_prune.surgery.kept_groups import groups_after_cut, model_and_group_sets, with_kept_groups
 from lit_prune.surgery.optimizer_groups import add_bias
 from lit_prune.surgery.optimizer_search import check_new_parameters, check_ownership, find_optimizers
 from lit_prune.surgery.optimizer_state import StateCutter, check_repairable, check_state, reset_histories
-from lit_prune.surgery.plan_cuts import parameter_cuts
+from lit_prune.surgery.plan_cuts import buffer_cuts, parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
+from lit_prune.torch_internals import tables
 
 
 def check_holders(
@@ -123,9 +126,10 @@ def cut(
         root: The module that holds the model, and what else may hold parameters of it; ``model`` if ``None``.
     """
     root = model if root is None else root
-    model = find_model(model)[1]
-    group_sets = find_group_sets(model, blocks=bool(plan.blocks))
+    model, group_sets = model_and_group_sets(model, plan)
+    plan = with_kept_groups(model, plan)
     cuts = parameter_cuts(model, plan, group_sets)
+    of_buffers = buffer_cuts(model, plan, group_sets)
     weights = dict(weights or {})
     previous = get_plan(model)
     composed = plan if previous is None else previous.compose(plan)
@@ -135,16 +139,11 @@ def cut(
     repaired = [name for name in weights if not _is_added(name, plan)]
     found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
-        shards.reshard(model)
-        shards.check_layout(model, group_sets)
-        if plan.biases:
-            raise PruningError(
-                f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
-                " already. Use repair='least_squares' or repair=None."
-            )
+        _prepare_sharded(model, group_sets, plan)
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
+    keep_groups = groups_after_cut(model, group_sets, plan)
 
     def undo() -> None:
         with torch.no_grad():
@@ -158,11 +157,14 @@ def cut(
         cutter.find_mirrors([model.get_parameter(name) for name in names if name in weights])
         for name in names:
             _shrink_parameter(model, name, places, cuts.get(name, []), weights.get(name), cutter, journal)
+        for name, of_one in of_buffers.items():
+            _shrink_buffer(model, name, of_one, journal)
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), cutter, journal)
         _set_attributes(model, group_sets, plan, journal)
         for entry in plan.blocks:
             _remove_blocks(model, entry, cutter, journal)
+        journal.append(keep_groups())
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
@@ -173,6 +175,17 @@ def cut(
         with torch.no_grad():
             undo_all([restore_modules, *journal])
         raise
+
+
+def _prepare_sharded(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> None:
+    """Shard what is gathered, and refuse what FSDP2 cannot follow."""
+    shards.reshard(model)
+    shards.check_layout(model, group_sets)
+    if plan.biases:
+        raise PruningError(
+            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
+            " already. Use repair='least_squares' or repair=None."
+        )
 
 
 def _check_weights(
@@ -279,17 +292,27 @@ def _shrink_parameter(
     def undo() -> None:
         parameter.requires_grad_(requires_grad)
         parameter.grad = gradient
-        for module, _ in owners:
-            sync_features(module)
 
     journal += [undo, put_back]
     parameter.grad = None
     # a layer that lost everything has no gradient to wait for, and DDP would wait
     parameter.requires_grad_(requires_grad and data.numel() > 0)
     set_data(parameter, data)
-    for module, _ in owners:
-        sync_features(module)
+    journal.extend([sync_sizes(module) for module, _ in owners])
     cutter.cut(parameter, shape, cuts, None if values is None else data - stayed)
+
+
+def _shrink_buffer(
+    model: nn.Module, name: str, cuts: Sequence[DimensionCut], journal: list[Callable[[], None]]
+) -> None:
+    """Make a buffer smaller; it stays the object that it is."""
+    buffer = model.get_buffer(name)
+    stayed, removed = cut_tensor(buffer.data, cuts)
+    owners = [m for m in model.modules() if any(b is buffer for b in tables(m)[1].values())]
+    # once settled it takes the buffer's own values: statistics may have been estimated again, and put back, since
+    journal.append(UndoCut(buffer, cuts, stayed, removed, replaced=False))
+    set_data(buffer, stayed)
+    journal.extend([sync_sizes(module) for module in owners])
 
 
 def _add_bias(
@@ -299,13 +322,14 @@ def _add_bias(
     cutter: StateCutter,
     journal: list[Callable[[], None]],
 ) -> None:
-    """Give a linear layer a bias, also in the optimizers' parameter groups."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) or module.bias is not None:
+    """Give a linear layer or a convolution a bias, also in the optimizers' parameter groups."""
+    module: Any = model.get_submodule(name)
+    if not (isinstance(module, nn.Linear) or is_convolution(module)) or module.bias is not None:
         raise PlanError(
             f"The plan adds a bias to {name!r}, which is a {type(module).__name__} that has one or takes none."
         )
-    data = torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+    outputs = module.weight.shape[output_dim(module)] * (module.groups if isinstance(module, TRANSPOSED) else 1)
+    data = torch.zeros(outputs, dtype=module.weight.dtype, device=module.weight.device)
     if values is not None:
         data.copy_(values)
     bias = nn.Parameter(data, requires_grad=module.weight.requires_grad)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.groups import BLOCK, GroupSet, check_names
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_names
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.tensors import DimensionCut
 
@@ -30,14 +30,34 @@ def parameter_cuts(
     """
     check_names(model, group_sets)
     plan.validate(group_sets)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return _cuts(dict(model.named_parameters(remove_duplicate=False)), plan, group_sets, lambda s: s.slices)
+
+
+def buffer_cuts(model: nn.Module, plan: PruningPlan, group_sets: Sequence[GroupSet]) -> dict[str, list[DimensionCut]]:
+    """What a plan means for every buffer that it touches: by buffer name, one cut for every dimension that loses something.
+
+    Args:
+        model: The model.
+        plan: A plan that fits the model.
+        group_sets: The model's group sets.
+    """
+    return _cuts(dict(model.named_buffers(remove_duplicate=False)), plan, group_sets, lambda s: s.buffers)
+
+
+def _cuts(
+    tensors: Mapping[str, Tensor],
+    plan: PruningPlan,
+    group_sets: Sequence[GroupSet],
+    slices: Callable[[GroupSet], Sequence[Slice]],
+) -> dict[str, list[DimensionCut]]:
+    """By name, what stays and what is removed, all sets that have parts of one tensor together."""
     by_key = {s.key: s for s in group_sets}
     masks: dict[tuple[str, int], Tensor] = {}
     for entry in plan.group_entries:
         group_set = by_key[entry.key]
         removed = group_set.kept_to_removed(entry.kept)
-        for part in group_set.slices:
-            length = parameters[part.parameter].shape[part.dim]
+        for part in slices(group_set):
+            length = tensors[part.parameter].shape[part.dim]
             mask = masks.setdefault((part.parameter, part.dim), torch.ones(length, dtype=torch.bool))
             mask[part.index[removed].flatten()] = False
     cuts: dict[str, list[DimensionCut]] = {}

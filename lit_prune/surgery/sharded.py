@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.distributed import shards
-from lit_prune.modeling_pruned import sync_features
 from lit_prune.surgery.optimizer_groups import replace_in_groups
 from lit_prune.surgery.optimizer_state import StateCutter
 from lit_prune.surgery.sharded_tensors import ShardedCut
@@ -56,7 +56,7 @@ def _put(
 ) -> DTensor:
     new: Any = shards.replace(model, old, whole)
     for module, _ in owners:
-        sync_features(module)
+        sync_sizes(module)
     replace_in_groups(cutter.optimizers, old, new)
     cutter.rename(old, new)
     return new

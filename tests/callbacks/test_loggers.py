@@ -20,8 +20,6 @@ from wandb.proto import wandb_internal_pb2
 from lit_prune import GroupTable, PruningError, PruningPlan
 from lit_prune.callbacks import PruningReport, wandb_run
 
-pytestmark = pytest.mark.core
-
 
 def records(file):
     """The records of a .wandb file: a header of 7 bytes, then blocks of 32 KiB that hold records in fragments."""

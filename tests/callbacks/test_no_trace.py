@@ -20,8 +20,9 @@ from test_pruning import corpus
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from conftest import tiny
+from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks import StructuredPruning
-from lit_prune.callbacks.snapshot import Snapshot, random_state_kept
+from lit_prune.callbacks.snapshot import Snapshot
 from lit_prune.callbacks.write_guard import WriteGuard, checksum
 
 

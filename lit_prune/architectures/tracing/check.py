@@ -1,0 +1,170 @@
+"""Keeps only the group sets for which a masked model and a cut model compute the same on the example batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
+from lit_prune.architectures.tracing.mode import plain_kernels
+from lit_prune.architectures.tracing.sets import FoundSet
+from lit_prune.architectures.tracing.trial import masked, telling_values, without
+from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tree_leaves
+
+_RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
+_RELATIVE_HALF = 3e-2
+_AFTER_A_FAILURE = 3
+
+
+class Check:
+    """Compares the masked and the cut model, and settles which integers follow which set.
+
+    Args:
+        model: The model.
+        run: Runs the example batch.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        self._model = model
+        self._run = run
+        self._choices: dict[Any, Any] = {}
+        self._failed: set[Any] = set()
+        self.failures: dict[tuple[str, str], str] = {}
+
+    def passing(self, found: Sequence[FoundSet]) -> list[GroupSet]:
+        """The sets that pass, with the attributes and adaptations that they need."""
+        with telling_values(self._model):
+            accepted = self._accepted(list(found))
+            # sets that pass alone may still not pass together
+            while accepted and (problem := self.problem([s for s, _ in accepted])) is not None:
+                accepted = self._thinned(accepted, problem)
+        return [s for s, _ in accepted]
+
+    def _accepted(self, found: list[FoundSet]) -> list[tuple[GroupSet, FoundSet]]:
+        """Check all at once; where that fails, one of each pattern by itself, then all again, then halves."""
+        sets = [with_proposal(self._model, f, self._preferred(f)) for f in found]
+        if not found or self.problem(sets) is None:
+            return list(zip(sets, found, strict=True))
+        for one in {_pattern(self._model, f): f for f in found}.values():
+            self._settle(one)
+        return self._halved(found)
+
+    def _halved(self, found: list[FoundSet]) -> list[tuple[GroupSet, FoundSet]]:
+        sets = [with_proposal(self._model, f, self._preferred(f)) for f in found]
+        if not found or self.problem(sets) is None:
+            return list(zip(sets, found, strict=True))
+        if len(found) == 1:
+            settled = self._settle(found[0])
+            return [] if settled is None else [(settled, found[0])]
+        middle = len(found) // 2
+        return [*self._halved(found[:middle]), *self._halved(found[middle:])]
+
+    def _thinned(self, accepted: list[tuple[GroupSet, FoundSet]], problem: str) -> list[tuple[GroupSet, FoundSet]]:
+        """The sets that pass one after the other with those before them."""
+        kept: list[tuple[GroupSet, FoundSet]] = []
+        for item in accepted:
+            if self.problem([s for s, _ in (*kept, item)]) is None:
+                kept.append(item)
+            else:
+                self.failures[item[0].key] = f"with the other sets: {problem}"
+        return kept
+
+    def _preferred(self, found: FoundSet) -> Proposal:
+        options = proposals(self._model, found)
+        chosen = self._choices.get(_pattern(self._model, found))
+        return next((o for o in options if o.pattern == chosen), options[0])
+
+    def _settle(self, found: FoundSet) -> GroupSet | None:
+        """The set with the first integers with which it passes; ``None`` if it passes with none."""
+        first = None
+        pattern = _pattern(self._model, found)
+        options = list(dict.fromkeys([self._preferred(found), *proposals(self._model, found)]))
+        # where nothing helped a set of the same role, little is tried
+        for proposal in options[: _AFTER_A_FAILURE if pattern in self._failed else None]:
+            candidate = with_proposal(self._model, found, proposal)
+            problem = self.problem([candidate])
+            if problem is None:
+                self._choices[pattern] = proposal.pattern
+                self.failures.pop(found.group_set.key, None)
+                return candidate
+            first = first or problem
+        self._failed.add(pattern)
+        self.failures[found.group_set.key] = first or ""
+        return None
+
+    def unchecked(self, found: FoundSet) -> GroupSet:
+        """The set with the integers that are likeliest to follow it."""
+        return with_proposal(self._model, found, self._preferred(found))
+
+    def problem(self, sets: Sequence[GroupSet]) -> str | None:
+        """How the cut model differs from the masked one if a random half of every set is removed; ``None`` if not at all."""
+        generator = torch.Generator().manual_seed(len(sets))
+        removed = [torch.randperm(s.size, generator=generator)[: max(1, s.size // 2)].sort().values for s in sets]
+        with masked(self._model, sets, removed):
+            expected = self._outputs()
+        try:
+            with without(self._model, sets, removed):
+                found = self._outputs()
+        # whatever the user's forward raises with other sizes
+        except Exception as error:
+            return f"the cut model does not run ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+        return _difference(expected, found)
+
+    def _outputs(self) -> list[Tensor]:
+        """All floating-point tensors that the run and the model return."""
+        captured: list[Any] = []
+        handle = self._model.register_forward_hook(lambda module, args, output: captured.append(output))
+        try:
+            with _same_state(self._model), torch.no_grad(), plain_kernels():
+                captured.append(self._run())
+        finally:
+            handle.remove()
+        tensors = [t for t in tree_leaves(captured) if isinstance(t, Tensor) and t.is_floating_point()]
+        return [t.detach().clone() for t in tensors]
+
+
+def _pattern(model: nn.Module, found: FoundSet) -> tuple[Any, ...]:
+    """What sets of the same role in several blocks have in common."""
+    owners = tuple(type(model.get_submodule(s.module)).__name__ for s in found.group_set.slices)
+    around = tuple(type(model.get_submodule(m)).__name__ for m in found.modules)
+    last = tuple(s.parameter.rpartition(".")[0].rpartition(".")[2] for s in found.group_set.slices)
+    last = tuple("" if name.isdigit() else name for name in last)
+    return found.group_set.kind, owners, around, last
+
+
+@contextlib.contextmanager
+def _same_state(model: nn.Module) -> Iterator[None]:
+    """Seed the random numbers, and put them and the buffers back afterwards."""
+    buffers = [(b, b.data, b.data.clone()) for b in model.buffers()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for buffer, data, values in buffers:
+            buffer.data = data
+            buffer.data.copy_(values)
+
+
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return "the cut model returns tensors of other shapes"
+    worst = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if not a.numel():
+            continue
+        tolerance = _RELATIVE.get(a.dtype, _RELATIVE_HALF)
+        a, b = a.double(), b.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        scale = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_tensor(1.0)
+        error = torch.where(same, 0.0, (a - b).abs()).max() / scale.clamp_min(1e-30)
+        worst = max(worst, float("inf") if error.isnan() else float(error) / tolerance)
+    if worst > 1:
+        return f"masked and cut outputs differ by {worst:.3g} times the tolerance"
+    return None

@@ -1,0 +1,131 @@
+"""Which integers of a user's own modules have to follow the number of groups: proposals, which the check decides on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from torch import Tensor, nn
+
+from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
+from lit_prune.architectures.fitting_shapes import fitting_shapes
+from lit_prune.architectures.tracing.sets import FoundSet
+from lit_prune.groups import Adaptation, Attribute, GroupSet
+
+ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
+    "fewer_heads": fewer_heads,
+    "no_nested_tensors": no_nested_tensors,
+    "fitting_shapes": fitting_shapes,
+}
+"""The adaptations that traced group sets may have, by the names that stand for them in files."""
+
+_ALL_SUBSETS_UP_TO = 4
+_WITH_FITTING_SHAPES = 4
+
+
+def adaptation_name(adaptation: Adaptation) -> str:
+    """The name in :data:`ADAPTATIONS` of what an adaptation applies."""
+    return next(name for name, apply in ADAPTATIONS.items() if apply is adaptation.apply)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What may have to follow a group set.
+
+    Args:
+        attributes: Integers of modules.
+        reshaping: Names of modules that need the adaptation ``"fitting_shapes"``.
+    """
+
+    attributes: tuple[Attribute, ...]
+    reshaping: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> tuple[tuple[str, ...], bool]:
+        """What proposals for sets of the same role in several blocks have in common."""
+        return tuple(a.name for a in self.attributes), bool(self.reshaping)
+
+
+def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> GroupSet:
+    """The group set with what is proposed, and with what modules of PyTorch need."""
+    adaptations = (
+        *_adaptations_of(model, found.group_set),
+        *(Adaptation(name, fitting_shapes) for name in proposal.reshaping),
+    )
+    return replace(found.group_set, attributes=proposal.attributes, adaptations=adaptations)
+
+
+def _adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
+    """What modules of PyTorch need besides smaller parameters to run with fewer of these groups."""
+    adaptations: dict[tuple[str, str], Adaptation] = {}
+    for name in dict.fromkeys(s.module for s in found.slices if s.parameter.endswith("in_proj_weight")):
+        if not isinstance(model.get_submodule(name), nn.MultiheadAttention):
+            continue
+        adaptations["fewer_heads", name] = Adaptation(name, fewer_heads)
+        parent = name
+        while parent:
+            parent = parent.rpartition(".")[0]
+            if hasattr(model.get_submodule(parent), "use_nested_tensor"):
+                adaptations["no_nested_tensors", parent] = Adaptation(parent, no_nested_tensors)
+    return tuple(adaptations.values())
+
+
+def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
+    """What may have to follow a group set, the likeliest first.
+
+    Args:
+        model: The model.
+        found: The group set.
+    """
+    group_set = found.group_set
+    counting: list[Attribute] = []
+    widths: list[Attribute] = []
+    multiples: list[Attribute] = []
+    positions = {s.index.numel() for s in group_set.slices}
+    for attribute, value in _integers(model, found):
+        if value == group_set.size:
+            counting.append(attribute)
+        elif value in positions:
+            widths.append(attribute)
+        else:
+            multiples.append(attribute)
+    orders: list[tuple[Attribute, ...]] = [(), (*counting, *widths), tuple(counting), tuple(widths)]
+    if found.is_heads:
+        orders = [*orders[1:], ()]
+    both = (*counting, *widths)
+    if len(both) <= _ALL_SUBSETS_UP_TO:
+        orders += [c for n in range(len(both), 0, -1) for c in combinations(both, n)]
+    else:
+        orders += [(c, *widths) for c in counting] + [(*counting, w) for w in widths]
+        orders += [(a,) for a in both] + [tuple(b for b in both if b is not a) for a in both]
+    if found.is_heads:
+        # query heads, of which every group has several
+        several = [c for n in (1, 2) for c in combinations(multiples, n)]
+        bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])
+        orders += [(*base, *c) for c in several for base in bases]
+    orders = list(dict.fromkeys(orders))
+    reshaping = tuple(m for m in found.modules if not _is_standard(model.get_submodule(m)))
+    fitting = [Proposal(o, reshaping) for o in orders[:_WITH_FITTING_SHAPES]] if reshaping else []
+    return [*map(Proposal, orders), *fitting]
+
+
+def _integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, int]]:
+    """Integers of the modules around a set that may count its groups, several things in each, or positions of a parameter."""
+    size = found.group_set.size
+    positions = {s.index.numel() for s in found.group_set.slices}
+    names = [*found.modules, *(s.module for s in found.group_set.slices)]
+    for name in dict.fromkeys(names):
+        module = model.get_submodule(name)
+        if _is_standard(module):
+            continue
+        for key, value in vars(module).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+                several = value % size == 0 and any(p % value == 0 for p in positions)
+                if value in positions or several:
+                    yield Attribute(name, key, value // size), value
+
+
+def _is_standard(module: nn.Module) -> bool:
+    """Whether a module's integers are PyTorch's, which follow its parameters."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)

@@ -1,0 +1,130 @@
+"""Masking and cutting of groups for a moment, to compare what the model computes either way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.architectures.module_sizes import sync_sizes
+from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tables
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> Iterator[None]:
+    """The model while the weights that read some groups are zero.
+
+    Args:
+        model: The model.
+        sets: Group sets.
+        removed: For every set, the indices of the groups.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before: dict[str, Tensor] = {}
+    try:
+        for group_set, groups in zip(sets, removed, strict=True):
+            for part in group_set.consumers:
+                data = parameters[part.parameter].data
+                before.setdefault(part.parameter, data.clone())
+                data.index_fill_(part.dim, part.index[groups].flatten().to(data.device), 0)
+        yield
+    finally:
+        for name, data in before.items():
+            parameters[name].data.copy_(data)
+
+
+@contextlib.contextmanager
+def without(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor]) -> Iterator[None]:
+    """The model while some groups are removed from it.
+
+    Args:
+        model: The model.
+        sets: Group sets.
+        removed: For every set, the indices of the groups.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        _cut(model, sets, removed, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], undo: list[Callable[[], None]]) -> None:
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    stay: dict[tuple[str, int], Tensor] = {}
+    for group_set, groups in zip(sets, removed, strict=True):
+        for part in (*group_set.slices, *group_set.buffers):
+            length = tensors[part.parameter].shape[part.dim]
+            mask = stay.setdefault((part.parameter, part.dim), torch.ones(length, dtype=torch.bool))
+            mask[part.index[groups].flatten()] = False
+    places: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        parameters, buffers, _ = tables(module)
+        for tensor in (*parameters.values(), *buffers.values()):
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append(module)
+    touched: dict[int, nn.Module] = {}
+    for (name, dim), mask in stay.items():
+        tensor = tensors[name]
+        undo.append(_restore(tensor, tensor.data))
+        tensor.data = tensor.data.index_select(dim, mask.nonzero().flatten().to(tensor.device))
+        touched.update((id(m), m) for m in places[id(tensor)])
+    undo.extend([sync_sizes(module) for module in touched.values()])
+    for group_set, groups in zip(sets, removed, strict=True):
+        kept = group_set.kept_to_removed(groups.tolist())
+        for attribute in group_set.attributes:
+            module = model.get_submodule(attribute.module)
+            undo.append(_reset(module, attribute.name, getattr(module, attribute.name)))
+            setattr(module, attribute.name, attribute.per_group * len(kept))
+        for adaptation in group_set.adaptations:
+            undo.append(adaptation.apply(model.get_submodule(adaptation.module), kept))
+
+
+def _restore(tensor: Tensor, data: Tensor) -> Callable[[], None]:
+    def undo() -> None:
+        tensor.data = data
+
+    return undo
+
+
+def _reset(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+    return lambda: setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def telling_values(model: nn.Module) -> Iterator[None]:
+    """The model with random values where a parameter is constant or tiny, so that no wrong cut hides behind zeros.
+
+    Residual branches often start at zero (zero scales of norms, layer scales of 1e-5): what is computed in them would make
+    no difference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    before: list[tuple[Tensor, Tensor]] = []
+    seen: set[int] = set()
+    try:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point() or tensor.numel() < 2 or id(tensor) in seen or tensor.is_meta:
+                continue
+            seen.add(id(tensor))
+            flat = tensor.data.flatten()
+            if not (bool((flat == flat[0]).all()) or float(flat.abs().max()) < 1e-3):
+                continue
+            before.append((tensor, tensor.data.clone()))
+            values = torch.rand(tensor.shape, generator=generator) + 0.5
+            if tensor.dim() > 1:
+                values = (values - 1) * 2 * (tensor.numel() / len(tensor)) ** -0.5
+            elif "bias" in name or "mean" in name:
+                values = (values - 1) * 0.2
+            tensor.data.copy_(values)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data.copy_(data)

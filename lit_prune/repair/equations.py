@@ -1,0 +1,83 @@
+"""Normal equations of one layer, added up in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.reduce import piece_size
+from lit_prune.repair.regression import _relative, ridge
+
+
+class Equations:
+    """The products of a layer's inputs with each other and with what it should give, over rows.
+
+    Products of a piece of rows are computed in float32 (float64 if the rows are), and added up in float64.
+
+    Args:
+        inputs: Number of inputs of a row.
+        outputs: Number of outputs.
+        layer: The layer; the sums are where its weight is.
+    """
+
+    def __init__(self, inputs: int, outputs: int, layer: nn.Module) -> None:
+        device = next(layer.parameters()).device
+        # Apple's devices have no float64
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        self.gram = torch.zeros(inputs, inputs, dtype=precision, device=device)
+        self.cross = torch.zeros(outputs, inputs, dtype=precision, device=device)
+        self.input_sum = torch.zeros(inputs, dtype=precision, device=device)
+        self.output_sum = torch.zeros(outputs, dtype=precision, device=device)
+        self.rows = torch.zeros((), dtype=precision, device=device)
+        self._usable = True
+
+    def give_up(self) -> None:
+        """Let the layer keep its weights."""
+        self._usable = False
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            inputs: Shape ``(rows, inputs)``.
+            outputs: Shape ``(rows, outputs)``.
+        """
+        step = max(1, piece_size(inputs.device) // max(1, inputs.shape[1]))
+        for a, b in zip(inputs.split(step), outputs.split(step), strict=True):
+            precision = accumulation_dtype(a.dtype)
+            a, b = a.to(precision), b.to(precision)
+            self.gram += transposed_product(a, a)
+            self.cross += transposed_product(b, a)
+            self.input_sum += a.sum(dim=0)
+            self.output_sum += b.sum(dim=0)
+            self.rows += len(a)
+
+    def add_up(self, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
+        """Add up what several processes have; no rows are left if one of them gave up."""
+        usable = torch.tensor(int(not self._usable))
+        if all_reduce is not None:
+            for name in ("gram", "cross", "input_sum", "output_sum", "rows"):
+                setattr(self, name, all_reduce(getattr(self, name)))
+            usable = all_reduce(usable)
+        if int(usable):
+            self.rows.zero_()
+
+    def solve(self, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+        """The weights, and the bias if there is one, that fit best.
+
+        Args:
+            weight: Those that ridge regression prefers, shape ``(outputs, inputs)``.
+            bias: The bias, shape ``(outputs,)``. It is not damped: the fit is of what is left of inputs and outputs without
+                their means.
+            damping: As of :func:`lit_prune.repair.refit.least_squares`.
+        """
+        if bias is None:
+            return ridge(self.gram, self.cross, weight, _relative(damping, self.gram, self.rows)), None
+        gram = self.gram - self.input_sum[:, None] * (self.input_sum / self.rows)
+        cross = self.cross - self.output_sum[:, None] * (self.input_sum / self.rows)
+        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows))
+        shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.rows
+        return solved, shift.to(bias.dtype)

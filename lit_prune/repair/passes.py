@@ -1,0 +1,302 @@
+"""Runs a model on the same calibration batches again and again, and looks at what its layers read and give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.evaluation import evaluation_mode, is_observed
+from lit_prune.calibration.module_checks import relative_difference, tolerance
+from lit_prune.calibration.random_state import random_state, random_state_kept
+from lit_prune.calibration.statistics import SKIPPED
+from lit_prune.calibration.token_masks import TokenMasks
+from lit_prune.errors import PruningError, UnsupportedModelError
+
+T = TypeVar("T")
+
+Data = Callable[[], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]]
+
+WAY_OUT = "Use repair='bias' or repair=None."
+
+# values of an input that are kept to tell batches apart by
+_SAMPLE = 4096
+
+
+def sample(values: Tensor) -> Tensor:
+    """Some values of a tensor, spread over all of it."""
+    return values.detach().flatten()[:: max(1, values.numel() // _SAMPLE)].clone()
+
+
+class Call:
+    """One call of a layer within a pass.
+
+    Args:
+        name: Path of the layer.
+        module: The layer.
+        run: Number of the batch, of all that were run.
+        batch: Number of the batch, of those that counted.
+        number: How many calls of the layer the batch had before.
+        given: What it was called with.
+        output: What it gave; ``None`` before it has run.
+        masks: Tells which positions are real.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        run: int,
+        batch: int,
+        number: int,
+        given: Sequence[Any],
+        output: Any,
+        masks: TokenMasks,
+    ) -> None:
+        self.name, self.module = name, module
+        self.run, self.batch, self.number = run, batch, number
+        self._given, self._output, self._masks = given, output, masks
+
+    @property
+    def inputs(self) -> Tensor:
+        """The tensor that the layer was called with, without a graph. It may be changed in place once the hook is over.
+
+        Raises:
+            UnsupportedModelError: If it was called with none.
+        """
+        found = next((a for a in self._given if isinstance(a, Tensor)), None)
+        if found is None:
+            raise self._unsupported(f"was called with {[type(a).__name__ for a in self._given]}")
+        return found.detach()
+
+    @property
+    def output(self) -> Tensor:
+        """The tensor that the layer gave, likewise.
+
+        Raises:
+            UnsupportedModelError: If it gave something else.
+        """
+        if not isinstance(self._output, Tensor):
+            raise self._unsupported(f"gave a {type(self._output).__name__}")
+        return self._output.detach()
+
+    def mask(self, hidden: Tensor) -> Tensor | None:
+        """The mask of hidden states with features last, see :meth:`TokenMasks.of`."""
+        return self._masks.of(hidden)
+
+    def _unsupported(self, found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.name} ({type(self.module).__name__}) {found}; expected a tensor.")
+
+
+class Passes:
+    """Runs the same calibration batches in every pass, with the same random numbers.
+
+    Args:
+        model: The model.
+        data: Gives a context with the batches and a function that runs one of them.
+        root: The module that holds the model, if running a batch runs more than the model.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, root: nn.Module | None) -> None:
+        self._model = model
+        self._root = model if root is None else root
+        self._data = data
+        self._rewind = random_state()
+        # the layer that runs first, and by batch some values of what it reads
+        self._first: str | None = None
+        self._samples: list[Tensor] = []
+        self._runs: int | None = None
+
+    def check_batches_by(self, name: str) -> None:
+        """Refuse later passes with other batches, by the input of a layer that no change of the model has an effect on."""
+        self._first = name
+
+    @torch.no_grad()
+    def run(
+        self,
+        names: Iterable[str],
+        take: Callable[[Call], T],
+        use: Callable[[Mapping[str, Sequence[T]]], None],
+        *,
+        within: contextlib.AbstractContextManager[Any] | None = None,
+        before: Callable[[Call], Any] | None = None,
+        compare: bool = True,
+    ) -> int:
+        """Run all batches once.
+
+        Args:
+            names: Paths of layers.
+            take: Called after every call of these layers; what it gives is kept until the batch is over.
+            use: Called after every batch that counts with what was taken, by layer and in the order of its calls.
+            within: A context to run the batches in.
+            before: Called before every call of these layers.
+            compare: Whether the batches have to show the layer of :meth:`check_batches_by` what they did before.
+
+        Returns:
+            Number of batches that counted.
+
+        Raises:
+            UnsupportedModelError: If the batches are not those of the passes before, or one cannot be run again.
+        """
+        taken: dict[str, list[T]] = {}
+        watched = {name: self._model.get_submodule(name) for name in dict.fromkeys(names)}
+        masks = TokenMasks(self._model, watched)
+        count, runs = 0, 0
+
+        def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
+            given = (*args, *kwargs.values())
+            return Call(name, watched[name], runs, count, len(taken.get(name, ())), given, output, masks)
+
+        def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            value = take(call(name, args, kwargs, output))
+            taken.setdefault(name, []).append(value)
+
+        def ahead(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            assert before is not None
+            before(call(name, args, kwargs))
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            self._rewind()
+            batches, forward = stack.enter_context(self._data())
+            stack.enter_context(evaluation_mode(self._root))
+            stack.enter_context(within or contextlib.nullcontext())
+            stack.enter_context(masks)
+            sampler = stack.enter_context(self._sampled(compare))
+            stack.enter_context(_hooked(watched, after, None if before is None else ahead))
+            for batch in batches:
+                masks.start_batch(batch)
+                taken.clear()
+                sampler.clear()
+                runs += 1
+                with _rerun(runs - 1):
+                    skipped = forward(batch) is SKIPPED
+                if skipped:
+                    continue
+                self._compare(count, sampler)
+                use(taken)
+                count += 1
+        self._check_number(runs)
+        return count
+
+    def _check_number(self, runs: int) -> None:
+        self._runs = runs if self._runs is None else self._runs
+        if runs != self._runs:
+            raise UnsupportedModelError(
+                f"The calibration batches were {self._runs} at first and {runs} now; layers are refitted in several passes over"
+                " the same batches. Give a list or a dataloader, not an iterator."
+            )
+
+    @contextlib.contextmanager
+    def _sampled(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """Some values of what the first layer reads, for the batch at hand, if they are wanted."""
+        found: list[Tensor] = []
+        if self._first is None or not wanted:
+            yield found
+            return
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if is_observed() and not found and args:
+                found.append(sample(args[0]))
+
+        handle = self._model.get_submodule(self._first).register_forward_pre_hook(hook)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    def _compare(self, number: int, found: Sequence[Tensor]) -> None:
+        if not found:
+            return
+        if number == len(self._samples):
+            self._samples.append(found[0])
+            return
+        known = self._samples[number] if number < len(self._samples) else None
+        if known is None or not relative_difference(found[0], known) <= tolerance(known.dtype):
+            raise UnsupportedModelError(
+                f"Calibration batch {number} is not the same every time that the batches are run (what {self._first} reads"
+                " differs), so that layers cannot be refitted one after the other. Give batches in a fixed order and without"
+                f" random numbers of their own. {WAY_OUT}"
+            )
+
+
+@contextlib.contextmanager
+def _hooked(
+    watched: Mapping[str, nn.Module], after: Callable[..., None], before: Callable[..., None] | None
+) -> Iterator[None]:
+    """Call ``before`` and ``after`` around every observed call of some layers.
+
+    Args:
+        watched: The layers, by path.
+        after: Called with path, arguments, keyword arguments and output.
+        before: Called with path, arguments and keyword arguments.
+    """
+
+    def hook(function: Callable[..., None], name: str, _: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if is_observed():
+            with torch.no_grad():
+                function(name, args, kwargs, *output)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in watched.items():
+            if before is not None:
+                ahead = partial(hook, before, name)
+                stack.callback(module.register_forward_pre_hook(ahead, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(hook, after, name), with_kwargs=True).remove)
+        yield
+
+
+@contextlib.contextmanager
+def _rerun(number: int) -> Iterator[None]:
+    """Turn an error in a batch that calibration has run before into one that says so.
+
+    Raises:
+        UnsupportedModelError: In place of what the model raised; memory that runs out, and our own errors, stay.
+    """
+    try:
+        yield
+    except (PruningError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"Calibration batch {number} ran before, and cannot be run again ({type(error).__name__}: {error}). {WAY_OUT}"
+        ) from error
+
+
+class Replacements:
+    """Other values of some parameters of a model, for as long as :meth:`applied` lasts.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # by identity: a parameter may have several names
+        self._values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The replacement of a parameter, to be changed in place; a copy of the parameter to begin with."""
+        parameter = self._model.get_parameter(name)
+        if id(parameter) not in self._values:
+            self._values[id(parameter)] = parameter, parameter.detach().clone()
+        return self._values[id(parameter)][1]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the parameters have the replaced values; undone at the end, bit for bit."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for parameter, value in self._values.values():
+                    before.append((parameter, parameter.detach().clone()))
+                    parameter.copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, old in before:
+                    tensor.copy_(old)
