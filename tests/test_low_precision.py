@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from convolution_cases import TwoReaders
 from torch import nn
+from torch.nn import functional
 
 from conftest import SMALL, tiny, uneven_kept
 from lit_prune import PruningPlan, find_group_sets
@@ -62,6 +64,22 @@ def loss_of(model):
     return lambda batch: model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
+def convolutions(norm=True):
+    """A model of convolutions that is no chain of blocks, its groups, batches and the loss on one."""
+    torch.manual_seed(0)
+    model = TwoReaders(norm)
+    model(torch.randn(64, 2, 8, 8))
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(6, 2, 8, 8, generator=generator) for _ in range(3)]
+
+    def loss(batch):
+        weight = model.stem.weight
+        return functional.cross_entropy(model(batch.to(weight.dtype)).to(weight.dtype), torch.arange(6) % 3)
+
+    return model, model.group_sets(), images, loss
+
+
 # sums
 
 
@@ -109,23 +127,45 @@ def test_statistics_do_not_depend_on_the_default_dtype_and_are_those_of_float64(
         torch.testing.assert_close(wanted[name].double(), exact[name].double(), rtol=5e-3, atol=1e-9)
 
 
-def derivatives_by_hand(model, group_sets, loss):
+def test_statistics_of_channels_do_not_depend_on_the_default_dtype_and_are_those_of_float64():
+    names = [n for n in CRITERIA if n != "output_wanda"]
+    criteria = {name: get_criterion(name) for name in names}
+    terms = [term for criterion in criteria.values() for term in criterion.terms]
+
+    def found(dtype, default):
+        model, group_sets, images, loss = convolutions()
+        model.to(dtype)
+        with default_dtype(default):
+            statistics = collect_statistics(model, group_sets, images, loss, terms, activations=True)
+            parameters = dict(model.named_parameters())
+            return {n: torch.cat(group_importance(c, parameters, group_sets, statistics)) for n, c in criteria.items()}
+
+    wanted, exact = found(torch.float32, torch.float32), found(torch.float64, torch.float32)
+    for low in LOW:
+        for name, value in found(torch.float32, low).items():
+            assert value.dtype == torch.float32 and torch.equal(value, wanted[name]), name
+    for name in names:
+        torch.testing.assert_close(wanted[name].double(), exact[name].double(), rtol=5e-3, atol=1e-9)
+
+
+def derivatives_by_hand(model, group_sets, loss, data=None, over=lambda x: x.sum(dim=1)):
     """By consumer, for each batch and sample: the sum over tokens of input times gradient, both as the model has them."""
     taken = {part.module: [] for s in group_sets for part in s.consumers}
     handles = []
     for name, found in taken.items():
 
         def hook(_, args, found=found):
-            # retain_grad in place of a mask
-            args[0].retain_grad()
-            found.append(args[0])
+            # retain_grad in place of a mask; a view, as other layers may read the same tensor
+            found.append(args[0].view_as(args[0]))
+            found[-1].retain_grad()
+            return (found[-1],)
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    for batch in batches():
+    for batch in data or batches():
         loss(batch).backward()
     for handle in handles:
         handle.remove()
-    return {n: [(x.double() * x.grad.double()).sum(dim=1) for x in found] for n, found in taken.items()}
+    return {n: [over(x.double() * x.grad.double()) for x in found] for n, found in taken.items()}
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -144,6 +184,27 @@ def test_the_statistics_of_a_model_of_16_bits_are_sums_of_its_values_in_float64(
     with default_dtype(dtype):
         statistics = collect_statistics(model, group_sets, batches(), small, criterion.terms, activations=True)
     (term,) = criterion.terms
+    for group_set in group_sets:
+        expected = 0.0
+        for part in group_set.consumers:
+            expected = torch.cat([d[:, part.index].sum(dim=2) * len(d) for d in by_hand[part.module]]) + expected
+        found = statistics.reduced[term, group_set.key, 0]
+        torch.testing.assert_close(found.double(), expected.square().mean(dim=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_fisher_of_channels_of_16_bits_is_that_of_their_values_in_float64(dtype):
+    model, group_sets, images, loss = convolutions(norm=False)
+    model.to(dtype)
+
+    def small(batch):
+        return loss(batch) * 1e-3
+
+    by_hand = derivatives_by_hand(model, group_sets, small, images, lambda x: x.flatten(2).sum(2) if x.dim() > 2 else x)
+    model.zero_grad()
+    (term,) = get_criterion("fisher").terms
+    with default_dtype(dtype):
+        statistics = collect_statistics(model, group_sets, images, small, [term])
     for group_set in group_sets:
         expected = 0.0
         for part in group_set.consumers:
@@ -189,6 +250,17 @@ def test_fisher_values_do_not_depend_on_the_scale_of_the_loss():
             )
         for key, value in plain.reduced.items():
             torch.testing.assert_close(scaled.reduced[key], value, rtol=1e-4, atol=0)
+
+
+def test_fisher_values_of_channels_do_not_depend_on_the_scale_of_the_loss():
+    model, group_sets, images, loss = convolutions()
+    terms = get_criterion("fisher").terms
+    plain = collect_statistics(model, group_sets, images, loss, terms)
+    with scaled_loss(1024.0):
+        scaled = collect_statistics(model, group_sets, images, lambda batch: loss(batch) * 1024.0, terms)
+    assert plain.reduced
+    for key, value in plain.reduced.items():
+        torch.testing.assert_close(scaled.reduced[key], value, rtol=1e-4, atol=0)
 
 
 # whether a block adds up
@@ -290,6 +362,30 @@ def test_autocast_around_all_of_it_changes_no_sum(family):
         assert torch.equal(weight, around[name]), name
     for key, share in shares.items():
         assert torch.equal(share, shares_around[key]), key
+
+
+def test_autocast_around_all_of_it_changes_no_sum_of_layers_in_module_order():
+    model, group_sets, images, loss = convolutions()
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    seen = set()
+    model.first.register_forward_hook(lambda _, __, y: seen.add((y.dtype, torch.get_default_dtype())))
+
+    def low(batch):
+        with default_dtype(torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+            return loss(batch)
+
+    inside = least_squares(model, group_sets, plan, images, low)
+    shares = unexplained_shares(model, group_sets, images, low)
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    with default_dtype(torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        around = least_squares(model, group_sets, plan, images, loss)
+        shares_around = unexplained_shares(model, group_sets, images, loss)
+    assert inside and inside.keys() == around.keys()
+    for name, weight in inside.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, around[name]), name
+    assert shares and shares.keys() == shares_around.keys()
+    for key, share in shares.items():
+        assert share.dtype == torch.float32 and torch.equal(share, shares_around[key]), key
 
 
 def test_a_precision_is_put_back_after_an_error():

@@ -295,8 +295,10 @@ class Replacements:
                 for parameter, value in self._values.values():
                     before.append((parameter, parameter.detach().clone()))
                     parameter.copy_(value)
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
                 for tensor, old in before:
                     tensor.copy_(old)
+            torch.clear_autocast_cache()
