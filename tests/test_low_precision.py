@@ -14,15 +14,19 @@ from torch.nn import functional
 
 from conftest import SMALL, tiny, uneven_kept
 from lit_prune import PruningPlan, find_group_sets
+from lit_prune.architectures.tracing import trial
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.precision import Precision, scaled_loss, transposed_product
+from lit_prune.ranking.candidates import masked
 from lit_prune.ranking.importance import group_importance
 from lit_prune.ranking.registry import get_criterion
 from lit_prune.repair.calls import copy_to_cut
+from lit_prune.repair.passes import Replacements
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
 from lit_prune.repair.replay import _adds_up, _dense_pass, _record
+from lit_prune.surgery.apply import cut
 
 ROOT = Path(__file__).parent.parent
 LOW = [torch.bfloat16, torch.float16]
@@ -386,6 +390,52 @@ def test_autocast_around_all_of_it_changes_no_sum_of_layers_in_module_order():
     assert shares and shares.keys() == shares_around.keys()
     for key, share in shares.items():
         assert share.dtype == torch.float32 and torch.equal(share, shares_around[key]), key
+
+
+@contextlib.contextmanager
+def cut_and_back(model, group_sets, plan):
+    with evaluation_mode(model):
+        undo = cut(model, plan)
+        try:
+            yield
+        finally:
+            undo()
+
+
+def replaced(model, group_sets, plan):
+    values = Replacements(model)
+    values[group_sets[0].consumers[0].parameter].zero_()
+    return values.applied()
+
+
+def masked_in_trial(model, group_sets, plan):
+    return trial.masked(model, group_sets[:1], [torch.tensor([0])])
+
+
+def cut_in_trial(model, group_sets, plan):
+    return trial.without(model, group_sets[:1], [torch.tensor([0])])
+
+
+@pytest.mark.parametrize("change", [masked, replaced, masked_in_trial, cut_in_trial, cut_and_back])
+def test_an_autocast_around_all_of_it_sees_changed_weights(change):
+    model = tiny("llama", num_hidden_layers=2)
+    group_sets, plan = plan_of(model)
+    tokens = batches(1)[0]
+
+    def output():
+        return model(input_ids=tokens, use_cache=False).logits.detach()
+
+    def uncached():
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return output()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = output()
+        with change(model, group_sets, plan):
+            within, expected = output(), uncached()
+        after = output()
+    assert not torch.equal(expected, dense)
+    assert torch.equal(within, expected) and torch.equal(after, dense)
 
 
 def test_a_precision_is_put_back_after_an_error():

@@ -295,6 +295,7 @@ class Replacements:
                 for parameter, value in self._values.values():
                     before.append((parameter, parameter.detach().clone()))
                     parameter.copy_(value)
+            # an autocast around it would go on with its copies in 16 bits of the values before
             torch.clear_autocast_cache()
             yield
         finally:

@@ -107,3 +107,5 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
         other = torch.float32 if tensor.dtype != torch.float32 else torch.bfloat16
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
+    # an autocast around it would go on with its copy in 16 bits of the values before
+    torch.clear_autocast_cache()
