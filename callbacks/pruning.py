@@ -125,7 +125,10 @@ class StructuredPruning(Callback):
         metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one); empty
             if the fit has nothing to validate.
         runs: State of the run of every model that the callback was given.
-        costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
+        costs: What each phase of the last stage took, its iterations together, and all of them (``"total"``):
+            ``"PHASE_seconds"``, and ``"PHASE_peak_bytes"``, the highest use of memory so far when it ended, see
+            :class:`lit_prune.costs.PhaseCost`. The phases are ``"check"``, ``"calibration"``, ``"compensation"``,
+            ``"planning"``, ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
 
     Raises:
         ArgumentTypeError: If an argument is of another type. Scalars of numpy and torch count as numbers.

@@ -21,6 +21,7 @@ from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
+from lit_prune.costs import Costs
 from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import SmallBudgetError
@@ -139,6 +140,10 @@ CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "
 RECALIBRATION = "recalibration"
 
 
+# what no batches are run for
+PLANNING, SURGERY = "planning", "surgery"
+
+
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
 
 
@@ -154,6 +159,7 @@ def prune_with(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     record: Callable[[GroupTable, PruningPlan], Callable[[], None] | None] = lambda table, plan: None,
     dry_run: bool = False,
+    costs: Costs | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
 
@@ -173,12 +179,17 @@ def prune_with(
         record: Called with the result right after the last cut; if it raises, all cuts are undone. It may return a function
             that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
+        costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
+            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
-    _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
+    costs = Costs() if costs is None else costs
+    phase = partial(costs.phase, device=next(model.parameters()).device)
+    with phase(CHECK):
+        _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None
@@ -193,13 +204,15 @@ def prune_with(
                     raise
                 continue
             # the hooks that preparing the data registers are called
-            with suspended_hooks(model if root is None else root), data(CALIBRATION) as (batches, loss):
+            holder = model if root is None else root
+            with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
                 with together(ranks, "calibration"):
                     statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
                 compensation = partial(data, COMPENSATION)
-                statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
+                with phase(COMPENSATION):
+                    statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -208,28 +221,32 @@ def prune_with(
                     value = masked_loss(model, sets, candidate, batches, loss, step.holds_back, root=root)
                 return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
-            ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            with phase(PLANNING):
+                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
-                plan, weights = repaired(
-                    model,
-                    group_sets,
-                    plan,
-                    statistics,
-                    partial(data, REPAIR),
-                    step,
-                    root=root,
-                    progress=progress,
-                    ranks=ranks,
-                )
+                weights: dict[str, Tensor] = {}
+                if step.repair is not None:
+                    with phase(REPAIR):
+                        plan, weights = repaired(
+                            model,
+                            group_sets,
+                            plan,
+                            statistics,
+                            partial(data, REPAIR),
+                            step,
+                            root=root,
+                            progress=progress,
+                            ranks=ranks,
+                        )
                 # what another process could not cut is not cut here
-                with together(ranks, "surgery"):
+                with phase(SURGERY), together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
                 if step.recalibrate_batch_norm and batch_norms(model):
                     again = partial(data, RECALIBRATION)
-                    with together(ranks, "recalibration"):
+                    with phase(RECALIBRATION), together(ranks, "recalibration"):
                         undos.append(
                             recalibrate_batch_norms(model, group_sets, plan, again, root=root, all_reduce=all_reduce)
                         )

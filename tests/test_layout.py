@@ -24,6 +24,7 @@ LAYERS = [
     "arguments",
     "text_escape",
     "_files",
+    "costs",
     "modeling_pruned",
     "user_errors",
     "groups",

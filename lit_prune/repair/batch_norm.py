@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.passes import Call, Data, Passes
@@ -156,7 +157,7 @@ def _values(inputs: Tensor) -> int:
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each channel, along dimension 1."""
-    values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    values = inputs.to(accumulation_dtype(inputs.dtype))
     variance, mean = torch.var_mean(values, dim=[d for d in range(inputs.dim()) if d != 1], correction=0)
     return mean, variance
 

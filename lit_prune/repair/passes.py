@@ -295,8 +295,11 @@ class Replacements:
                 for parameter, value in self._values.values():
                     before.append((parameter, parameter.detach().clone()))
                     parameter.copy_(value)
+            # an autocast around it would go on with its copies in 16 bits of the values before
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
                 for tensor, old in before:
                     tensor.copy_(old)
+            torch.clear_autocast_cache()

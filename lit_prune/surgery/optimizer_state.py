@@ -21,7 +21,7 @@ from lit_prune.surgery.optimizer_search import find_optimizers, is_lbfgs, is_opt
 from lit_prune.surgery.references import attributes
 from lit_prune.surgery.sharded_tensors import ShardedCut
 from lit_prune.surgery.state_entries import AttributeName, Found, Path, Position, entries_in, tensors_in
-from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, move_to_cpu, set_data
 from lit_prune.torch_internals import base_of, forget_size
 
 _ADVICE = "prune before training begins, while the optimizer has no state yet, or use another optimizer."
@@ -80,7 +80,7 @@ def check_repairable(optimizers: Sequence[Any], parameters: Sequence[Tensor]) ->
                     if found.value.shape == parameter.shape and found.value.is_floating_point():
                         sign = shards.local(found.value.detach()).sign() * shards.local(parameter.detach()).sign()
                         counts = torch.stack([(sign < 0).sum(), (sign > 0).sum()]).cpu()
-                        opposed[found.path] = opposed.get(found.path, torch.zeros(2)) + counts
+                        opposed[found.path] = opposed.get(found.path, 0) + counts
             for path, (against, along) in opposed.items():
                 if against >= _FEWEST_SIGNS and along <= _STRAY_SIGNS * against:
                     raise OptimizerStateError(
@@ -264,12 +264,8 @@ class StateCutter:
             self._cut_sharded(found, applied, change if moves else None, factor)
             return
         stayed, left = cut_tensor(value.detach(), applied)
-        self.journal.append(lambda: set_data(value, paste_tensor(stayed, applied, left)))
-        if moves:
-            assert change is not None
-            set_data(value, stayed + factor * change.to(stayed))
-        else:
-            set_data(value, stayed)
+        self.journal.append(UndoCut(value, applied, stayed, left, replaced=moves))
+        set_data(value, stayed if change is None or not moves else stayed + factor * change.to(stayed))
 
     def _cut_sharded(self, found: Found, cuts: Sequence[DimensionCut], change: Tensor | None, factor: float) -> None:
         value, holder, key = found.value, found.holder, found.path[-1]
@@ -330,6 +326,7 @@ class StateCutter:
             keys = [key for key in (key_of(mapping, p) for p in parameters) if key in mapping]
             dropped = {key: mapping[key] for key in keys}
             self.journal.append(lambda mapping=mapping, dropped=dropped: mapping.update(dropped))  # type: ignore[misc]
+            self.journal.append(move_to_cpu(found.value for found in tensors_in(dropped) if found.value.numel() > 1))
             for key in keys:
                 del mapping[key]
 

@@ -30,10 +30,12 @@ def masked(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor]
                 data = parameters[part.parameter].data
                 before.setdefault(part.parameter, data.clone())
                 data.index_fill_(part.dim, part.index[groups].flatten().to(data.device), 0)
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, data in before.items():
             parameters[name].data.copy_(data)
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -48,10 +50,12 @@ def without(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor
     undo: list[Callable[[], None]] = []
     try:
         _cut(model, sets, removed, undo)
+        torch.clear_autocast_cache()
         yield
     finally:
         for step in reversed(undo):
             step()
+        torch.clear_autocast_cache()
 
 
 def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], undo: list[Callable[[], None]]) -> None:
@@ -140,7 +144,9 @@ def telling_values(model: nn.Module) -> Iterator[None]:
             elif "bias" in name or "mean" in name:
                 values = (values - 1) * 0.2
             tensor.data.copy_(values)
+        torch.clear_autocast_cache()
         yield
     finally:
         for tensor, data in before:
             tensor.data.copy_(data)
+        torch.clear_autocast_cache()
