@@ -121,12 +121,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
 def test_groups_follow_every_cut_and_a_plan_brings_them_to_a_dense_model(name, tmp_path):
     dense = built(name)
     model = copy.deepcopy(dense)
-    lit_prune.prune(
-        model,
-        batches(),
-        loss_of(model),
-        PruningConfig(pruning_ratio=0.2, repair=None, iterations=2, recalibrate_batch_norm=False),
-    )
+    options = {"pruning_ratio": 0.2, "repair": None, "recalibrate_batch_norm": False}
+    lit_prune.prune(model, batches(), loss_of(model), PruningConfig(**options, iterations=2))
     # a copy and a pickle know them, too; the state dict does not hold them
     model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert model.state_dict().keys() == dense.state_dict().keys()
