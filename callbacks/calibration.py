@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lit_prune._moved import moved_names
+from lit_prune.calibration.precision import scaled_loss
 from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks.lightning_internals import (
     metrics_kept,
@@ -109,23 +107,6 @@ def _warn_of_traces(trainer: pl.Trainer, names: Sequence[str]) -> None:
         )
 
 
-@contextlib.contextmanager
-def measured(costs: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Add to ``costs`` the seconds that calibration takes, and the peak memory of the device (of the process, on a CPU)."""
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # the process's highest so far, in KiB (bytes on macOS)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    costs["calibration_seconds"] = costs.get("calibration_seconds", 0.0) + time.perf_counter() - start
-    costs["calibration_peak_megabytes"] = max(costs.get("calibration_peak_megabytes", 0.0), peak / 1e6)
-
-
 def _train_dataloader(trainer: pl.Trainer) -> Any:
     """The train dataloaders of a fit, or those that a fit would have."""
     if trainer.train_dataloader is not None:
@@ -175,12 +156,13 @@ def _sized(loader: _Fresh) -> bool:
 
 @contextlib.contextmanager
 def unscaled(trainer: pl.Trainer) -> Iterator[None]:
-    """Divide the gradients that reach parameters by :func:`gradient_scale`."""
+    """Divide the gradients that reach parameters by :func:`gradient_scale`, and say what those of activations come with."""
     scale = gradient_scale(trainer)
     scaled = [p for p in trainer.lightning_module.parameters() if p.requires_grad] if scale != 1 else []
     handles = [p.register_hook(lambda gradient: gradient / scale) for p in scaled]
     try:
-        yield
+        with scaled_loss(scale):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_prune.architectures.adaptations import nothing_to_undo
-from lit_prune.callbacks.calibration import calibration, measured, progress_bar
+from lit_prune.callbacks.calibration import calibration, progress_bar
 from lit_prune.callbacks.compatibility import (
     check_references,
     optimizers_of,
@@ -27,8 +27,9 @@ from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.callbacks.validation import missing_validation, validation_metrics
+from lit_prune.costs import Costs, cost_rows
 from lit_prune.io.lightning_checkpoint import plan_digest
-from lit_prune.pipeline import CALIBRATION, prune_with
+from lit_prune.pipeline import prune_with
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.selection import parameter_budget
 from lit_prune.ranking.table import GroupTable
@@ -44,9 +45,10 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
     if pruning.stages_done == 0:
         _measure(pruning, trainer, "dense")
     pruning.costs.clear()
+    costs = Costs()
     _, plan = prune_with(
         model,
-        lambda purpose: _batches(pruning, trainer, purpose),
+        lambda _: _batches(pruning, trainer),
         pruning.stage_config(stage),
         trainer.optimizers if trainer.state.fn == TrainerFn.FITTING else optimizers_of(trainer, pl_module),
         root=pl_module,
@@ -55,15 +57,24 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
         progress=progress_bar(trainer, "Blocks"),
         record=lambda table, plan: _record(pruning, trainer, model, stage, table, plan),
         dry_run=pruning.dry_run,
+        costs=costs,
     )
+    pruning.costs.update(costs.numbers())
     before, after = plan.info["parameters_before"], plan.info["parameters_after"]
     skipped = plan.info.get("skipped_batches", 0)
     rank_zero_info(
         f"{'Would remove' if pruning.dry_run else 'Removed'} {before - after:,} of {before:,} parameters"
         f" ({(before - after) / before:.2%}) by {one_line(plan.info['importance'])}."
         + (f" {skipped} calibration batches had no loss and were skipped." if skipped else "")
+        + f" {_in_words(pruning.costs)}"
     )
     finish_stage(pruning, trainer, pl_module)
+
+
+def _in_words(costs: Mapping[str, float]) -> str:
+    *phases, total = cost_rows(costs)[1:]
+    took = ", ".join(f"{name} {seconds}" for name, seconds, _ in phases)
+    return f"It took {total[1]} s ({took}), with a peak of {total[2]} MB so far."
 
 
 def _record(
@@ -139,13 +150,8 @@ def _write(pruning: Pruning) -> None:
 
 
 @contextlib.contextmanager
-def _batches(
-    pruning: Pruning, trainer: pl.Trainer, purpose: str
-) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
+def _batches(pruning: Pruning, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
     """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
-    module = trainer.lightning_module
-    with contextlib.ExitStack() as stack:
-        if purpose == CALIBRATION:
-            stack.enter_context(measured(pruning.costs, module.device))
-        run = calibration(trainer, pruning.model(module), pruning.calibration_dataloader, pruning.calibration_batches)
-        yield stack.enter_context(run)
+    model = pruning.model(trainer.lightning_module)
+    with calibration(trainer, model, pruning.calibration_dataloader, pruning.calibration_batches) as run:
+        yield run

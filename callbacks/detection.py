@@ -17,6 +17,7 @@ from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.callbacks.training_step import TrainingStep
 from lit_prune.detection import ATTEMPTS, find_or_trace
 from lit_prune.group_data import keep_group_sets
+from lit_prune.torch_internals import COMPILED_FROM
 
 
 def model_in(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
@@ -38,11 +39,10 @@ def model_in(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module
 def _trained_part(module: nn.Module) -> str:
     """Name of the child that holds all parameters of a module that are trained; empty if they are spread."""
     trained = [n for n, m in module.named_children() if n not in _frozen_parts(module) and _has_parameters(m)]
-    if len(trained) != 1 or any(parameter is not None for parameter in module._parameters.values()):
+    if len(trained) != 1 or any(True for _ in module.parameters(recurse=False)):
         return ""
-    # what torch.compile makes of a module
-    compiled = hasattr(module.get_submodule(trained[0]), "_orig_mod")
-    return f"{trained[0]}._orig_mod" if compiled else trained[0]
+    compiled = hasattr(module.get_submodule(trained[0]), COMPILED_FROM)
+    return f"{trained[0]}.{COMPILED_FROM}" if compiled else trained[0]
 
 
 def _frozen_parts(module: nn.Module) -> list[str]:

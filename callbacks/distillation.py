@@ -217,7 +217,7 @@ class Distillation(Callback):
         self._state.value = _Teaching(copy=self._held)
         if self._file is not None and trainer.is_global_zero:
             with (
-                warn_instead(f"What a resumed run needs was not written to {self._file}"),
+                warn_instead(f"The copy that a resumed run needs was not written to {self._file}"),
                 replacing(self._file) as name,
             ):
                 save_weights(self._model, name, metadata={"copy": self._held})

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from pydantic import Field
 from torch import nn
 
@@ -25,6 +24,7 @@ from lit_prune.arguments import (
     optional,
     sequence_of,
 )
+from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
@@ -177,7 +177,7 @@ class LoRARecovery(Callback):
             targets = sorted(names)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
-        with isolate_rng():
+        with random_state_kept():
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():

@@ -14,13 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_prune.architectures.registry import find_group_sets, has_groups
-from lit_prune.architectures.weight_checks import check_parameters
+from lit_prune.architectures.registry import has_groups
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage
 from lit_prune.callbacks.detection import model_in
-from lit_prune.callbacks.output import check_output
+from lit_prune.callbacks.fit_checks import check_fit
 from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
 from lit_prune.callbacks.resuming import budget_reached, check_goes_on, schedule_state, stages_behind
 from lit_prune.callbacks.runs import PruningRun, Runs
@@ -35,8 +34,6 @@ from lit_prune.callbacks.schedule import (
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
 from lit_prune.config import PruningConfig
-from lit_prune.detection import check_traceable
-from lit_prune.distributed import shards
 from lit_prune.errors import ArgumentValueError, UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan
 from lit_prune.ranking.selection import Limits
@@ -128,7 +125,10 @@ class StructuredPruning(Callback):
         metrics: What validation measured, by ``"dense"`` (before the first cut) and ``"pruned"`` (after the last one); empty
             if the fit has nothing to validate.
         runs: State of the run of every model that the callback was given.
-        costs: What the last calibration took: ``"calibration_seconds"`` and ``"calibration_peak_megabytes"``.
+        costs: What each phase of the last stage took, its iterations together, and all of them (``"total"``):
+            ``"PHASE_seconds"``, and ``"PHASE_peak_bytes"``, the highest use of memory so far when it ended, see
+            :class:`lit_prune.costs.PhaseCost`. The phases are ``"check"``, ``"calibration"``, ``"compensation"``,
+            ``"planning"``, ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
 
     Raises:
         ArgumentTypeError: If an argument is of another type. Scalars of numpy and torch count as numbers.
@@ -277,20 +277,7 @@ class StructuredPruning(Callback):
         """Check the model, the budget and the output folder before any work is done."""
         self.runs.bind(self.model(pl_module), self.config.limits.blocks)
         if self.stages_done < len(self.stages):
-            self._check(trainer, pl_module)
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.output_dir is not None:
-            check_output(trainer, self.output_dir)
-        model = self.model(pl_module)
-        if not has_groups(model):
-            # its groups are found at the first stage, by running a batch
-            check_traceable(model, blocks=self.config.limits.blocks)
-            return
-        group_sets = find_group_sets(model, blocks=self.config.limits.blocks)
-        shards.check_layout(model, group_sets)
-        check_parameters(model, group_sets, pl_module)
-        self.stage_config().check(model, group_sets)
+            check_fit(self, trainer, pl_module)
 
     @on_all_ranks("the checks before training")
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

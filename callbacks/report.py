@@ -34,7 +34,7 @@ from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.output_folder import check_replaceable
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.page import report_table, write_report
+from lit_prune.reporting.page import cost_table, report_table, write_report
 from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.text_escape import for_console
 
@@ -329,9 +329,8 @@ class PruningReport(Callback):
         drawn: dict[str, Figure] = {}
         with warn_instead(f"The report was not written to {folder}", _ANYTHING):
             # the table is None in a run that was resumed after the last cut
-            drawn = write_report(
-                folder, self.metrics, pruning.plan, pruning.table, self.timeline, self._note_on_metrics(trainer)
-            )
+            note = self._note_on_metrics(trainer)
+            drawn = write_report(folder, self.metrics, pruning.plan, pruning.table, self.timeline, note, pruning.costs)
         if self.save_model and not pruning.dry_run:
             tokenizer = None
             with warn_instead("The tokenizer was not saved with the model", _ANYTHING):
@@ -366,6 +365,8 @@ class PruningReport(Callback):
     def _print(self, trainer: pl.Trainer) -> None:
         console = Console()
         console.print(report_table(self.metrics))
+        if self._pruning is not None and self._pruning.costs:
+            console.print(cost_table(self._pruning.costs))
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)
         console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)

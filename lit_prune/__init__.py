@@ -32,13 +32,14 @@ from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
 from lit_prune.io.loading import load_pruned
-from lit_prune.pipeline import calibrate, prune, repair
+from lit_prune.pipeline import calibrate, prune
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.planning import make_plan
 from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__

@@ -112,6 +112,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "lit_prune.pipeline": {
         "lit_prune.planning": "make_plan",
+        "lit_prune.repairing": "repair",
         "lit_prune.config": "DEFAULT AUTO CANDIDATES HELD_BACK PruningConfig",
         "lit_prune.ranking.model_table": "model_size",
         "lit_prune.ranking.candidates": "masked masked_loss",
@@ -124,7 +125,7 @@ MOVED: dict[str, dict[str, str]] = {
         "lit_prune.repair.redundancy": "SHARE_DAMPING unexplained_shares unexplained_share",
         "lit_prune.repair.regression": "ridge",
         "lit_prune.repair.bias": "bias_fold",
-        "lit_prune.repair.replay": "Call",
+        "lit_prune.repair.calls": "Call=BlockCall",
     },
     "lit_prune.report": {
         "lit_prune.reporting.page": "report_table html_report write_report",

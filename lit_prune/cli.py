@@ -31,7 +31,7 @@ from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.ranking.registry import criteria
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.page import report_table, write_report
+from lit_prune.reporting.page import cost_table, report_table, write_report
 from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.session import Calibration, Session
 from lit_prune.text_escape import for_console
@@ -44,6 +44,9 @@ _METRICS: Rule[dict[str, Any]] = mapping_of(
     "metrics by stage and name, as report.json holds them",
     TEXT,
     mapping_of("metrics by name", TEXT, Rule("a number", Annotated[float, Field(allow_inf_nan=True)])),
+)
+_COSTS: Rule[dict[str, float]] = mapping_of(
+    "what each phase took, as costs.json holds it", TEXT, Rule("a number", Annotated[float, Field(ge=0)])
 )
 
 
@@ -76,8 +79,9 @@ def plan(
     dense = session.metrics()
     table, made = session.prune(pruning)
     metrics = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
-    write_report(output, metrics, made, table)
-    _print(metrics, output)
+    costs = session.costs.numbers()
+    write_report(output, metrics, made, table, costs=costs)
+    _print(metrics, output, costs)
 
 
 def apply(
@@ -117,14 +121,15 @@ def apply(
         table, _ = session.prune(pruning)
     else:
         session.cut(given, pruning)
+    costs = session.costs.numbers()
     metrics["pruned"] = session.metrics()
     cut = get_plan(session.model)
     assert cut is not None
     whole = to_pretrained(session.model, self_contained=self_contained)
     with replacing_folder(output, [model]) as temporary:
         write_pruned(whole, temporary, session.tokenizer, metrics=metrics, self_contained=self_contained)
-        write_report(temporary / REPORT, metrics, cut, table)
-    _print(metrics, output)
+        write_report(temporary / REPORT, metrics, cut, table, costs=costs)
+    _print(metrics, output, costs)
 
 
 def convert(
@@ -194,19 +199,22 @@ def report(folder: Path) -> None:
     """Draw the pictures and the page of a report anew from the files in its folder.
 
     Args:
-        folder: A folder with plan.json, and group_table.csv and report.json if there are any.
+        folder: A folder with plan.json, and group_table.csv, report.json and costs.json if there are any.
     """
     made = PruningPlan.load(folder / "plan.json")
     check_writable(folder)
-    table, metrics = None, {}
+    table, metrics, costs = None, {}, {}
     if (file := folder / "group_table.csv").exists():
         with reading(f"The group table {str(file)!r}"):
             table = GroupTable.read(file)
     if (file := folder / "report.json").exists():
         with reading(f"The report {str(file)!r}"):
             metrics = _METRICS.check(str(file), json.loads(file.read_text(encoding="utf-8")))
-    write_report(folder, metrics, made, table)
-    _print(metrics, folder)
+    if (file := folder / "costs.json").exists():
+        with reading(f"The costs {str(file)!r}"):
+            costs = _COSTS.check(str(file), json.loads(file.read_text(encoding="utf-8")))
+    write_report(folder, metrics, made, table, costs=costs)
+    _print(metrics, folder, costs)
 
 
 def compare(
@@ -247,9 +255,11 @@ def compare(
         write_text(output, json.dumps(metrics, indent=1) + "\n")
 
 
-def _print(metrics: dict[str, dict[str, float]], folder: Path) -> None:
+def _print(metrics: dict[str, dict[str, float]], folder: Path, costs: dict[str, float]) -> None:
     if metrics:
         Console().print(report_table(metrics))
+    if costs:
+        Console().print(cost_table(costs))
     _say(f"Written to {folder}")
 
 

@@ -175,7 +175,7 @@ class PruningConfig:
             BudgetError: If it cannot.
             ValueError: If the limits name something the model does not have.
         """
-        table = group_table(model, group_sets, [torch.zeros(s.size) for s in group_sets])
+        table = group_table(model, group_sets, [torch.zeros(s.size, dtype=torch.float32) for s in group_sets])
         select(table, self.budget(model, group_sets), self.limits, original_sizes(model))
 
     def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:

@@ -22,6 +22,7 @@ from lit_prune.groups import GroupSet
 from lit_prune.plan import get_plan
 from lit_prune.surgery.kept_groups import packed
 from lit_prune.surgery.references import suspended_hooks
+from lit_prune.torch_internals import uncompiled
 
 # batches to look at until one is not skipped
 ATTEMPTS = 8
@@ -62,8 +63,10 @@ def trace(
         print(f"{found.prunable:.0%}", *found.whole, sep="\\n")
     """
     batches = BATCHES.check("batches", batches)
+    model = uncompiled(model)
     check_traceable(model)
-    found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root, protect=protect)
+    with torch.compiler.set_stance("force_eager"):
+        found = trace_groups(model, _run_of_one_batch(model, batches, loss_fn, root), root=root, protect=protect)
     if get_plan(model) is None and (not has_groups(model) or kept_group_sets(model) is not None):
         keep_group_sets(model, found.group_sets)
     return found

@@ -204,6 +204,8 @@ def _packed_slice(part: Slice) -> dict[str, Any]:
         packed["input_dim"] = part.input_dim
     if part.unobservable_input:
         packed["unobservable"] = True
+    if part.only_in_training:
+        packed["training"] = True
     return packed
 
 
@@ -238,7 +240,8 @@ def _unpacked_slice(entry: Mapping[str, Any], size: int, shapes: Mapping[str, Se
     by_column = "by_column" in entry
     flat = _from_runs(entry["by_column" if by_column else "by_group"], size * width, length)
     index = flat.view(width, size).T.contiguous() if by_column else flat.view(size, width)
-    return Slice(name, dim, index, entry.get("input_dim"), bool(entry.get("unobservable", False)))
+    unobservable, only_in_training = (bool(entry.get(key, False)) for key in ("unobservable", "training"))
+    return Slice(name, dim, index, entry.get("input_dim"), unobservable, only_in_training)
 
 
 def _to_runs(positions: Tensor) -> str:

@@ -37,6 +37,8 @@ class Slice:
             it (fused experts, ``nn.MultiheadAttention``), so that the input features cannot be observed from outside.
             Criteria of activations take them all to be 1, and repair leaves the parameter as it is, unless it is that of
             experts.
+        only_in_training: Whether nothing but training mode uses the parameter, as that of an auxiliary head. It is cut with
+            its groups; calibration, which is in evaluation mode, says nothing of it, and repair leaves it as it is.
     """
 
     parameter: str
@@ -44,6 +46,7 @@ class Slice:
     index: Tensor
     input_dim: int | None = None
     unobservable_input: bool = False
+    only_in_training: bool = False
 
     @property
     def module(self) -> str:
@@ -58,7 +61,7 @@ class Slice:
     @property
     def observable(self) -> bool:
         """Whether the inputs of the slice's module are the features that its parameter multiplies."""
-        return self.input_dim is not None and not self.unobservable_input
+        return self.input_dim is not None and not self.unobservable_input and not self.only_in_training
 
     gather = RenamedAttribute("sum_by_group")
 
@@ -166,8 +169,8 @@ class GroupSet:
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
-        """The slices that read the groups' outputs, for example the columns of ``down_proj``."""
-        return tuple(s for s in self.slices if s.consumes)
+        """The slices that read the groups' outputs in evaluation mode, for example the columns of ``down_proj``."""
+        return tuple(s for s in self.slices if s.consumes and not s.only_in_training)
 
     @property
     def masked(self) -> tuple[Slice, ...]:
@@ -179,7 +182,7 @@ class GroupSet:
     @property
     def repairable(self) -> tuple[Slice, ...]:
         """The consumers that repair can refit: those whose inputs and outputs can be observed."""
-        return tuple(s for s in self.slices if s.consumes and not s.unobservable_input)
+        return tuple(s for s in self.consumers if not s.unobservable_input)
 
     def removed_with(self, group: int) -> tuple[int, ...]:
         """A group, and those at the same place in the other parts (see ``equal_parts``): what a smallest cut removes."""

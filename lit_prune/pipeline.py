@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,33 +21,25 @@ from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
+from lit_prune.costs import Costs
 from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
-from lit_prune.errors import (
-    SmallBudgetError,
-    UnsupportedModelError,
-)
+from lit_prune.errors import SmallBudgetError
 from lit_prune.group_data import keep_group_sets
-from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
-from lit_prune.repair.bias import bias_fold
-from lit_prune.repair.channel_redundancy import unexplained_anywhere
-from lit_prune.repair.module_order import refit_in_order
-from lit_prune.repair.redundancy import unexplained_shares
-from lit_prune.repair.refit import least_squares
-from lit_prune.repair.replay import is_chain
+from lit_prune.repairing import repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
 from lit_prune.surgery.undoing import undo_all
+from lit_prune.torch_internals import uncompiled
 
 __getattr__ = moved_names("lit_prune.pipeline")
-
-log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -135,21 +125,23 @@ def prune(
         table, plan = lit_prune.prune(model, batches, lambda b: model(**b).loss, PruningConfig(pruning_ratio=0.2))
     """
     batches = BATCHES.check("batches", batches)
-    if config.limits.blocks and not has_groups(model):
-        check_traceable(model, blocks=True)
-    if (found := find_or_trace(model, batches, loss_fn)) is not None:
-        keep_group_sets(model, found)
-    inner = find_model(model)[1]
-    return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
+    eager = uncompiled(model)
+    if config.limits.blocks and not has_groups(eager):
+        check_traceable(eager, blocks=True)
+    # a compiled module would compile what observes it
+    with torch.compiler.set_stance("force_eager"):
+        if (found := find_or_trace(eager, batches, loss_fn)) is not None:
+            keep_group_sets(eager, found)
+        inner = find_model(model)[1]
+        return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
 RECALIBRATION = "recalibration"
 
 
-BatchesAndForward = Callable[
-    [], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]
-]
+# what no batches are run for
+PLANNING, SURGERY = "planning", "surgery"
 
 
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
@@ -167,6 +159,7 @@ def prune_with(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     record: Callable[[GroupTable, PruningPlan], Callable[[], None] | None] = lambda table, plan: None,
     dry_run: bool = False,
+    costs: Costs | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
 
@@ -186,12 +179,17 @@ def prune_with(
         record: Called with the result right after the last cut; if it raises, all cuts are undone. It may return a function
             that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
+        costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
+            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
     blocks = config.limits.blocks
     group_sets = find_group_sets(model, blocks=blocks)
-    _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
+    costs = Costs() if costs is None else costs
+    phase = partial(costs.phase, device=next(model.parameters()).device)
+    with phase(CHECK):
+        _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     table: GroupTable | None = None
@@ -206,13 +204,15 @@ def prune_with(
                     raise
                 continue
             # the hooks that preparing the data registers are called
-            with suspended_hooks(model if root is None else root), data(CALIBRATION) as (batches, loss):
+            holder = model if root is None else root
+            with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
                 with together(ranks, "calibration"):
                     statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
             if step.compensates:
                 compensation = partial(data, COMPENSATION)
-                statistics.unexplained = _unexplained(model, group_sets, compensation, root, progress, ranks)
+                with phase(COMPENSATION):
+                    statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -221,28 +221,32 @@ def prune_with(
                     value = masked_loss(model, sets, candidate, batches, loss, step.holds_back, root=root)
                 return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
-            ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+            with phase(PLANNING):
+                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
-                plan, weights = _repaired(
-                    model,
-                    group_sets,
-                    plan,
-                    statistics,
-                    partial(data, REPAIR),
-                    step,
-                    root=root,
-                    progress=progress,
-                    ranks=ranks,
-                )
+                weights: dict[str, Tensor] = {}
+                if step.repair is not None:
+                    with phase(REPAIR):
+                        plan, weights = repaired(
+                            model,
+                            group_sets,
+                            plan,
+                            statistics,
+                            partial(data, REPAIR),
+                            step,
+                            root=root,
+                            progress=progress,
+                            ranks=ranks,
+                        )
                 # what another process could not cut is not cut here
-                with together(ranks, "surgery"):
+                with phase(SURGERY), together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))
                 del weights
                 if step.recalibrate_batch_norm and batch_norms(model):
                     again = partial(data, RECALIBRATION)
-                    with together(ranks, "recalibration"):
+                    with phase(RECALIBRATION), together(ranks, "recalibration"):
                         undos.append(
                             recalibrate_batch_norms(model, group_sets, plan, again, root=root, all_reduce=all_reduce)
                         )
@@ -296,109 +300,6 @@ def _undone_at_error(undos: list[Callable[[], None]], ranks: Ranks | None) -> It
                 undo_all(undos)
 
 
-def _unexplained(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    data: BatchesAndForward,
-    root: nn.Module | None,
-    progress: Callable[[Sequence[str]], Iterable[str]],
-    ranks: Ranks | None,
-) -> dict[tuple[str, str], Tensor]:
-    all_reduce = None if ranks is None else ranks.sum
-    what = "measuring unexplained shares"
-    scored = [s for s in group_sets if s.kind != BLOCK]
-    if is_chain(model, scored):
-        try:
-            with data() as (batches, forward), together(ranks, what):
-                return unexplained_shares(
-                    model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
-                )
-        except UnsupportedModelError:
-            pass
-    try:
-        with together(ranks, what):
-            return unexplained_anywhere(model, scored, data, root=root, all_reduce=all_reduce)
-    except UnsupportedModelError:
-        # such a model is not repaired either, of which repair warns
-        return {}
-
-
 def _composed(first: PruningPlan, later: PruningPlan, iterations: int) -> PruningPlan:
     plan = first.compose(later)
     return replace(plan, info={**plan.info, "iterations": iterations})
-
-
-def repair(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    plan: PruningPlan,
-    statistics: Statistics,
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
-    config: PruningConfig,
-    *,
-    root: nn.Module | None = None,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    ranks: Ranks | None = None,
-) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """Compute new weights for the layers that read the removed groups; the model is not changed.
-
-    Args:
-        model: The dense model.
-        group_sets: Its group sets.
-        plan: The plan.
-        statistics: What calibration collected.
-        batches: The calibration batches once more; read only by ``"least_squares"``, in several passes where the model is no
-            chain of blocks.
-        forward: Runs one batch through the model.
-        config: The configuration.
-        root: The module that holds the model, if ``forward`` runs more than the model.
-        progress: Wraps the sequence of blocks.
-        ranks: The processes of a distributed run, each with batches of its own.
-
-    Returns:
-        The plan, with biases that the repair adds, and the new weights, both for :func:`lit_prune.apply_plan`. A model
-        that cannot be repaired gets a warning and no new weights.
-    """
-
-    def data() -> contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]:
-        return contextlib.nullcontext((batches, forward))
-
-    return _repaired(model, group_sets, plan, statistics, data, config, root=root, progress=progress, ranks=ranks)
-
-
-def _repaired(
-    model: nn.Module,
-    group_sets: Sequence[GroupSet],
-    plan: PruningPlan,
-    statistics: Statistics,
-    data: BatchesAndForward,
-    config: PruningConfig,
-    *,
-    root: nn.Module | None,
-    progress: Callable[[Sequence[str]], Iterable[str]],
-    ranks: Ranks | None,
-) -> tuple[PruningPlan, dict[str, Tensor]]:
-    if config.repair == "bias":
-        return bias_fold(model, group_sets, plan, statistics)
-    if config.repair != "least_squares":
-        return plan, {}
-    all_reduce = None if ranks is None else ranks.sum
-    if is_chain(model, group_sets):
-        try:
-            with data() as (batches, forward), together(ranks, "repair"):
-                return plan, least_squares(
-                    model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
-                )
-        except UnsupportedModelError as error:
-            log.info(
-                "Layers are repaired in the order in which they run, in several passes over the batches: %s", error
-            )
-    try:
-        with together(ranks, "repair"):
-            return plan, refit_in_order(
-                model, group_sets, plan, data, root=root, progress=progress, all_reduce=all_reduce
-            )
-    except UnsupportedModelError as error:
-        warnings.warn(f"Nothing was repaired: {error}", stacklevel=3)
-    return plan, {}

@@ -18,11 +18,13 @@ from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import BIGGEST, COUNT, INTEGER, NATURAL, TEXT, check_fields, count, either, sequence_of
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
+from lit_prune.costs import Costs
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.pipeline import CALIBRATION, calibrate, prune_with, repair
+from lit_prune.pipeline import CALIBRATION, REPAIR, SURGERY, calibrate, prune_with
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 
 
@@ -74,6 +76,7 @@ class Session:
         self.group_sets = find_group_sets(self.model, blocks=blocks)
         self.calibration = calibration
         self.batches, self.held_out = self._text()
+        self.costs = Costs()
 
     def _text(self) -> tuple[list[Tensor], list[Tensor]]:
         from lit_prune.training.data import load_texts, pack
@@ -100,27 +103,27 @@ class Session:
 
     def prune(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan]:
         """Calibrate, plan, repair and cut, as the callback does."""
-        return prune_with(self.model, self._data, config, progress=partial(progress, what="Blocks"))
+        return prune_with(self.model, self._data, config, progress=partial(progress, what="Blocks"), costs=self.costs)
 
     def cut(self, made: PruningPlan, config: PruningConfig) -> None:
         """Repair and cut by a plan that is there already."""
-        with self._data(CALIBRATION) as (batches, loss):
-            statistics = (
-                calibrate(self.model, self.group_sets, batches, loss, config)
-                if config.repair == "bias"
-                else Statistics()
+        statistics = Statistics()
+        if config.repair == "bias":
+            with self.costs.phase(CALIBRATION, self.device), self._data(CALIBRATION) as (batches, loss):
+                statistics = calibrate(self.model, self.group_sets, batches, loss, config)
+        with self.costs.phase(REPAIR, self.device):
+            made, weights = repair(
+                self.model,
+                self.group_sets,
+                made,
+                statistics,
+                self.batches,
+                self.loss,
+                config,
+                progress=partial(progress, what="Repair"),
             )
-        made, weights = repair(
-            self.model,
-            self.group_sets,
-            made,
-            statistics,
-            self.batches,
-            self.loss,
-            config,
-            progress=partial(progress, what="Repair"),
-        )
-        apply_plan(self.model, made, weights=weights)
+        with self.costs.phase(SURGERY, self.device):
+            apply_plan(self.model, made, weights=weights)
 
     def _data(self, purpose: str) -> AbstractContextManager[tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]]:
         shown = progress(self.batches, purpose.capitalize()) if purpose == CALIBRATION else self.batches

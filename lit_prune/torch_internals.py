@@ -6,20 +6,23 @@ Every function was checked with the versions in :data:`CHECKED`. Add a version o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-__all__ = ["CHECKED", "DispatchMode", "tree_leaves"]
+__all__ = ["CHECKED", "DispatchMode", "tree_leaves", "tree_map"]
 
 CHECKED = ("2.13.0",)
 
@@ -28,6 +31,15 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 # a class whose __torch_dispatch__ sees every operation; documented in a note of torch alone
 DispatchMode = TorchDispatchMode
+
+# the classes that torch's layers of one sort, of 1 to 3 dimensions, derive from
+AnyConvolution = _ConvNd
+AnyTransposedConvolution = _ConvTransposeNd
+AnyBatchNorm = _BatchNorm
+AnyRunningNorm = _NormBase
+
+# the attribute of what torch.compile makes of a module that holds the module
+COMPILED_FROM = "_orig_mod"
 
 
 def version_of(tensor: Tensor) -> int:
@@ -78,6 +90,19 @@ def written_arguments(operation: Any) -> list[tuple[int, str]]:
     return [(n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
+def overload_name(operation: Any) -> str:
+    """Return the name by which an operation of the dispatcher differs from others of its kind, ``"dtype"`` for instance."""
+    return operation._overloadname
+
+
+def decompose(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what an operation of the dispatcher gives, by simpler operations; ``NotImplemented`` if torch knows of none."""
+    result = operation.decompose(*args, **kwargs)
+    if result is NotImplemented and operation in decomposition_table:
+        result = decomposition_table[operation](*args, **kwargs)
+    return result
+
+
 def new_iterator(loader: DataLoader) -> Iterator[Any]:
     """Return a new iterator of a dataloader, also where ``persistent_workers`` would give the one that there is."""
     return loader._get_iterator()
@@ -96,6 +121,11 @@ def is_dynamo_loaded() -> bool:
 def convolve(kind: type, module: nn.Module, x: Tensor) -> Tensor:
     """Return what a convolution of torch gives, past what a subclass makes of it; it knows of padding modes."""
     return kind._conv_forward(module, x, module.weight, module.bias)  # type: ignore[attr-defined]
+
+
+def padding_of(convolution: nn.Module) -> list[int]:
+    """Return the padding that torch has worked out for a convolution, ``"same"`` for instance, as ``functional.pad`` takes it."""
+    return convolution._reversed_padding_repeated_twice  # type: ignore[return-value]
 
 
 def keep_from_fused_path(attention: nn.Module) -> Callable[[], None]:
@@ -207,3 +237,9 @@ def manage_anew(record: Any, old: DTensor, whole: nn.Parameter) -> nn.Parameter:
         # the only hooks of a sharded parameter that FSDP2 calls
         record.sharded_param._post_accumulate_grad_hooks = hooks
     return record.sharded_param
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` made a module of; any other as it is."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 CHECKED = ("5.15.0", "5.23.0")
@@ -31,6 +31,11 @@ def has_choice_of_experts(module: nn.Module) -> bool:
 def frames_of(module: nn.Module) -> Callable[[Any], Any] | None:
     """Return a speech model's function from numbers of samples to numbers of frames, ``None`` if it has none."""
     return getattr(module, "_get_feat_extract_output_lengths", None)
+
+
+def mark_initialized(tensor: Tensor) -> None:
+    """Keep transformers from filling a tensor when it loads a model, as it does for what no file holds."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def accelerate_hook(module: nn.Module) -> Any:

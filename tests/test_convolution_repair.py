@@ -492,6 +492,14 @@ class Together:
         return total
 
 
+@pytest.fixture
+def fast_path():
+    """Threads share this flag of PyTorch, which processes would have each; they put it back in any order."""
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("fast_path")
 @pytest.mark.parametrize("what", ["refit", "shares"])
 def test_processes_with_batches_of_their_own_find_what_one_finds_with_all(what):
     torch.manual_seed(0)

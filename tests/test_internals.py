@@ -6,6 +6,7 @@ Each asks one function of an ``..._internals`` module for its effect, by public 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.metadata
 import inspect
 import sys
@@ -128,6 +129,48 @@ def test_new_iterators_of_persistent_workers():
     assert iter(loader) is first
 
 
+def test_operations_by_overload_and_in_simpler_ones():
+    aten = torch.ops.aten
+    assert torch_internals.overload_name(aten.view.dtype) == "dtype"
+    assert torch_internals.overload_name(aten.view.default) == "default"
+    values, given, bias = torch.randn(3, 4), torch.randn(2, 4), torch.randn(3)
+    # one that is made of others in C++, one that has a decomposition in Python, one that has neither
+    linear = torch_internals.decompose(aten.linear.default, (given, values, bias), {})
+    torch.testing.assert_close(linear, nn.functional.linear(given, values, bias))
+    smooth = torch_internals.decompose(aten.smooth_l1_loss.default, (given, values[:2]), {"beta": 0.5})
+    torch.testing.assert_close(smooth, nn.functional.smooth_l1_loss(given, values[:2], beta=0.5))
+    assert torch_internals.decompose(aten.mm.default, (given, values.T), {}) is NotImplemented
+
+
+def test_trees():
+    tree = {"a": [torch.ones(1), 2], "b": (None, "c")}
+    assert torch_internals.tree_leaves(tree) == [torch.ones(1), 2, None, "c"]
+    assert torch_internals.tree_map(lambda leaf: leaf if leaf is None else leaf * 2, tree) == {
+        "a": [torch.full((1,), 2.0), 4],
+        "b": (None, "cc"),
+    }
+
+
+def test_layers_of_one_sort():
+    def of(kind):
+        return {name for name, found in vars(nn).items() if isinstance(found, type) and issubclass(found, kind)}
+
+    plain, transposed = {f"Conv{n}d" for n in (1, 2, 3)}, {f"ConvTranspose{n}d" for n in (1, 2, 3)}
+    lazy = {f"Lazy{name}" for name in plain | transposed}
+    assert of(torch_internals.AnyConvolution) == plain | transposed | lazy
+    assert of(torch_internals.AnyTransposedConvolution) == {n for n in plain | transposed | lazy if "Transpose" in n}
+    norms = {f"{lazy}BatchNorm{n}d" for n in (1, 2, 3) for lazy in ("", "Lazy")} | {"SyncBatchNorm"}
+    assert of(torch_internals.AnyBatchNorm) == norms
+    instance = {f"{lazy}InstanceNorm{n}d" for n in (1, 2, 3) for lazy in ("", "Lazy")}
+    assert of(torch_internals.AnyRunningNorm) == norms | instance
+
+
+def test_what_compile_makes_of_a_module():
+    layer = nn.Linear(1, 1)
+    assert getattr(torch.compile(layer), torch_internals.COMPILED_FROM) is layer
+    assert not hasattr(layer, torch_internals.COMPILED_FROM)
+
+
 def test_reset_plateau():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, patience=5)
@@ -154,6 +197,16 @@ def test_convolve(kind):
     layer = Other(2, 4, 3, padding=1, padding_mode="circular", groups=2)
     x = torch.randn(1, 2, *(5,) * (kind(1, 1, 1).weight.dim() - 2))
     assert torch.equal(torch_internals.convolve(kind, layer, x), kind.forward(layer, x))
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": (1, 2), "padding_mode": "reflect"}])
+def test_padding_of_convolutions(options):
+    layer = nn.Conv2d(2, 3, (2, 5), dilation=(3, 1), **options)
+    x = torch.randn(1, 2, 6, 7)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = nn.functional.pad(x, torch_internals.padding_of(layer), mode=mode)
+    plain = nn.functional.conv2d(padded, layer.weight, layer.bias, dilation=layer.dilation)
+    torch.testing.assert_close(plain, layer(x))
 
 
 def test_the_fused_path_is_left():
@@ -315,6 +368,18 @@ def test_frames_of_speech():
         found = model.feature_extractor(torch.zeros(1, 800)).shape[-1]
     assert int(frames(torch.tensor([800]))[0]) == found
     assert transformers_internals.frames_of(nn.Linear(1, 1)) is None
+
+
+def test_marked_tensors_are_not_filled():
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        for tensor in layer.parameters():
+            tensor.fill_(3)
+    transformers_internals.mark_initialized(layer.weight)
+    initialization = importlib.import_module("transformers.initialization")
+    for tensor in layer.parameters():
+        initialization.zeros_(tensor)
+    assert bool((layer.weight == 3).all()) and not layer.bias.any()
 
 
 def test_accelerate_marks_what_it_offloads():
@@ -513,3 +578,9 @@ def test_help_texts_can_be_changed(capsys):
         cli.main(["plan", "--help"])
     shown = capsys.readouterr().out
     assert "--calibration.text" in shown and ":func:" not in shown and "``" not in shown
+
+
+def test_a_compiled_module_gives_the_module_that_it_was_made_of():
+    inner = torch.nn.Linear(2, 2)
+    assert torch_internals.uncompiled(torch.compile(inner, backend="eager")) is inner
+    assert torch_internals.uncompiled(inner) is inner

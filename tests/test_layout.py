@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LAYERS = [
     "arguments",
     "text_escape",
     "_files",
+    "costs",
     "modeling_pruned",
     "user_errors",
     "groups",
@@ -38,6 +40,7 @@ LAYERS = [
     "repair",
     "config",
     "planning",
+    "repairing",
     "detection",
     "pipeline",
     "reporting",
@@ -72,6 +75,13 @@ def imports(path: Path) -> list[tuple[str, str]]:
         elif isinstance(node, ast.Import):
             found += [(a.name, "") for a in node.names if a.name.split(".")[0] == "lit_prune"]
     return found
+
+
+def test_the_docs_list_the_modules_in_their_order():
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8").partition("## Where it is")[2]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", "".join(rows)) == LAYERS
+    assert {m.split(".")[1] for m in set(MODULES) - {"lit_prune"}} == set(LAYERS)
 
 
 def layer(module: str) -> int:

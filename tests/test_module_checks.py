@@ -95,7 +95,7 @@ def test_weights_that_are_computed_are_refused_with_what_to_call_first(name, pla
     refused(model, rf"model\.layers\.1\.{place} .*{message}", 0)
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "nn.TransformerEncoder", "ResNet", "Mixtral"])
+@pytest.mark.parametrize("name", ["GPT-2", "nn.TransformerEncoder", "Mixtral"])
 def test_whatever_holds_the_weight(name):
     model = CASE[name].build()
     inner = find_model(model)[1]
@@ -104,6 +104,22 @@ def test_whatever_holds_the_weight(name):
     parameter = parameter if hasattr(inner.get_submodule(path), parameter) else "down_proj"
     torch_prune.l1_unstructured(inner.get_submodule(path), parameter, amount=0.3)
     refused(model, rf"{path.replace('.', '[.]')} .*prune\.remove\(module, '{parameter}'\)", 0)
+
+
+@pytest.mark.parametrize("repair", [None, "bias", "least_squares"])
+def test_a_masked_weight_of_a_model_that_is_found_by_running_it_is_cut_with_its_mask(repair):
+    model = CASE["ResNet"].build().eval()
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for convolution in convolutions:
+        torch_prune.l1_unstructured(convolution, "weight", amount=0.3)
+    before = [c.weight.shape for c in convolutions]
+    batches = [{"pixel_values": torch.randn(8, 3, 8, 8), "labels": torch.randint(0, 3, (8,))}]
+    lit_prune.prune(model, batches, lambda b: model(**b)[1], PruningConfig(pruning_ratio=0.2, repair=repair))
+    model(**batches[0])[1].backward()
+    assert [c.weight.shape for c in convolutions] != before
+    for convolution in convolutions:
+        assert torch.equal(convolution.weight, convolution.weight_orig * convolution.weight_mask)
+        assert convolution.weight_orig.grad.shape == convolution.weight.shape
 
 
 def test_after_what_the_message_says_it_works():

@@ -15,8 +15,8 @@ from lit_prune import PruningConfig, PruningPlan, apply_plan, find_group_sets, g
 from lit_prune.errors import OptimizerStateError
 from lit_prune.surgery.apply import cut
 from lit_prune.surgery.optimizer_search import find_optimizers, states
-from lit_prune.surgery.optimizer_state import tensors_in
 from lit_prune.surgery.plan_cuts import parameter_cuts
+from lit_prune.surgery.state_entries import tensors_in
 
 # their state is no tensor of the parameter's shape, or cannot be told from one that is not: factors of rows and columns
 # without the other dimension, preconditioners, projectors, flat vectors, quantised blocks, what is kept by name

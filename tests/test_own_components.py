@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import lit_prune
-from lit_prune.architectures import Block, consumed, group_set_of, part_of
+from lit_prune.architectures import Component, consumed, group_set_of, part_of
 
 pytestmark = pytest.mark.core
 
@@ -43,7 +43,7 @@ class BilinearModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class Bilinear(Block):
+class Bilinear(Component):
     """Products of two maps of the input, whose weights are one parameter of shape (2, channels, features)."""
 
     path: str

@@ -1,4 +1,4 @@
-"""The adaptation of modules that reshape to the width of their input, where fewer heads are narrower than that."""
+"""The adaptations of modules that reshape to sizes of the dense model: to the width of their input, or to its channels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lit_prune.architectures.adaptations import Adapted, become, nothing_to_undo
 
 _RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
+_UNFLATTENS = (Tensor.unflatten, torch.unflatten)
 
 
 class _LastSizeFits(TorchFunctionMode):
@@ -47,3 +48,49 @@ def fitting_shapes(module: nn.Module, kept: Tensor) -> Callable[[], None]:
     if isinstance(module, FittingShapes):
         return nothing_to_undo
     return become(module, FittingShapes)
+
+
+class _ChannelsFit(TorchFunctionMode):
+    """Lets the second size of a shape follow where the elements of a sample are not as many as the shape says."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RESHAPES and len(args) > 1 and not kwargs:
+            sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+            if len(sizes) > 2 and all(isinstance(s, int | torch.SymInt) for s in sizes):
+                return func(args[0], _with_channels(args[0].shape, sizes))
+        if (
+            func in _UNFLATTENS
+            and len(args) == 3
+            and not kwargs
+            and len(args[2]) > 1
+            and args[1] in (1, 1 - args[0].dim())
+        ):
+            shape = args[0].shape
+            sizes = _with_channels(shape, (shape[0], *args[2], *shape[2:]))
+            return func(args[0], args[1], tuple(sizes[1 : 1 + len(args[2])]))
+        return func(*args, **kwargs)
+
+
+def _with_channels(shape: Any, sizes: Any) -> Any:
+    """The sizes; if they say the batch and do not fit, or would change it, with as many channels as there are."""
+    rest = math.prod(sizes[2:])
+    if rest <= 0 or sizes[1] <= 0 or sizes[0] not in (-1, shape[0]):
+        return sizes
+    return sizes if sizes[1] * rest == math.prod(shape[1:]) else (shape[0], -1, *sizes[2:])
+
+
+class FittingChannels(Adapted):
+    """Mixed into the class of a module whose forward makes images of rows: ``x.view(-1, 128, 7, 7)``, ``nn.Unflatten``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the class that this is mixed into, but the number of channels follows the elements of a sample."""
+        with _ChannelsFit():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def fitting_channels(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation (see :class:`~lit_prune.groups.Adaptation`) of a module that reshapes rows to so many channels."""
+    if isinstance(module, FittingChannels):
+        return nothing_to_undo
+    return become(module, FittingChannels)

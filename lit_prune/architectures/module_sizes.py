@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lit_prune.modeling_pruned import sync_features
+from lit_prune.torch_internals import AnyConvolution, AnyRunningNorm, AnyTransposedConvolution, tables
 
 
 def sync_sizes(module: nn.Module) -> Callable[[], None]:
@@ -22,16 +21,17 @@ def sync_sizes(module: nn.Module) -> Callable[[], None]:
         module: The module, whose parameters were cut.
     """
     before = {n: v for n, v in vars(module).items() if isinstance(v, int | tuple)}
-    if not isinstance(module, _ConvNd):
+    if not isinstance(module, AnyConvolution):
         sync_features(module)
-    tensors: dict[str, Any] = {**module._parameters, **module._buffers}
+    parameters, buffers, _ = tables(module)
+    tensors: dict[str, Any] = {**parameters, **buffers}
     weight = tensors.get("weight")
-    if isinstance(module, _ConvNd) and weight is not None:
+    if isinstance(module, AnyConvolution) and weight is not None:
         _convolution(module, tuple(weight.shape))
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         width = module.num_channels // module.num_groups
         module.num_channels, module.num_groups = len(weight), len(weight) // width
-    elif isinstance(module, _NormBase):
+    elif isinstance(module, AnyRunningNorm):
         first = next((t for t in (weight, tensors.get("running_mean")) if t is not None), None)
         module.num_features = module.num_features if first is None else len(first)
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and weight is not None:
@@ -57,8 +57,8 @@ def sync_sizes(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _convolution(module: _ConvNd, shape: tuple[int, ...]) -> None:
-    transposed = isinstance(module, _ConvTransposeNd)
+def _convolution(module: AnyConvolution, shape: tuple[int, ...]) -> None:
+    transposed = isinstance(module, AnyTransposedConvolution)
     if module.groups == 1:
         module.in_channels, module.out_channels = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
         return

@@ -161,14 +161,14 @@ class ActivationObserver:
             return self._sums_of_channels(inputs, mask, dim)
         inputs = inputs.reshape(-1, inputs.shape[-1])
         mask = None if mask is None else mask.reshape(-1, 1)
-        result = {key: torch.zeros(inputs.shape[-1], device=inputs.device) for key in self._sums}
+        result = {key: torch.zeros(inputs.shape[-1], dtype=torch.float64, device=inputs.device) for key in self._sums}
         for index in pieces(inputs.shape, piece_size(inputs.device)):
             part = inputs[index].float()
             if mask is not None:
                 # not by index, which would wait for the device to say how many there are
                 part = torch.where(mask[index], part, 0.0)
             for key, line in result.items():
-                line += INPUT_SUMS[key](part).sum(dim=0)
+                line += INPUT_SUMS[key](part).sum(dim=0, dtype=line.dtype)
         result["count"] = torch.tensor(len(inputs), device=inputs.device) if mask is None else mask.sum()
         return result
 
@@ -177,7 +177,7 @@ class ActivationObserver:
         batch, positions = inputs.shape[: inputs.dim() + dim].numel(), inputs.shape[dim + 1 :].numel()
         inputs = inputs.reshape(batch, inputs.shape[dim], positions)
         mask = None if mask is None else mask.reshape(batch, 1, positions).expand_as(inputs)
-        result = {key: torch.zeros(inputs.shape[1], device=inputs.device) for key in self._sums}
+        result = {key: torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device) for key in self._sums}
         for index in pieces(inputs.shape, piece_size(inputs.device)):
             part = inputs[index].float()
             if mask is not None:
@@ -191,7 +191,7 @@ class ActivationObserver:
 
 def _add_sums(totals: dict[str, dict[str, Tensor]], name: str, sums: Mapping[str, Tensor]) -> None:
     if name not in totals:
-        totals[name] = {key: value.double() for key, value in sums.items()}
+        totals[name] = {key: value.to(torch.float64, copy=True) for key, value in sums.items()}
         return
     for key, value in sums.items():
         totals[name][key] += value

@@ -93,7 +93,7 @@ def collect_statistics(
             if observers.gradients:
                 losses.append(_checked_loss(loss, number, ranks).detach())
             else:
-                losses.append(loss.detach().float().mean() if isinstance(loss, Tensor) else None)
+                losses.append(loss.detach().double().mean() if isinstance(loss, Tensor) else None)
             observers.end_batch(loss)
             statistics.batches += 1
             del loss
@@ -121,12 +121,12 @@ def _mean_loss(losses: Sequence[Tensor | None], ranks: Ranks | None) -> float | 
         CalibrationError: If one is not finite.
     """
     device = next((loss.device for loss in losses if loss is not None), torch.device("cpu"))
-    nothing = torch.zeros((), device=device)
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
     # by batch, a line of losses and a line of how many there are: a process without any takes part all the same
     both = torch.stack(
         [
-            torch.stack([nothing if loss is None else loss.float().reshape(()) for loss in losses]),
-            torch.tensor([float(loss is not None) for loss in losses], device=device),
+            torch.stack([nothing if loss is None else loss.double().reshape(()) for loss in losses]),
+            torch.tensor([loss is not None for loss in losses], dtype=torch.float64, device=device),
         ]
     )
     values, counts = (both if ranks is None else ranks.sum(both)).cpu()
@@ -163,5 +163,6 @@ def _checked_loss(loss: Any, number: int, ranks: Ranks | None) -> Tensor:
         raise CalibrationError(f"Calibration batch {number} gave no scalar loss; found {found}.")
     raise CalibrationError(
         f"The loss of calibration batch {number} does not depend on the weights to be pruned, so their gradients are"
-        " unknown. Was it detached, or computed under no_grad?"
+        " unknown. Was it detached, or computed under no_grad, or within torch.utils.checkpoint(use_reentrant=True)? Only with"
+        " use_reentrant=False do gradients reach weights behind frozen ones."
     )

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_prune.architectures.features import feature_dim, input_features
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.evaluation import is_observed
+from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.terms import Term
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.distributed.ranks import Ranks
@@ -45,12 +46,15 @@ class _Masked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
+        # in float16 the product of an input and its gradient may be below the smallest number there is
+        wide = accumulation_dtype(inputs.dtype)
+        product = inputs.to(wide) * gradient.to(wide)
         if ctx.feature_dim == -1:
-            product = (inputs * gradient).movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
-            return gradient, product.sum(dim=1, dtype=torch.float32), None, None
+            product = product.movedim(ctx.batch_dim, 0).reshape(ctx.samples, -1, inputs.shape[-1])
+            return gradient, product.sum(dim=1), None, None
         # channels of a convolution: its spatial positions lie behind them
         channels = inputs.dim() + ctx.feature_dim
-        product = (inputs * gradient).flatten(channels + 1).sum(dim=-1, dtype=torch.float32)
+        product = product.flatten(channels + 1).sum(dim=-1)
         return gradient, product.reshape(ctx.samples, inputs.shape[channels]), None, None
 
 
@@ -65,9 +69,10 @@ def watch_block(
         states = hidden_output(output)
         before, after = hidden_input(args, kwargs).detach(), states.detach()
         batch_dim = 0 if token_masks is None else token_masks.batch_dim
+        scale = loss_scale()
 
         def derive(gradient: Tensor) -> None:
-            product = gradient.float() * (after.float() - before.float())
+            product = gradient.float() / scale * (after.float() - before.float())
             take(product.movedim(batch_dim, 0).flatten(1).sum(dim=1) if product.dim() > 2 else product.sum().view(1))
 
         if torch.is_grad_enabled():
@@ -145,7 +150,13 @@ class MaskCollector:
             dim = feature_dim(module)
             batch_dim = self._token_masks.batch_dim if dim == -1 and inputs.dim() > 2 else 0
             samples = self._samples_in(inputs, dim, batch_dim, described)
-            mask = torch.ones(samples, inputs.shape[dim], device=inputs.device, requires_grad=torch.is_grad_enabled())
+            mask = torch.ones(
+                samples,
+                inputs.shape[dim],
+                dtype=accumulation_dtype(inputs.dtype),
+                device=inputs.device,
+                requires_grad=torch.is_grad_enabled(),
+            )
             masks.append(mask)
             return (_Masked.apply(inputs, mask, batch_dim, dim), *args[1:])
 
@@ -183,7 +194,8 @@ class MaskCollector:
             Names of the modules that it did not reach.
         """
         derivatives: dict[Key, list[Tensor]] = {s.key: [] for s in self._group_sets}
-        gradients = {name: [m.grad for m in masks if m.grad is not None] for name, masks in self._masks.items()}
+        scale = loss_scale()
+        gradients = {name: [m.grad / scale for m in masks if m.grad is not None] for name, masks in self._masks.items()}
         for group_set in self._group_sets:
             derivatives[group_set.key] += [d[:, None] for d in self._blocks.get(group_set.key, ())]
             for part in group_set.consumers:

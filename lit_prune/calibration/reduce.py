@@ -63,11 +63,11 @@ def product_lines(
     Returns:
         The sum of the gradient, a scalar: not finite if an element is not.
     """
-    total = torch.zeros((), device=gradient.device)
+    total = torch.zeros((), dtype=torch.float32, device=gradient.device)
     functions = {function: [(dim, line) for f, dim, line in wanted if f is function] for function, *_ in wanted}
     size = piece_size(weight.device)
     # written over and over: memory fresh from the system costs more than the arithmetic
-    scratch = torch.empty(min(size, weight.numel()) if wanted else 0, device=weight.device)
+    scratch = torch.empty(min(size, weight.numel()) if wanted else 0, dtype=torch.float32, device=weight.device)
     for index in pieces(weight.shape, size):
         part = gradient[index]
         total += part.sum(dtype=torch.float32)

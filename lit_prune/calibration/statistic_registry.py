@@ -59,7 +59,7 @@ class InputStatistic:
     Args:
         name: The name that terms use.
         sums: By name, functions of inputs of shape ``(tokens, features)`` (float32), element by element; each is summed over
-            the tokens. Statistics that name the same sum share it.
+            the tokens, in float64. Statistics that name the same sum share it.
         value: Maps the sums by name (float64, shape ``(features,)``) and the number of tokens to the statistic.
     """
 
@@ -69,7 +69,7 @@ class InputStatistic:
 
     def of_constant(self, tokens: int) -> float:
         """Return the statistic of an input that is 1 in every token."""
-        ones = torch.ones(1, 1)
+        ones = torch.ones(1, 1, dtype=torch.float32)
         sums = {name: function(ones).double().sum(dim=0) * tokens for name, function in self.sums.items()}
         return float(self.value(sums, tokens))
 
@@ -128,13 +128,18 @@ class MaskStatistic:
 Statistic = GradientStatistic | InputStatistic | GroupStatistic | MaskStatistic
 
 
-def _mean_square(sums: Mapping[str, Tensor], count: int) -> Tensor:
+def _square(values: Tensor) -> Tensor:
+    # exact for float32: a variance is the small difference of two of their means where the mean is large
+    return values.double().square()
+
+
+def _variance(sums: Mapping[str, Tensor], count: int) -> Tensor:
     return (sums["sum_squares"] / count - (sums["sum"] / count).square()).clamp_min(0)
 
 
 _SUM = {"sum": torch.Tensor.detach}
 _SUM_ABS = {"sum_abs": torch.abs}
-_SUM_SQUARES = {"sum_squares": torch.square}
+_SUM_SQUARES = {"sum_squares": _square}
 _REGISTRY: dict[str, Statistic] = {
     s.name: s
     for s in (
@@ -145,7 +150,7 @@ _REGISTRY: dict[str, Statistic] = {
         InputStatistic("activation_mean_abs", _SUM_ABS, lambda sums, count: sums["sum_abs"] / count),
         InputStatistic("activation_l1", _SUM_ABS, lambda sums, count: sums["sum_abs"]),
         InputStatistic("activation_l2", _SUM_SQUARES, lambda sums, count: sums["sum_squares"].sqrt()),
-        InputStatistic("activation_variance", {**_SUM, **_SUM_SQUARES}, _mean_square),
+        InputStatistic("activation_variance", {**_SUM, **_SUM_SQUARES}, _variance),
     )
 }
 # by the name of a sum of inputs, the function that is summed

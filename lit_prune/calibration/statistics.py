@@ -83,7 +83,7 @@ class Statistics:
         assert isinstance(known, InputStatistic)
         module = self.activations.get(part.module)
         if not part.observable or part.input_dim is None or module is None:
-            return torch.full((), known.of_constant(self.tokens), device=weight.device)
+            return torch.full((), known.of_constant(max(self.tokens, 1)), dtype=torch.float32, device=weight.device)
         values = module.statistic(known).to(device=weight.device, dtype=torch.float32)
         return spread_features(values, weight, part.input_dim)
 

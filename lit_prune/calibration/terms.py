@@ -37,7 +37,7 @@ class Term:
 
     def applies(self, group_set: GroupSet, part: Slice) -> bool:
         """Whether the term counts this slice of a group set; whole blocks are scored by the sets in them."""
-        if group_set.kind == BLOCK:
+        if group_set.kind == BLOCK or part.only_in_training:
             return False
         if self.per_group:
             return any(part is s for s in group_set.masked)

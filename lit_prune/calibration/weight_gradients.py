@@ -139,7 +139,11 @@ class _GradientCollector:
         if not _everywhere(not missing, self._ranks):
             raise CalibrationError(
                 f"No gradient reached {missing[:3] or 'some place on another process'} ({len(missing)} places) in"
-                f" calibration batch {self._batches}; the loss does not depend on them."
+                f" calibration batch {self._batches}; the loss does not depend on them. If they run under no_grad (a frozen"
+                " backbone), use a criterion that needs no gradient, such as importance='wanda', prune another part"
+                " (model_path), or, where no description covers the model, leave them out of the groups by"
+                " lit_prune.trace(model, batches, loss_fn, protect=[...]). If they run within torch.utils.checkpoint, give it"
+                " use_reentrant=False."
             )
         self._take_mask_gradients()
         # one flag a parameter, read only after the last batch: no synchronisation with the device per batch

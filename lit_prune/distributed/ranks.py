@@ -48,9 +48,9 @@ class Ranks:
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of every process's tensor."""
+        """The mean of every process's tensor, in float32 at least."""
         # summed and divided: gloo has no average
-        return self.sum(tensor) / self.size
+        return self.sum(tensor.to(torch.promote_types(tensor.dtype, torch.float32))) / self.size
 
     def minimum(self, tensor: Tensor) -> Tensor:
         """The elementwise minimum over the processes."""

@@ -41,12 +41,15 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
                     columns = part.index[removed].flatten().to(weight.device)
                     before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
                     weight.index_fill_(part.dim, columns, 0.0)
+        torch.clear_autocast_cache()
         with passed_over(model, plan.removed_blocks):
             yield
     finally:
         with torch.no_grad():
-            for tensor, dim, columns, values in before:
+            # the last first: where two sets mask one parameter along both dimensions, later values are of what is masked
+            for tensor, dim, columns, values in reversed(before):
                 tensor.index_copy_(dim, columns, values)
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()

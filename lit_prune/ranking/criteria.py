@@ -136,4 +136,4 @@ def random(groups: int, generator: torch.Generator) -> Tensor:
     Returns:
         Tensor of shape ``(groups,)``.
     """
-    return torch.rand(groups, generator=generator)
+    return torch.rand(groups, generator=generator, dtype=torch.float32)

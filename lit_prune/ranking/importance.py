@@ -56,7 +56,7 @@ def group_importance(
         if not criterion.terms and group_set.kind != BLOCK:
             result.append(random(group_set.size, generator))
             continue
-        total = torch.zeros(group_set.size)
+        total = torch.zeros(group_set.size, dtype=torch.float32)
         weights = [parameters[part.parameter] for part in group_set.slices]
         shared = shards.any_sharded(weights)
         for position, (part, weight) in enumerate(zip(group_set.slices, weights, strict=True)):
@@ -141,7 +141,7 @@ def _term_importance(
 ) -> Tensor:
     part = group_set.slices[position]
     if term.statistic is None:
-        return shards.sum_by_group(part, _line(term.function(shards.local(weight)), part.dim), weight)
+        return shards.sum_by_group(part, _line(term.function(shards.local(weight).float()), part.dim), weight)
     assert statistics is not None
     if term.per_input:
         weight = shards.full(weight)
@@ -157,7 +157,7 @@ def _term_importance(
         value = statistics.elementwise[term.statistic][part.parameter].to(weight.device)
         if known.function is None and term.of_product is not None:
             whole = shards.local(weight)
-            line = torch.zeros(whole.shape[part.dim], device=whole.device)
+            line = torch.zeros(whole.shape[part.dim], dtype=torch.float32, device=whole.device)
             product_lines(whole, value, [(term.of_product, part.dim, line)])
             return shards.sum_by_group(part, line, weight)
     else:

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.passes import Call, Data, Passes
+from lit_prune.torch_internals import AnyBatchNorm
 
 _BUFFERS = ("running_mean", "running_var")
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
     """The batch norms of a model that keep running statistics, by path."""
-    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, AnyBatchNorm)}
     return {n: m for n, m in found.items() if m.running_mean is not None and m.running_mean.numel()}
 
 
@@ -82,7 +83,7 @@ def _readers(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan
     """Paths of the modules that read groups some of which are gone."""
     by_key = {s.key: s for s in group_sets}
     parts = [part for entry in plan.group_entries for part in by_key[entry.key].masked]
-    # what is opaque may be read by the module around its own, which then is not called
+    # what cannot be observed may be read by the module around its own, which then is not called
     names = {part.module for part in parts} | {p.module.rpartition(".")[0] for p in parts if p.unobservable_input}
     return names & dict(model.named_modules(remove_duplicate=False)).keys()
 
@@ -156,7 +157,7 @@ def _values(inputs: Tensor) -> int:
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each channel, along dimension 1."""
-    values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    values = inputs.to(accumulation_dtype(inputs.dtype))
     variance, mean = torch.var_mean(values, dim=[d for d in range(inputs.dim()) if d != 1], correction=0)
     return mean, variance
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.features import feature_dim, input_features
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.groups import GroupSet, Slice
 from lit_prune.repair.passes import Call, Data, Passes
 from lit_prune.repair.patches import is_product, matrix_of, taps
@@ -71,8 +72,8 @@ def unexplained_anywhere(
                 grams[name].add(rows)
 
     Passes(model, data, root).run(uses, take, use)
-    weighted: dict[tuple[str, str], Tensor] = {s.key: torch.zeros(s.size) for s in group_sets}
-    weights = {s.key: torch.zeros(s.size) for s in group_sets}
+    weighted: dict[tuple[str, str], Tensor] = {s.key: torch.zeros(s.size, dtype=torch.float32) for s in group_sets}
+    weights = {s.key: torch.zeros(s.size, dtype=torch.float32) for s in group_sets}
     for name, of_one in uses.items():
         grams[name].add_up(all_reduce)
         for position, (group_set, part) in enumerate(of_one):
@@ -118,16 +119,15 @@ class _Grams:
         width = weight.shape[self._parts[0].dim]
         self._apart = width > _MOST_FEATURES
         sizes = [len(index) for index in self._features] if self._apart else [width]
-        precision = torch.promote_types(weight.dtype, torch.float32)
+        precision = accumulation_dtype(weight.dtype)
         self._sums = [torch.zeros(size, size, dtype=precision, device=weight.device) for size in sizes]
         self._rows = [torch.zeros((), dtype=precision, device=weight.device) for _ in sizes]
 
     def add(self, rows: Tensor) -> None:
         """Add rows, shape ``(rows, features)``."""
-        with torch.autocast(rows.device.type, enabled=False):
-            for number, samples in enumerate(self._samples(rows.to(self._sums[0].dtype))):
-                self._sums[number] += samples.T @ samples
-                self._rows[number] += len(samples)
+        for number, samples in enumerate(self._samples(rows.to(self._sums[0].dtype))):
+            self._sums[number] += transposed_product(samples, samples)
+            self._rows[number] += len(samples)
 
     def _samples(self, rows: Tensor) -> list[Tensor]:
         if not self._apart:
@@ -148,7 +148,8 @@ class _Grams:
         number = position if self._apart else 0
         gram, rows = self._sums[number], self._rows[number]
         if not float(rows):
-            return torch.ones(len(part.index)), torch.zeros(len(part.index), dtype=torch.float64)
+            size = len(part.index)
+            return torch.ones(size, dtype=torch.float32), torch.zeros(size, dtype=torch.float64)
         relative = _relative(SHARE_DAMPING, gram, rows)
         columns = matrix_of(self._module, weight).double()
         # the length of the weights that read a feature, over outputs and places in the kernel

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.calibration.reduce import piece_size
 from lit_prune.repair.regression import _relative, ridge
 
@@ -45,15 +46,14 @@ class Equations:
             outputs: Shape ``(rows, outputs)``.
         """
         step = max(1, piece_size(inputs.device) // max(1, inputs.shape[1]))
-        with torch.autocast(inputs.device.type, enabled=False):
-            for a, b in zip(inputs.split(step), outputs.split(step), strict=True):
-                precision = torch.promote_types(a.dtype, torch.float32)
-                a, b = a.to(precision), b.to(precision)
-                self.gram += a.T @ a
-                self.cross += b.T @ a
-                self.input_sum += a.sum(dim=0)
-                self.output_sum += b.sum(dim=0)
-                self.rows += len(a)
+        for a, b in zip(inputs.split(step), outputs.split(step), strict=True):
+            precision = accumulation_dtype(a.dtype)
+            a, b = a.to(precision), b.to(precision)
+            self.gram += transposed_product(a, a)
+            self.cross += transposed_product(b, a)
+            self.input_sum += a.sum(dim=0)
+            self.output_sum += b.sum(dim=0)
+            self.rows += len(a)
 
     def add_up(self, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
         """Add up what several processes have; no rows are left if one of them gave up."""

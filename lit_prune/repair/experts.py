@@ -6,7 +6,7 @@ that multiplies with a part of that tensor can be watched, and the part's place 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.architectures.config_view import override_config
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.repair.calls import BlockCall
 from lit_prune.transformers_internals import EXPERTS_FIELD, has_choice_of_experts
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
@@ -31,7 +33,7 @@ def expert_equations(
     output_dim: int,
     kept: Tensor,
     inputs: Sequence[Tensor],
-    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    calls: Sequence[BlockCall],
     masks: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normal equations of every expert's output projection, on the channels that stay.
@@ -69,11 +71,11 @@ def expert_equations(
 
     handles = [experts.register_forward_pre_hook(before), experts.register_forward_hook(after)]
     try:
-        for x, (args, kwargs), tokens in zip(inputs, calls, masks, strict=True):
+        for x, call, tokens in zip(inputs, calls, masks, strict=True):
             mask = None if tokens is None else tokens.flatten()
             try:
                 with seen:
-                    block(x, *args, **kwargs)
+                    call.run(block, x)
             except StopForward:
                 pass
     finally:
@@ -89,7 +91,7 @@ class _Seen(TorchFunctionMode):
         super().__init__()
         self._parameter, self._dim, self._kept = parameter, dim, kept.to(parameter.device)
         experts, outputs = len(parameter), parameter.shape[3 - dim]
-        precision = torch.promote_types(parameter.dtype, torch.float32)
+        precision = accumulation_dtype(parameter.dtype)
         self.gram = parameter.new_zeros(experts, len(kept), len(kept), dtype=precision)
         self.cross = parameter.new_zeros(experts, outputs, len(kept), dtype=precision)
         self.tokens = parameter.new_zeros(experts, dtype=torch.float32)
@@ -109,13 +111,17 @@ class _Seen(TorchFunctionMode):
         return result
 
     def _is_part(self, tensor: Any) -> bool:
-        whole = self._parameter.untyped_storage().data_ptr()
-        return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() == whole
+        whole = self._parameter
+        if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return False
+        # other parameters may lie in the same memory
+        return 0 <= tensor.storage_offset() - whole.storage_offset() < whole.numel()
 
     def _add(self, expert: int, channels: Tensor) -> None:
         weight = self._parameter[expert] if self._dim == 1 else self._parameter[expert].T
         x = channels.reshape(-1, channels.shape[-1]).to(self.gram.dtype)
-        given, stays = x @ weight.to(self.gram.dtype), x[:, self._kept]
+        stays = x[:, self._kept]
         self.tokens[expert] += len(x)
-        self.gram[expert] += stays.T @ stays
-        self.cross[expert] += given.T @ stays
+        self.gram[expert] += transposed_product(stays, stays)
+        # as the weights are linear, their product with the inputs' products is that with the outputs
+        self.cross[expert] += transposed_product(weight.to(self.gram.dtype), transposed_product(x, stays))

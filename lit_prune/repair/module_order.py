@@ -35,6 +35,7 @@ from lit_prune.repair.passes import WAY_OUT, Call, Data, Passes, Replacements, s
 from lit_prune.repair.patches import count_rows, input_rows, is_product, matrix_of, output_rows, taps, weight_of
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.tensors import DimensionCut
+from lit_prune.torch_internals import version_of
 
 # measured with benchmarks/convolutions.py at 80% and 90%: from 0.02 to 1 hardly a difference, 4 is worse
 DAMPING = 1.0
@@ -210,7 +211,7 @@ def _in_order(
         layer, x = layers[call.name], call.inputs
         if layer.first is None:
             layer.first = sum(other.first is not None for other in layers.values())
-            layer.source = (x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version)
+            layer.source = (x.data_ptr(), x.shape, x.stride(), version_of(x))
             layer.sample = sample(call.output)
             alive.append(x)
         return count_rows(call.module, call.output)

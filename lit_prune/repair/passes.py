@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -150,22 +151,13 @@ class Passes:
             given = (*args, *kwargs.values())
             return Call(name, watched[name], runs, count, len(taken.get(name, ())), given, output, masks)
 
-        def after(name: str) -> Callable[..., None]:
-            @torch.no_grad()
-            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                if is_observed():
-                    value = take(call(name, args, kwargs, output))
-                    taken.setdefault(name, []).append(value)
+        def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            value = take(call(name, args, kwargs, output))
+            taken.setdefault(name, []).append(value)
 
-            return hook
-
-        def ahead(name: str) -> Callable[..., None]:
-            @torch.no_grad()
-            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                if is_observed() and before is not None:
-                    before(call(name, args, kwargs))
-
-            return hook
+        def ahead(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            assert before is not None
+            before(call(name, args, kwargs))
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(random_state_kept())
@@ -175,10 +167,7 @@ class Passes:
             stack.enter_context(within or contextlib.nullcontext())
             stack.enter_context(masks)
             sampler = stack.enter_context(self._sampled(compare))
-            for name, module in watched.items():
-                if before is not None:
-                    stack.callback(module.register_forward_pre_hook(ahead(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
+            stack.enter_context(_hooked(watched, after, None if before is None else ahead))
             for batch in batches:
                 masks.start_batch(batch)
                 taken.clear()
@@ -236,6 +225,32 @@ class Passes:
 
 
 @contextlib.contextmanager
+def _hooked(
+    watched: Mapping[str, nn.Module], after: Callable[..., None], before: Callable[..., None] | None
+) -> Iterator[None]:
+    """Call ``before`` and ``after`` around every observed call of some layers.
+
+    Args:
+        watched: The layers, by path.
+        after: Called with path, arguments, keyword arguments and output.
+        before: Called with path, arguments and keyword arguments.
+    """
+
+    def hook(function: Callable[..., None], name: str, _: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        if is_observed():
+            with torch.no_grad():
+                function(name, args, kwargs, *output)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in watched.items():
+            if before is not None:
+                ahead = partial(hook, before, name)
+                stack.callback(module.register_forward_pre_hook(ahead, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(hook, after, name), with_kwargs=True).remove)
+        yield
+
+
+@contextlib.contextmanager
 def _rerun(number: int) -> Iterator[None]:
     """Turn an error in a batch that calibration has run before into one that says so.
 
@@ -280,8 +295,11 @@ class Replacements:
                 for parameter, value in self._values.values():
                     before.append((parameter, parameter.detach().clone()))
                     parameter.copy_(value)
+            # an autocast around it would go on with its copies in 16 bits of the values before
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
                 for tensor, old in before:
                     tensor.copy_(old)
+            torch.clear_autocast_cache()

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.architectures.features import feature_dim, is_convolution
 from lit_prune.architectures.plain_modules import LINEAR, TRANSPOSED
+from lit_prune.torch_internals import padding_of
 
 
 def is_product(module: nn.Module) -> bool:
@@ -120,8 +121,7 @@ def _windows(module: Any, inputs: Tensor, positions: Sequence[int]) -> Tensor:
 
 def _padded(module: Any, inputs: Tensor) -> Tensor:
     if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        # torch has worked out what "same" means
-        padding = module._reversed_padding_repeated_twice
+        padding = padding_of(module)
     else:
         padding = [size for size in reversed(module.padding) for _ in range(2)]
     if module.padding_mode == "zeros":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
@@ -84,9 +85,10 @@ def unexplained_shares(
                     for path, (inputs, _) in traced.items():
                         masked = mask is not None and inputs.shape[:-1] == mask.shape
                         a = (inputs[mask] if masked else inputs).reshape(-1, inputs.shape[-1])
-                        a = a.to(torch.promote_types(a.dtype, torch.float32))
-                        grams[path] = grams[path] + a.T @ a if path in grams else a.T @ a
-                        tokens[path] = tokens.get(path, torch.zeros((), device=a.device)) + len(a)
+                        a = a.to(accumulation_dtype(a.dtype))
+                        product = transposed_product(a, a)
+                        grams[path] = grams[path].add_(product) if path in grams else product
+                        tokens[path] = tokens.get(path, torch.zeros((), dtype=torch.float64, device=a.device)) + len(a)
                 if all_reduce is not None:
                     grams, tokens = ({path: all_reduce(value) for path, value in d.items()} for d in (grams, tokens))
                 for path, (group_set, part) in parts.items():

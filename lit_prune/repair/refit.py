@@ -19,8 +19,7 @@ The refit is that of reconstruction-based pruning (He et al., Channel Pruning, I
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +28,11 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
+from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.regression import _relative, ridge
@@ -48,6 +49,7 @@ from lit_prune.repair.replay import (
 from lit_prune.repair.routed import refit_routed
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
+from lit_prune.surgery.tensors import DimensionCut
 
 REPAIRS = ("least_squares", "bias")
 
@@ -124,39 +126,68 @@ def least_squares(
                     stream.check_replay(name, dense[0])
                     pruned = pruned if started else dense
                     continue
-                smaller = copy.deepcopy(block)
-                cut_block(smaller, name, plan, group_sets, cuts)
-                parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
-                following, wanted = _dense_pass(block, list(parts), dense, stream, name)
-                # in the order of the calls: what repairs one consumer changes the inputs of the next
-                order = list(wanted[0])
-                residual = _adds_up(dense[0], wanted[0], following[0])
-                for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
-                    with _runs_when_cut(name):
-                        gram, cross, tokens = _normal_equations(
-                            smaller, order, path, residual, dense, pruned, wanted, stream, name
-                        )
-                    if all_reduce is not None:
-                        gram, cross, tokens = all_reduce(gram), all_reduce(cross), all_reduce(tokens)
-                    weight = smaller.get_parameter(f"{path}.weight")
-                    transposed = parts[path].input_dim == 0
-                    solved = ridge(gram, cross, weight.T if transposed else weight, _relative(damping, gram, tokens))
-                    weight.copy_(solved.T if transposed else solved)
-                    weights[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
-                for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
-                    output = _refit_experts(
-                        model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce
-                    )
+                smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
+                following, refitted = _refit_consumers(
+                    model, name, block, smaller, members, dense, pruned, stream, damping, all_reduce
+                )
+                weights |= refitted
+                for output in _refit_all_experts(
+                    model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
+                ):
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                if routed := [s for s in members if s.key in touched and s.routed]:
-                    whole = _with_groups_of(routed, block, smaller, members, plan, model)
-                    for path in refit_routed(
-                        routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce
-                    ):
-                        weights[f"{name}.{path}"] = _as_in(model, f"{name}.{path}", smaller.get_parameter(path))
                 with _runs_when_cut(name):
                     dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
+
+
+def _smaller_copy(
+    block: nn.Module,
+    name: str,
+    plan: PruningPlan,
+    group_sets: Sequence[GroupSet],
+    members: Sequence[GroupSet],
+    cuts: Mapping[str, Sequence[DimensionCut]],
+) -> nn.Module:
+    """A copy of a block, cut as planned; what is refitted in it is its own, all else shares the block's memory."""
+    refitted = {part.parameter.removeprefix(f"{name}.") for s in members for part in s.consumers}
+    smaller = copy_to_cut(block, refitted)
+    cut_block(smaller, name, plan, group_sets, cuts)
+    return smaller
+
+
+def _solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, *, transposed: bool) -> None:
+    """Refit a weight in place, that of ``Conv1D`` (inputs first) transposed."""
+    solved = ridge(gram, cross, weight.T if transposed else weight, damping)
+    weight.copy_(solved.T if transposed else solved)
+
+
+def _refit_consumers(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    dense: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    stream: _Stream,
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Refit the consumers of a block one after the other; what the dense block gives, and the new weights by parameter name."""
+    parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
+    following, wanted = _dense_pass(block, list(parts), dense, stream, name)
+    # in the order of the calls: what repairs one consumer changes the inputs of the next
+    order = list(wanted[0])
+    residual = _adds_up(dense[0], wanted[0], following[0])
+    refitted: dict[str, Tensor] = {}
+    for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
+        with _runs_when_cut(name):
+            equations = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+        gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
+        weight = smaller.get_parameter(f"{path}.weight")
+        _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
+        refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
+    return following, refitted
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -170,6 +201,28 @@ def _is_of_experts(model: nn.Module, group_set: GroupSet) -> bool:
     return any(
         part.unobservable_input and model.get_parameter(part.parameter).dim() == 3 for part in group_set.consumers
     )
+
+
+def _refit_all_experts(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    stream: _Stream,
+    pruned: Sequence[Tensor],
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> Iterator[str]:
+    """Refit the experts of a block that lose channels, and give the name of each parameter once it has its new weights."""
+    touched = {e.key for e in plan.entries}
+    for group_set in (s for s in members if s.key in touched and _is_of_experts(model, s)):
+        yield _refit_experts(model, block, smaller, group_set, members, plan, stream, pruned, damping, all_reduce)
+    if routed := [s for s in members if s.key in touched and s.routed]:
+        whole = _with_groups_of(routed, block, smaller, members, plan, model)
+        paths = refit_routed(routed, name, whole, smaller, plan, pruned, stream.calls[name], damping, all_reduce)
+        yield from (f"{name}.{path}" for path in paths)
 
 
 def _refit_experts(
@@ -199,8 +252,7 @@ def _refit_experts(
         # an expert that no token went to says nothing
         if float(gram[expert].diagonal().sum()) > 0:
             relative = _relative(damping, gram[expert], tokens[expert])
-            solved = ridge(gram[expert], cross[expert], weight if part.dim == 2 else weight.T, relative)
-            weight.copy_(solved if part.dim == 2 else solved.T)
+            _solve(weight, gram[expert], cross[expert], relative, transposed=part.dim != 2)
     return part.parameter
 
 
@@ -216,12 +268,12 @@ def _with_groups_of(
     whole_keys = {s.key for s in group_sets}
     others = [e for e in plan.entries if e.key in {s.key for s in members} - whole_keys]
     rest = replace(plan, entries=tuple(others), sets=())
-    whole = copy.deepcopy(block)
+    whole = copy_to_cut(block, ())
     cut_block(whole, members[0].block, rest, members, parameter_cuts(model, rest, members))
     state = smaller.state_dict()
     for key, parameter in whole.named_parameters():
         if state[key].shape == parameter.shape:
-            parameter.copy_(state[key])
+            parameter.data = state[key]
     return whole
 
 
@@ -240,28 +292,30 @@ def _normal_equations(
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
-    gram = cross = None
-    tokens = torch.zeros((), device=dense[0].device)
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
     for number, (x_dense, x_pruned, call, mask) in enumerate(
         zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
     ):
         given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
-        inputs, target = given[path][0], wanted[number][path]
+        inputs = given[path][0]
+        wide = accumulation_dtype(inputs.dtype)
+        target = wanted[number][path].to(wide)
         if residual and target.shape == x_dense.shape:
-            target = target + (x_dense - x_pruned)
+            target = target + (x_dense.to(wide) - x_pruned.to(wide))
             for before in (p for p in earlier if given[p][1].shape == x_dense.shape):
-                target = target + (wanted[number][before] - given[before][1])
+                target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
         if bias is not None:
-            target = target - bias
+            target = target - bias.to(wide)
         select = mask if mask is not None else slice(None)
-        precision = torch.promote_types(inputs.dtype, torch.float32)
-        a = inputs[select].reshape(-1, inputs.shape[-1]).to(precision)
-        b = target[select].reshape(-1, target.shape[-1]).to(precision)
+        a = inputs[select].reshape(-1, inputs.shape[-1]).to(wide)
+        b = target[select].reshape(-1, target.shape[-1])
         tokens += len(a)
-        gram = a.T @ a if gram is None else gram + a.T @ a
-        cross = b.T @ a if cross is None else cross + b.T @ a
+        gram = transposed_product(a, a) if gram is None else gram.add_(transposed_product(a, a))
+        cross = transposed_product(b, a) if cross is None else cross.add_(transposed_product(b, a))
     assert gram is not None
     assert cross is not None
     return gram, cross, tokens

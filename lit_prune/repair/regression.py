@@ -76,7 +76,7 @@ def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: floa
     system.diagonal().add_(max(damping, 1e-9) * float(system.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
-        return torch.ones(len(index), device=gram.device)
+        return torch.ones(len(index), dtype=torch.float32, device=gram.device)
     inverse = torch.cholesky_inverse(factor)
     within = index[:, :, None], index[:, None, :]
     # torch's LU of a stack of matrices is wrong with several threads and MKL (pytorch issue 142815)

@@ -7,14 +7,16 @@ what it gives there with all its channels; it does not make up for errors before
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
+from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.regression import _relative, ridge
 
 
@@ -22,8 +24,7 @@ class _Equations:
     """The normal equations of one consumer's weight on the inputs that stay, added up over its calls."""
 
     def __init__(self, weight: Tensor, kept: Tensor) -> None:
-        precision = torch.promote_types(weight.dtype, torch.float32)
-        self._weight, self._kept = weight.to(precision), kept.to(weight.device)
+        self._weight, self._kept = weight.to(accumulation_dtype(weight.dtype)), kept.to(weight.device)
         self.gram = self._weight.new_zeros(len(kept), len(kept))
         self.cross = self._weight.new_zeros(len(weight), len(kept))
         self.tokens = self._weight.new_zeros(())
@@ -31,8 +32,8 @@ class _Equations:
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1]).to(self._weight)
         stays = x[:, self._kept]
-        self.gram += stays.T @ stays
-        self.cross += (x @ self._weight.T).T @ stays
+        self.gram += transposed_product(stays, stays)
+        self.cross += transposed_product(self._weight.T, transposed_product(x, stays))
         self.tokens += len(x)
 
 
@@ -44,7 +45,7 @@ def refit_routed(
     smaller: nn.Module,
     plan: PruningPlan,
     inputs: Sequence[Tensor],
-    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    calls: Sequence[BlockCall],
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> list[str]:
@@ -74,8 +75,8 @@ def refit_routed(
                 stays = part.index[kept[group_set.key]].flatten()
                 equations[path] = _Equations(module.get_parameter("weight"), stays)
                 stack.callback(module.register_forward_pre_hook(equations[path]).remove)
-        for x, (args, kwargs) in zip(inputs, calls, strict=True):
-            whole(x, *args, **kwargs)
+        for x, call in zip(inputs, calls, strict=True):
+            call.run(whole, x)
     refitted = []
     for path, system in equations.items():
         gram, cross, tokens = system.gram, system.cross, system.tokens

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lit_prune._files import replacing_files, write_text
+from lit_prune.costs import cost_rows
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
 from lit_prune.reporting.metrics import metric_rows
@@ -25,8 +26,16 @@ from lit_prune.text_escape import for_console, for_html
 
 def report_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """The metrics by stage as a rich table, one row for each metric."""
-    rows = metric_rows(metrics)
-    table = Table(title="Structured pruning")
+    return _console_table("Structured pruning", metric_rows(metrics))
+
+
+def cost_table(costs: Mapping[str, float]) -> Table:
+    """What each phase of pruning took (see :meth:`lit_prune.costs.Costs.numbers`) as a rich table, one row for each phase."""
+    return _console_table("What pruning took", cost_rows(costs))
+
+
+def _console_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
     for position, heading in enumerate(rows[0]):
         table.add_column(for_console(heading), justify="right" if position else "left")
     for row in rows[1:]:
@@ -48,6 +57,7 @@ def html_report(
     images: Mapping[str, bytes],
     title: str = "Pruning report",
     note: str = "",
+    costs: Mapping[str, float] | None = None,
 ) -> str:
     """One self-contained HTML page with the metrics, the plots and how the plan came about.
 
@@ -57,10 +67,8 @@ def html_report(
         images: The pictures by name (see :func:`pictures`), as PNG.
         title: Heading of the page.
         note: A sentence below the metrics.
+        costs: What each phase took, see :meth:`lit_prune.costs.Costs.numbers`; no table if there are none.
     """
-    rows = metric_rows(metrics)
-    head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{for_html(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     info = "".join(
         f"<tr><td>{for_html(k)}</td><td>{for_html(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
         for k, v in plan.info.items()
@@ -87,14 +95,21 @@ img {{ width: 100%; height: auto; }}
 </head>
 <body>
 <h1>{for_html(title)}</h1>
-<table id="metrics"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+{_html_table("metrics", metric_rows(metrics))}
 <p>{for_html(note)}</p>
 {sections}
+{f"<h2>What pruning took</h2>{_html_table('costs', cost_rows(costs))}" if costs else ""}
 <h2>How the plan came about</h2>
 <table class="info" id="plan">{info}<tr><td>digest</td><td>{plan.digest()}</td></tr></table>
 </body>
 </html>
 """
+
+
+def _html_table(name: str, rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{for_html(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{for_html(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
+    return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def write_report(
@@ -104,8 +119,11 @@ def write_report(
     table: GroupTable | None = None,
     timeline: Sequence[Mapping[str, Any]] = (),
     note: str = "",
+    costs: Mapping[str, float] | None = None,
 ) -> dict[str, Figure]:
     """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``: all or none.
+
+    With costs ``costs.json``, too.
 
     Args:
         folder: Where to write.
@@ -114,6 +132,7 @@ def write_report(
         table: The group table, if it is at hand.
         timeline: As for :func:`timeline_figure`.
         note: A sentence for the page, below the metrics.
+        costs: What each phase took, see :meth:`lit_prune.costs.Costs.numbers`.
 
     Returns:
         The pictures by name.
@@ -126,7 +145,9 @@ def write_report(
             table.to_csv(temporary / "group_table.csv")
         for name, image in images.items():
             (temporary / f"{name}.png").write_bytes(image)
-        write_text(temporary / "report.html", html_report(metrics, plan, images, note=note))
+        write_text(temporary / "report.html", html_report(metrics, plan, images, note=note, costs=costs))
+        if costs:
+            write_text(temporary / "costs.json", json.dumps(dict(costs), indent=1) + "\n")
         write_text(temporary / "report.json", json.dumps(dict(metrics), indent=1) + "\n")
     return drawn
 

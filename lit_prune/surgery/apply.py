@@ -26,8 +26,9 @@ from lit_prune.surgery.optimizer_state import StateCutter, check_repairable, che
 from lit_prune.surgery.plan_cuts import buffer_cuts, parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
-from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
+from lit_prune.torch_internals import tables
 
 
 def check_holders(
@@ -138,13 +139,7 @@ def cut(
     repaired = [name for name in weights if not _is_added(name, plan)]
     found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
-        shards.reshard(model)
-        shards.check_layout(model, group_sets)
-        if plan.biases:
-            raise PruningError(
-                f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
-                " already. Use repair='least_squares' or repair=None."
-            )
+        _prepare_sharded(model, group_sets, plan)
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
@@ -173,11 +168,24 @@ def cut(
         counted = composed.counted(before, count_parameters(model))
         _set_attribute(model, PLAN_ATTRIBUTE, counted, journal)
         journal.append(save_with_plan(model))
+        for step in (s for s in journal if isinstance(s, UndoCut)):
+            step.settle()
         return undo
     except BaseException:
         with torch.no_grad():
             undo_all([restore_modules, *journal])
         raise
+
+
+def _prepare_sharded(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) -> None:
+    """Shard what is gathered, and refuse what FSDP2 cannot follow."""
+    shards.reshard(model)
+    shards.check_layout(model, group_sets)
+    if plan.biases:
+        raise PruningError(
+            f"The plan adds biases ({plan.biases[0]!r}, ...), which FSDP2 cannot take up in a model that it shards"
+            " already. Use repair='least_squares' or repair=None."
+        )
 
 
 def _check_weights(
@@ -279,13 +287,13 @@ def _shrink_parameter(
     data = stayed
     if values is not None:
         data = values.to(dtype=stayed.dtype, device=stayed.device, copy=True).contiguous()
+    put_back = UndoCut(parameter, cuts, stayed, removed, replaced=values is not None)
 
     def undo() -> None:
-        set_data(parameter, paste_tensor(stayed, cuts, removed) if cuts else stayed)
         parameter.requires_grad_(requires_grad)
         parameter.grad = gradient
 
-    journal.append(undo)
+    journal += [undo, put_back]
     parameter.grad = None
     # a layer that lost everything has no gradient to wait for, and DDP would wait
     parameter.requires_grad_(requires_grad and data.numel() > 0)
@@ -300,14 +308,9 @@ def _shrink_buffer(
     """Make a buffer smaller; it stays the object that it is."""
     buffer = model.get_buffer(name)
     stayed, removed = cut_tensor(buffer.data, cuts)
-    owners = [m for m in model.modules() if any(b is buffer for b in m._buffers.values())]
-
-    def undo() -> None:
-        # the values as they are now: statistics may have been estimated again, and put back, since; done twice if interrupted
-        if buffer.shape == stayed.shape:
-            set_data(buffer, paste_tensor(buffer.data, cuts, removed))
-
-    journal.append(undo)
+    owners = [m for m in model.modules() if any(b is buffer for b in tables(m)[1].values())]
+    # once settled it takes the buffer's own values: statistics may have been estimated again, and put back, since
+    journal.append(UndoCut(buffer, cuts, stayed, removed, replaced=False))
     set_data(buffer, stayed)
     journal.extend([sync_sizes(module) for module in owners])
 

@@ -14,6 +14,7 @@ from lit_prune.modeling_pruned import change_config, keep_blocks, of_kept_blocks
 from lit_prune.plan import DEPTH_ATTRIBUTE, PlanEntry, PruningPlan
 from lit_prune.surgery.optimizer_groups import remove_from_groups, rename_in_groups
 from lit_prune.surgery.optimizer_state import StateCutter
+from lit_prune.surgery.tensors import move_to_cpu
 
 
 def _leaving(model: nn.Module, plan: PruningPlan) -> set[int]:
@@ -31,6 +32,8 @@ def _remove_blocks(model: nn.Module, entry: PlanEntry, cutter: StateCutter, jour
     journal.extend(shards.release(block) for block in gone)
     before = dict(blocks.named_children())
     journal.append(keep_blocks(blocks, entry.kept))
+    stay = {id(parameter) for parameter in model.parameters()}
+    journal.append(move_to_cpu(p for p in parameters if id(p) not in stay))
     new_names = {
         id(parameter): (f"{entry.name}.{old}.{name}", f"{entry.name}.{new}.{name}")
         for new, old in enumerate(entry.kept)

@@ -7,8 +7,7 @@ rule fits is refused before anything changes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,74 +20,15 @@ from lit_prune.errors import OptimizerStateError
 from lit_prune.surgery.optimizer_search import find_optimizers, is_lbfgs, is_optimizer, key_of, states
 from lit_prune.surgery.references import attributes
 from lit_prune.surgery.sharded_tensors import ShardedCut
-from lit_prune.surgery.tensors import DimensionCut, cut_tensor, paste_tensor, set_data
+from lit_prune.surgery.state_entries import AttributeName, Found, Path, Position, entries_in, tensors_in
+from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, move_to_cpu, set_data
 from lit_prune.torch_internals import base_of, forget_size
 
-Path = tuple[Any, ...]
 _ADVICE = "prune before training begins, while the optimizer has no state yet, or use another optimizer."
 # a mirror of weights points where they do, while what is made of gradients is nearly orthogonal to them
 _MIRROR_COSINE = 0.5
 # signs of gradients agree with those of weights by chance: one in two
 _FEWEST_SIGNS, _STRAY_SIGNS = 32, 0.01
-
-
-class _Position(int):
-    """A position in a sequence, in a path."""
-
-
-class _Attribute(str):
-    """The name of an object's attribute, in a path."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """Something in an optimizer's state for one parameter.
-
-    Args:
-        path: Keys, positions and attribute names that lead to it from the parameter's state.
-        value: A tensor, or a sequence of whole numbers.
-        holder: The mapping that it is in, if it is in one.
-    """
-
-    path: Path
-    value: Any
-    holder: Any = None
-
-    def inside(self, kind: type) -> bool:
-        """Whether a position in a sequence, or an attribute of an object, leads to it."""
-        return any(isinstance(key, kind) for key in self.path)
-
-    def __str__(self) -> str:
-        first, *rest = (
-            str(k) if isinstance(k, _Attribute) else int(k) if isinstance(k, _Position) else k for k in self.path
-        )
-        return repr(first) + "".join(f"[{key!r}]" for key in rest)
-
-
-def tensors_in(state: Any) -> Iterator[Found]:
-    """All tensors in a parameter's state, also in mappings, sequences and objects within it."""
-    yield from (found for found in _walk(state) if isinstance(found.value, Tensor))
-
-
-def _walk(value: Any, path: Path = (), holder: Any = None, seen: set[int] | None = None) -> Iterator[Found]:
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield Found(path, value, holder)
-        return
-    if isinstance(value, (str, bytes, int, float, complex, type, nn.Module)) or value is None or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        for key, item in list(value.items()):
-            yield from _walk(item, (*path, key if isinstance(key, (str, int, float)) else id(key)), value, seen)
-    elif isinstance(value, (Sequence, deque, set)):
-        if len(value) and all(type(item) is int for item in value):
-            yield Found(path, value, holder)
-        for position, item in enumerate(value):
-            yield from _walk(item, (*path, _Position(position)), None, seen)
-    elif not callable(value) and hasattr(value, "__dict__") and not is_optimizer(value):
-        for name, item in list(vars(value).items()):
-            yield from _walk(item, (*path, _Attribute(name)), None, seen)
 
 
 def check_state(model: nn.Module, optimizers: Sequence[Any], touched: Mapping[str, Collection[int]]) -> None:
@@ -110,7 +50,7 @@ def check_state(model: nn.Module, optimizers: Sequence[Any], touched: Mapping[st
             fit, unfit = _paths(optimizer, mapping)
             for name in touched:
                 parameter = parameters[name]
-                for found in _walk(_state_of(mapping, parameter)):
+                for found in entries_in(_state_of(mapping, parameter)):
                     reason = _misfit(found, parameter, fit, unfit)
                     if reason is not None:
                         raise OptimizerStateError(
@@ -140,7 +80,7 @@ def check_repairable(optimizers: Sequence[Any], parameters: Sequence[Tensor]) ->
                     if found.value.shape == parameter.shape and found.value.is_floating_point():
                         sign = shards.local(found.value.detach()).sign() * shards.local(parameter.detach()).sign()
                         counts = torch.stack([(sign < 0).sum(), (sign > 0).sum()]).cpu()
-                        opposed[found.path] = opposed.get(found.path, torch.zeros(2)) + counts
+                        opposed[found.path] = opposed.get(found.path, 0) + counts
             for path, (against, along) in opposed.items():
                 if against >= _FEWEST_SIGNS and along <= _STRAY_SIGNS * against:
                     raise OptimizerStateError(
@@ -181,14 +121,14 @@ def _misfit(found: Found, parameter: Tensor, fit: Collection[Path], unfit: Colle
         )
     if type(value) not in (Tensor, nn.Parameter, DTensor) or value.layout != torch.strided or value.is_quantized:
         return f"is a {type(value).__name__} of layout {value.layout}; expected a plain dense tensor."
-    if found.inside(_Attribute):
+    if found.inside(AttributeName):
         return "is in an object, which may rely on the shape it has."
     if isinstance(value, DTensor) and (not isinstance(found.holder, MutableMapping) or found.path == ("",)):
         return "is a sharded tensor in a sequence, where it cannot be replaced."
     if (base := base_of(value)) is not None and base.numel() > value.numel():
         return "is a view into a larger tensor, which would not change with it."
     square = len(shape) > 1 and len(set(shape)) < len(shape)
-    if square and (found.path in unfit or (found.inside(_Position) and found.path not in fit)):
+    if square and (found.path in unfit or (found.inside(Position) and found.path not in fit)):
         return (
             f"has shape {tuple(value.shape)}, as the parameter has, which is square: whether it has an entry for each of"
             " the parameter, or relates rows to rows, cannot be told."
@@ -324,12 +264,8 @@ class StateCutter:
             self._cut_sharded(found, applied, change if moves else None, factor)
             return
         stayed, left = cut_tensor(value.detach(), applied)
-        self.journal.append(lambda: set_data(value, paste_tensor(stayed, applied, left)))
-        if moves:
-            assert change is not None
-            set_data(value, stayed + factor * change.to(stayed))
-        else:
-            set_data(value, stayed)
+        self.journal.append(UndoCut(value, applied, stayed, left, replaced=moves))
+        set_data(value, stayed if change is None or not moves else stayed + factor * change.to(stayed))
 
     def _cut_sharded(self, found: Found, cuts: Sequence[DimensionCut], change: Tensor | None, factor: float) -> None:
         value, holder, key = found.value, found.holder, found.path[-1]
@@ -390,6 +326,7 @@ class StateCutter:
             keys = [key for key in (key_of(mapping, p) for p in parameters) if key in mapping]
             dropped = {key: mapping[key] for key in keys}
             self.journal.append(lambda mapping=mapping, dropped=dropped: mapping.update(dropped))  # type: ignore[misc]
+            self.journal.append(move_to_cpu(found.value for found in tensors_in(dropped) if found.value.numel() > 1))
             for key in keys:
                 del mapping[key]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_prune.torch_internals import tables
+
 Step = Callable[[], None]
 
 
@@ -41,14 +43,14 @@ def module_state(model: nn.Module) -> Step:
     Args:
         model: The model, before it is changed.
     """
-    before = [(m, type(m), dict(vars(m)), dict(m._modules)) for m in model.modules()]
+    before = [(m, type(m), dict(vars(m)), dict(tables(m)[2])) for m in model.modules()]
 
     def restore() -> None:
         for module, kind, attributes, children in before:
             if type(module) is not kind:
                 module.__class__ = kind
             _refill(vars(module), attributes)
-            _refill(module._modules, children)
+            _refill(tables(module)[2], children)
 
     return restore
 

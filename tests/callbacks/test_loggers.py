@@ -20,8 +20,6 @@ from wandb.proto import wandb_internal_pb2
 from lit_prune import GroupTable, PruningError, PruningPlan
 from lit_prune.callbacks import PruningReport, wandb_run
 
-pytestmark = pytest.mark.core
-
 
 def records(file):
     """The records of a .wandb file: a header of 7 bytes, then blocks of 32 KiB that hold records in fragments."""
@@ -119,7 +117,7 @@ def test_one_offline_run_holds_all_of_it_across_the_cut(offline):
     removed = [run.last(f"pruning/removed_parameters/{kind}") for kind in ("attention", "mlp")]
     assert sum(removed) == callback.table.removed_cost
     assert run.last("pruning/calibration_seconds") > 0
-    assert run.last("pruning/calibration_peak_megabytes") > 100
+    assert run.last("pruning/calibration_peak_bytes") > 1e8
     steps = [row["trainer/global_step"] for row in run.history if "train_loss_step" in row]
     assert steps[0] == 0 and steps[-1] == 17  # training went on in the same run
     table = run.last("pruning/group_table")

@@ -256,6 +256,34 @@ def test_gradients_of_calibration_do_not_vanish_in_float16(tmp_path):
     assert (tables[1] - tables[0]).norm() < 0.02 * tables[0].norm()
 
 
+def test_fisher_values_in_float16_are_not_multiplied_by_the_square_of_the_scale(tmp_path):
+    """They are those of float32; a scale of 65,536 / 16 would show as a factor of 16 million."""
+    tables = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu")]):
+        callback = pruning(importance="fisher", step=0)
+        fit(tmp_path, callback, module=Faint(), max_epochs=1, limit_train_batches=1, plugins=plugins)
+        tables.append(torch.as_tensor(callback.table.importance))
+    assert (tables[1] - tables[0]).norm() < 0.05 * tables[0].norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_every_block_runs_in_the_precision_of_the_trainer(tmp_path, precision):
+    """Also where it is run on its own, by compensation and repair."""
+    seen = set()
+
+    class Watched(Base):
+        def on_fit_start(self):
+            for name, module in self.named_modules():
+                if name.endswith("down_proj"):
+                    module.register_forward_hook(lambda _, __, y: seen.add((y.dtype, torch.get_default_dtype())))
+
+    callback = pruning(importance="fisher", step=0, repair="least_squares")
+    fit(tmp_path, callback, module=Watched(), max_epochs=1, limit_train_batches=1, precision=precision)
+    default = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    # the cut module of a repair is a copy with the hooks of its original
+    assert seen == {(torch.bfloat16, default)}
+
+
 def test_adafactor_keeps_its_factored_state(tmp_path):
     """Row and column statistics are means over what is cut, so the oracle above does not hold: the state's shapes do."""
     callback = pruning()

@@ -383,3 +383,13 @@ def test_bad_adapters_are_refused(arguments):
 def test_adapters_beside_an_average_are_refused(tmp_path):
     with pytest.raises(UnsupportedCallbackError, match="EMAWeightAveraging averages into a copy"):
         fit(tmp_path, pruning(), LoRARecovery(), EMAWeightAveraging())
+
+
+def test_adapters_that_cannot_be_added_leave_the_random_numbers_as_they_were():
+    """Peft refuses a layer that it does not know once it draws others' weights; the run may go on without adapters."""
+    model = tiny("llama", num_hidden_layers=1)
+    recovery = LoRARecovery(target_modules=["q_proj", "input_layernorm"])
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="not supported"):
+        recovery._inject(model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -51,10 +51,16 @@ def test_everything_is_written_and_agrees(tmp_path, capsys):
     assert torch.equal(load_pruned(out / "model")(ids).logits, model.eval()(ids).logits)
     assert (out / "model" / "tokenizer.json").exists()
     printed = capsys.readouterr().out
+    assert json.loads((out / "costs.json").read_text()) == callback.costs
+    page = (out / "report.html").read_text()
+    for phase in ("check", "calibration", "planning", "surgery", "total"):
+        assert callback.costs[f"{phase}_seconds"] > 0 and callback.costs[f"{phase}_peak_bytes"] > 1e8
+        assert phase in printed and f"<td>{phase}</td>" in page
     for word in ("parameters", "dense", "pruned", "recovered", "val_loss", f"{metrics['pruned']['parameters']:,.0f}"):
         assert word in printed
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = {k: v for row in csv.DictReader(file) for k, v in row.items() if v}
+    assert float(logged["pruning/surgery_seconds"]) == pytest.approx(callback.costs["surgery_seconds"])
     assert float(logged["pruning/pruned/val_loss"]) == pytest.approx(callback.metrics["pruned"]["val_loss"])
 
 
@@ -68,6 +74,7 @@ def test_without_a_cut_there_is_no_report(tmp_path, capsys):
 def test_a_dry_run_is_reported_without_a_model(tmp_path):
     fit(tmp_path, pruning(dry_run=True), PruningReport(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "costs.json",
         "group_table.csv",
         "importance.png",
         "kept.png",

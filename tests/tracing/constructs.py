@@ -179,6 +179,55 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(self.embed(tokens))[0][:, -1])
 
 
+class Packed(nn.Module):
+    """Sequences of several lengths, packed and padded again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(16, 3)
+        self.rnn = nn.GRU(6, 8, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(x), torch.tensor([5, 3, 2]), batch_first=True)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.head(padded.mean(1))
+
+
+class FirstState(nn.Module):
+    """A recurrent layer and a cell whose first states this module makes, by integers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units, self.layers = 8, 2
+        self.rnn, self.cell = nn.LSTM(5, 8, 2, batch_first=True), nn.GRUCell(8, 6)
+        self.size, self.head = 6, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(self.layers, len(x), self.units)
+        steps, _ = self.rnn(x, (state, torch.zeros_like(state)))
+        hidden = x.new_zeros(len(x), self.size)
+        for step in range(x.shape[1]):
+            hidden = self.cell(steps[:, step], hidden)
+        return self.head(hidden)
+
+
+class RowsToImages(nn.Module):
+    """As in a generator: what a linear layer gives becomes an image of so many channels."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.start, self.how, self.to_image = nn.Linear(6, 8 * 4), how, nn.Unflatten(1, (8, 2, 2))
+        self.images = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.start(x)
+        if self.how == "module":
+            return self.images(self.to_image(rows))
+        if self.how == "unflatten":
+            return self.images(rows.unflatten(-1, (8, 2, 2)))
+        return self.images(rows.view(-1 if self.how == "any batch" else len(x), 8, 2, 2))
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -348,6 +397,12 @@ CONSTRUCTS: dict[str, Construct] = {
         lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), ids, (6, 8)
     ),
     "nn.GRU": Construct(lambda: Recurrent(nn.GRU), ids, (6, 8)),
+    "packed sequences": Construct(Packed, features(3, 5, 5), (6, 8)),
+    "first states": Construct(FirstState, features(2, 4, 5), (8, 6)),
+    **{
+        f"rows to images, {how}": Construct(lambda how=how: RowsToImages(how), features(2, 6), (8, 4))  # type: ignore[misc]
+        for how in ("module", "unflatten", "view", "any batch")
+    },
     "shared weights, called twice": Construct(Shared, features(2, 6), (8,)),
     "weight norm": Construct(
         lambda: nn.Sequential(

@@ -14,6 +14,8 @@ from lit_prune.architectures.components import MLP, Attention
 from lit_prune.architectures.families.experts import ExpertChannels, Experts
 from lit_prune.architectures.families.mixers import MAMBA, MAMBA2, SHORT_CONVOLUTION, ZAMBA_MIXER
 from lit_prune.architectures.registry import Architecture, register_architecture
+from lit_prune.torch_internals import tables
+from lit_prune.transformers_internals import mark_initialized
 
 register_architecture(
     Architecture(
@@ -107,7 +109,7 @@ class WithOwnMultipliers(Adapted):
             [weight.new_full((n,), m) for n, m in zip(sizes, self.section_multipliers, strict=True)]
         ).view(1, 1, -1)
         # keeps transformers from filling it with the dense model's
-        vector._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(vector)
         return vector
 
 
@@ -119,14 +121,14 @@ def own_multipliers(model: nn.Module) -> Callable[[nn.Module, Tensor], Callable[
     def apply(module: nn.Module, kept: Tensor) -> Callable[[], None]:
         if isinstance(module, WithOwnMultipliers):
             return nothing_to_undo
-        buffer = module._buffers.pop("mup_vector")
+        buffer = tables(module)[1].pop("mup_vector")
         module.section_multipliers = multipliers  # type: ignore[assignment]
         back = become(module, WithOwnMultipliers)
 
         def undo() -> None:
             back()
             del module.section_multipliers
-            module._buffers["mup_vector"] = buffer
+            tables(module)[1]["mup_vector"] = buffer
 
         return undo
 

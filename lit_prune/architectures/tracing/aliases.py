@@ -82,6 +82,10 @@ class Aliases:
             fixed = blank & show(written, other) if old.constant else blank
             self._rules.freeze(labels[fixed])
         labels = compress(labels)
+        if len(varies(labels)) > 1:
+            # positions that were united meanwhile (padding, and what was written beside it) vary no more
+            classes = torch.from_numpy(self._rules.labels.classes())
+            labels = compress(classes[labels])
         return Value(shape, [labels] if varies(labels) else [], weight=old.weight and new.weight)
 
     def _blank(self, labels: Tensor) -> Tensor:
@@ -96,4 +100,6 @@ class Aliases:
     @staticmethod
     def _varies(labels: Tensor, dim: int) -> bool:
         low = torch.where(labels < 0, labels.max(), labels).amin(dim)
-        return bool((labels.amax(dim) != low).any())
+        high = labels.amax(dim)
+        # lines that nothing was written to do not vary
+        return bool(((high != low) & (high >= 0)).any())

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.architectures.tracing.trial import masked, telling_values, without
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tree_leaves
 
 _RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _RELATIVE_HALF = 3e-2
@@ -27,11 +27,13 @@ class Check:
     Args:
         model: The model.
         run: Runs the example batch.
+        also: Another run, which the cut model only has to get through, if there is one.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[], Any], also: Callable[[], Any] | None = None) -> None:
         self._model = model
         self._run = run
+        self._also = also
         self._choices: dict[Any, Any] = {}
         self._failed: set[Any] = set()
         self.failures: dict[tuple[str, str], str] = {}
@@ -101,6 +103,17 @@ class Check:
         """The set with the integers that are likeliest to follow it."""
         return with_proposal(self._model, found, self._preferred(found))
 
+    def runs_without(self, sets: Sequence[GroupSet]) -> bool:
+        """Whether the run gets through if half of every set is removed."""
+        removed = [torch.arange(max(1, s.size // 2)) for s in sets]
+        try:
+            with telling_values(self._model), without(self._model, sets, removed):
+                self._outputs()
+        # whatever the user's forward raises with other sizes
+        except Exception:
+            return False
+        return True
+
     def problem(self, sets: Sequence[GroupSet]) -> str | None:
         """How the cut model differs from the masked one if a random half of every set is removed; ``None`` if not at all."""
         generator = torch.Generator().manual_seed(len(sets))
@@ -110,6 +123,9 @@ class Check:
         try:
             with without(self._model, sets, removed):
                 found = self._outputs()
+                if self._also is not None:
+                    with _same_state(self._model):
+                        self._also()
         # whatever the user's forward raises with other sizes
         except Exception as error:
             return f"the cut model does not run ({type(error).__name__}: {str(error).splitlines()[0][:150]})"

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from lit_prune.architectures.tracing.check import Check
-from lit_prune.architectures.tracing.mode import LabelTracer, trace
+from lit_prune.architectures.tracing.mode import LabelTracer, follow, trace
 from lit_prune.architectures.tracing.report import Untraceable, kept_whole, summary
 from lit_prune.architectures.tracing.sets import FoundSet, find_sets
+from lit_prune.architectures.tracing.trial import training_mode
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError, UnsupportedModelError
 from lit_prune.groups import GroupSet, check_weights, count_parameters, count_removed
+from lit_prune.torch_internals import move_buffers, tables
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,68 @@ def find_groups(
     root = model if root is None else root
     with _as_it_was(root):
         tracer = trace(model, run, root)
-        for name in producers_that_stay:
-            tracer.keep_outputs(name)
-        found = find_sets(model, tracer, protected, kind)
-        checker = Check(model, run)
-        sets = checker.passing(found) if check else [checker.unchecked(f) for f in found]
+        found, sets, checker = _found(model, tracer, run, protected, producers_that_stay, kind, check)
+        if check and sets and (training := _training_run(model, tracer, run, root, sets)) is not None:
+            found, sets, checker = _found(
+                model, tracer, run, protected, producers_that_stay, kind, check, also=training
+            )
     check_weights(model, sets, ties=False)
     return _result(model, tracer, found, sets, checker.failures, protected)
+
+
+def _found(
+    model: nn.Module,
+    tracer: LabelTracer,
+    run: Callable[[], Any],
+    protected: Collection[str],
+    producers_that_stay: Collection[str],
+    kind: str | None,
+    check: bool,
+    also: Callable[[], Any] | None = None,
+) -> tuple[list[FoundSet], list[GroupSet], Check]:
+    for name in producers_that_stay:
+        tracer.keep_outputs(name)
+    # what is only read in training has no statistics: calibration is in evaluation mode
+    found = [f for f in find_sets(model, tracer, protected, kind) if f.group_set.consumers]
+    checker = Check(model, run, also)
+    return found, checker.passing(found) if check else [checker.unchecked(f) for f in found], checker
+
+
+def _training_run(
+    model: nn.Module, tracer: LabelTracer, run: Callable[[], Any], root: nn.Module, sets: Sequence[GroupSet]
+) -> Callable[[], Any] | None:
+    """Follow a run in training mode as well if what only that mode uses (auxiliary heads) does not fit the cut model.
+
+    Returns:
+        The run in training mode; ``None`` if it was not needed, or is not possible, of which a warning tells.
+    """
+    used = dict(tracer.first_use)
+    left = [name for name, _ in model.named_parameters() if name not in used]
+    if not left:
+        return None
+
+    def in_training() -> Any:
+        with training_mode(root), torch.no_grad():
+            return run()
+
+    if Check(model, in_training).runs_without(sets):
+        return None
+    try:
+        follow(tracer, in_training, root)
+    # whatever the user's forward raises: a batch norm does on a single sample
+    except Exception as error:
+        tracer.running.clear()
+        warnings.warn(
+            f"{left[:3]} ({len(left)} parameters) of {type(model).__name__} are not used in evaluation mode, and the example"
+            f" batch does not run in training mode ({type(error).__name__}: {str(error).splitlines()[0][:150]}). If they read"
+            " what is removed they will not fit: protect what they read, or give larger batches.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return None
+    finally:
+        tracer.first_use = used
+    return in_training
 
 
 def protected_parameters(model: nn.Module, protect: Sequence[str]) -> set[str]:
@@ -165,11 +222,11 @@ def _as_it_was(root: nn.Module) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer
+                move_buffers(module, {name: buffer})
                 buffer.copy_(values)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, buffer in module._buffers.items():
+    for name, buffer in tables(module)[1].items():
         if buffer is not None:
             yield name, buffer

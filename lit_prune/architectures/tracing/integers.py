@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
-from lit_prune.architectures.fitting_shapes import fitting_shapes
+from lit_prune.architectures.fitting_shapes import fitting_channels, fitting_shapes
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
@@ -17,6 +17,7 @@ ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
     "fewer_heads": fewer_heads,
     "no_nested_tensors": no_nested_tensors,
     "fitting_shapes": fitting_shapes,
+    "fitting_channels": fitting_channels,
 }
 """The adaptations that traced group sets may have, by the names that stand for them in files."""
 
@@ -35,23 +36,25 @@ class Proposal:
 
     Args:
         attributes: Integers of modules.
-        reshaping: Names of modules that need the adaptation ``"fitting_shapes"``.
+        reshaping: Names of modules that need an adaptation to reshape to other sizes.
+        by: Name of that adaptation.
     """
 
     attributes: tuple[Attribute, ...]
     reshaping: tuple[str, ...] = ()
+    by: str = "fitting_shapes"
 
     @property
-    def pattern(self) -> tuple[tuple[str, ...], bool]:
+    def pattern(self) -> tuple[tuple[str, ...], str]:
         """What proposals for sets of the same role in several blocks have in common."""
-        return tuple(a.name for a in self.attributes), bool(self.reshaping)
+        return tuple(a.name for a in self.attributes), self.by if self.reshaping else ""
 
 
 def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> GroupSet:
     """The group set with what is proposed, and with what modules of PyTorch need."""
     adaptations = (
         *_adaptations_of(model, found.group_set),
-        *(Adaptation(name, fitting_shapes) for name in proposal.reshaping),
+        *(Adaptation(name, ADAPTATIONS[proposal.by]) for name in proposal.reshaping),
     )
     return replace(found.group_set, attributes=proposal.attributes, adaptations=adaptations)
 
@@ -83,7 +86,8 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
     widths: list[Attribute] = []
     multiples: list[Attribute] = []
     positions = {s.index.numel() for s in group_set.slices}
-    for attribute, value in _integers(model, found):
+    own = [*found.modules, *(s.module for s in group_set.slices)]
+    for attribute, value in _integers(model, found, own):
         if value == group_set.size:
             counting.append(attribute)
         elif value in positions:
@@ -104,17 +108,29 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
         several = [c for n in (1, 2) for c in combinations(multiples, n)]
         bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])
         orders += [(*base, *c) for c in several for base in bases]
+    # sizes of what the modules around create: the first state of a recurrent layer
+    around = [a for a, value in _integers(model, found, _around(found)) if value == group_set.size]
+    orders += [(a,) for a in around] + [tuple(around)]
     orders = list(dict.fromkeys(orders))
     reshaping = tuple(m for m in found.modules if not _is_standard(model.get_submodule(m)))
     fitting = [Proposal(o, reshaping) for o in orders[:_WITH_FITTING_SHAPES]] if reshaping else []
-    return [*map(Proposal, orders), *fitting]
+    shaping = tuple(m for m in found.modules if m in reshaping or isinstance(model.get_submodule(m), nn.Unflatten))
+    channels = [Proposal((), shaping, "fitting_channels")] if shaping and not found.is_heads else []
+    return [*map(Proposal, orders), *fitting, *channels]
 
 
-def _integers(model: nn.Module, found: FoundSet) -> Iterator[tuple[Attribute, int]]:
-    """Integers of the modules around a set that may count its groups, several things in each, or positions of a parameter."""
+def _around(found: FoundSet) -> list[str]:
+    """Names of the modules that hold those of a set, the innermost first."""
+    parts = [s.module.split(".") for s in found.group_set.slices if s.module]
+    paths = {".".join(p[:n]): n for p in parts for n in range(len(p))}
+    own = {*found.modules, *(s.module for s in found.group_set.slices)}
+    return sorted(paths.keys() - own, key=lambda path: (-paths[path], path))
+
+
+def _integers(model: nn.Module, found: FoundSet, names: Sequence[str]) -> Iterator[tuple[Attribute, int]]:
+    """Integers of some modules that may count a set's groups, several things in each, or positions of a parameter."""
     size = found.group_set.size
     positions = {s.index.numel() for s in found.group_set.slices}
-    names = [*found.modules, *(s.module for s in found.group_set.slices)]
     for name in dict.fromkeys(names):
         module = model.get_submodule(name)
         if _is_standard(module):

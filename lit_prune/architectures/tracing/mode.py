@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import decomposition_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_prune.architectures.tracing import operators  # noqa: F401
@@ -20,12 +17,13 @@ from lit_prune.architectures.tracing.aliases import Aliases
 from lit_prune.architectures.tracing.fields import Rules, Value
 from lit_prune.architectures.tracing.labels import Labels
 from lit_prune.architectures.tracing.rules import RULES, Call, Rule, elementwise, is_pointwise, unknown
+from lit_prune.torch_internals import DispatchMode, decompose, tree_leaves
 
 OUTPUT = "the model's output"
 PROTECTED = -1
 
 
-class LabelTracer(TorchDispatchMode):
+class LabelTracer(DispatchMode):
     """Follows labels through the operators of a run.
 
     Args:
@@ -160,10 +158,7 @@ class LabelTracer(TorchDispatchMode):
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator as PyTorch writes it with simpler ones, which are followed; else ``NotImplemented``."""
         with self:
-            result = func.decompose(*args, **kwargs)
-            if result is NotImplemented and func in decomposition_table:
-                result = decomposition_table[func](*args, **kwargs)
-        return result
+            return decompose(func, args, kwargs)
 
     def _set(self, tensor: Tensor, value: Value, written: bool) -> None:
         if written:
@@ -230,8 +225,19 @@ def trace(model: nn.Module, run: Callable[[], Any], root: nn.Module) -> LabelTra
         root: The module that holds the model.
     """
     tracer = LabelTracer(model)
+    follow(tracer, run, root)
+    return tracer
+
+
+def follow(tracer: LabelTracer, run: Callable[[], Any], root: nn.Module) -> None:
+    """Run ``run`` once and add what is learnt of the positions of the model's parameters.
+
+    Args:
+        tracer: What was learnt before.
+        run: Runs a batch through ``root``.
+        root: The module that holds the model.
+    """
     with torch.no_grad(), plain_kernels(), hooked(root, tracer), tracer:
         returned = run()
     with torch.no_grad():
         tracer.finish(returned)
-    return tracer

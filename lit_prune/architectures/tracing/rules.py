@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.architectures.tracing.fields import Rules, Value, only_varying
+from lit_prune.torch_internals import tree_leaves
 
 
 class Tracer(Protocol):

@@ -156,7 +156,12 @@ def _slice(model: nn.Module, tracer: LabelTracer, atoms: Atoms, index: torch.Ten
     inside = all(inside for (name, _), inside in tracer.read.items() if name == atoms.name)
     linear = isinstance(module, LINEAR) and atoms.name.rpartition(".")[2] == "weight"
     return Slice(
-        atoms.name, atoms.dim, index, input_dim, unobservable_input=input_dim is not None and not (linear and inside)
+        atoms.name,
+        atoms.dim,
+        index,
+        input_dim,
+        unobservable_input=input_dim is not None and not (linear and inside),
+        only_in_training=atoms.name not in tracer.first_use,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.groups import GroupSet
+from lit_prune.torch_internals import tables
 
 
 @contextlib.contextmanager
@@ -29,10 +30,12 @@ def masked(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor]
                 data = parameters[part.parameter].data
                 before.setdefault(part.parameter, data.clone())
                 data.index_fill_(part.dim, part.index[groups].flatten().to(data.device), 0)
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, data in before.items():
             parameters[name].data.copy_(data)
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -47,10 +50,12 @@ def without(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor
     undo: list[Callable[[], None]] = []
     try:
         _cut(model, sets, removed, undo)
+        torch.clear_autocast_cache()
         yield
     finally:
         for step in reversed(undo):
             step()
+        torch.clear_autocast_cache()
 
 
 def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], undo: list[Callable[[], None]]) -> None:
@@ -66,7 +71,8 @@ def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], 
             mask[part.index[groups].flatten()] = False
     places: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        parameters, buffers, _ = tables(module)
+        for tensor in (*parameters.values(), *buffers.values()):
             if tensor is not None:
                 places.setdefault(id(tensor), []).append(module)
     touched: dict[int, nn.Module] = {}
@@ -98,6 +104,22 @@ def _reset(module: nn.Module, name: str, value: object) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
+def training_mode(root: nn.Module) -> Iterator[None]:
+    """Training mode; modes, and parameters and buffers that forward changes (moving averages), as before at the end."""
+    modes = [(module, module.training) for module in root.modules()]
+    tensors = [(t, t.data, t.data.clone()) for t in (*root.parameters(), *root.buffers()) if not t.is_meta]
+    try:
+        root.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for tensor, data, values in tensors:
+            tensor.data = data
+            tensor.data.copy_(values)
+
+
+@contextlib.contextmanager
 def telling_values(model: nn.Module) -> Iterator[None]:
     """The model with random values where a parameter is constant or tiny, so that no wrong cut hides behind zeros.
 
@@ -122,7 +144,9 @@ def telling_values(model: nn.Module) -> Iterator[None]:
             elif "bias" in name or "mean" in name:
                 values = (values - 1) * 0.2
             tensor.data.copy_(values)
+        torch.clear_autocast_cache()
         yield
     finally:
         for tensor, data in before:
             tensor.data.copy_(data)
+        torch.clear_autocast_cache()

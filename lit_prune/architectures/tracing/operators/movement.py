@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.architectures.tracing.fields import Field, Value, compress, lift, only_varying, varies
 from lit_prune.architectures.tracing.rules import Call, elementwise, normal, output, rule, unknown
+from lit_prune.torch_internals import overload_name, tree_leaves, tree_map
 
 
 def _moved(call: Call, operate: Callable[[Tensor], Any]) -> list[Value]:
@@ -54,7 +54,7 @@ def _reordered(call: Call) -> list[Value]:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "squeeze", "view_copy", "squeeze_")
 def _reshaped(call: Call) -> list[Value]:
     # all of these keep the order of the elements
-    if call.operator._overloadname == "dtype":
+    if overload_name(call.operator) == "dtype":
         return _same(call)
     shape = tuple(call.results()[0].shape)
     value = call.tracer.value(call.args[0])
@@ -337,3 +337,12 @@ def _folded(call: Call) -> list[Value]:
 def moved_arguments(args: Any, replace: Callable[[Tensor], Tensor]) -> Any:
     """Arguments with other tensors."""
     return tree_map(lambda x: replace(x) if isinstance(x, Tensor) else x, args)
+
+
+@rule("_pack_padded_sequence")
+def _packed(call: Call) -> list[Value]:
+    """Steps of sequences one behind the other; what of a step is a feature stays one."""
+    value = call.tracer.value(call.args[0])
+    fields = [call.rules.collapse(f, [d for d in varies(f) if d < 2]).squeeze(0) for f in value.fields]
+    packed, *rest = call.results()
+    return [output(packed, fields, [value]), *(Value(tuple(r.shape)) for r in rest)]
