@@ -19,6 +19,7 @@ from lit_prune import (
     UnsupportedModelError,
     apply_plan,
     find_group_sets,
+    find_model,
     get_plan,
     prune,
 )
@@ -55,10 +56,17 @@ def _measure(row: Row, ratio: float, found: dict[str, Any]) -> None:
     dense = copy.deepcopy(model)
     group_sets = _group_sets(row, copy.deepcopy(model), batch)
     before = count_parameters(model)
-    belong = count_removed(model, group_sets, [torch.arange(s.size) for s in group_sets])
+    belong = count_removed(_described(model), group_sets, [torch.arange(s.size) for s in group_sets])
     found.update(prunable=belong / before, sets=len(group_sets), before=before, stage="prune")
     optimizer = _with_mirrors(model)
-    config = PruningConfig(pruning_ratio=ratio, importance="magnitude", repair=None, iterations=1, compensation=False)
+    config = PruningConfig(
+        pruning_ratio=ratio,
+        importance="magnitude",
+        repair=None,
+        recalibrate_batch_norm=False,
+        iterations=1,
+        compensation=False,
+    )
     prune(model, [batch], lambda one: row.loss(row.forward(model, one), one), config, [optimizer])
     plan = get_plan(model)
     if plan is None:
@@ -68,7 +76,7 @@ def _measure(row: Row, ratio: float, found: dict[str, Any]) -> None:
     with torch.no_grad():
         outputs = row.forward(model, batch)
         found["stage"] = "masked"
-        mask(dense, plan, group_sets)
+        mask(_described(dense), plan, group_sets)
         found["masked"] = compare(row.forward(dense, batch), outputs)
         found["stage"] = "resume"
         found["resumed"] = compare(outputs, row.forward(_rebuilt(row, model, plan), batch))
@@ -78,6 +86,14 @@ def _measure(row: Row, ratio: float, found: dict[str, Any]) -> None:
     train_one_step(row, model, batch, optimizer)
     found["step"] = True
     del found["stage"]
+
+
+def _described(model: nn.Module) -> nn.Module:
+    """The model that the names of groups are relative to: the one inside that a description fits, or else the whole."""
+    try:
+        return find_model(model)[1]
+    except UnsupportedModelError:
+        return model
 
 
 def _group_sets(row: Row, model: nn.Module, batch: Any) -> Sequence[GroupSet]:
