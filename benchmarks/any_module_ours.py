@@ -68,7 +68,7 @@ def _measure(row: Row, ratio: float, found: dict[str, Any]) -> None:
         compensation=False,
     )
     prune(model, [batch], lambda one: row.loss(row.forward(model, one), one), config, [optimizer])
-    plan = get_plan(model)
+    plan = get_plan(_described(model))
     if plan is None:
         raise RuntimeError("the model has no plan after prune")
     after = count_parameters(model)
