@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from residual_network import ResidualNetwork
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,39 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class DigitsResNet(nn.Module):
+class DigitsResNet(ResidualNetwork):
     """A residual network of three stages with two blocks each, 175,000 parameters."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        widths = (16, 16, 32, 32, 64, 64)
-        blocks = [Residual(a, b, 1 + (a != b)) for a, b in zip((16, *widths[:-1]), widths, strict=True)]
-        self.stages = nn.Sequential(*blocks)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.stages(self.stem(images)).mean(dim=(2, 3)))
+        super().__init__(16, stride=1, classes=10)
 
 
 register_architecture(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import vision_packages
+from residual_network import ResidualNetwork
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,39 +55,11 @@ def load(seed: int) -> Images:
     return Images(*((images[rows], labels[rows]) for rows in parts))
 
 
-class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class ResNet(nn.Module):
+class ResNet(ResidualNetwork):
     """Three stages of two blocks on images that the stem has halved."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        widths = (24, 24, 48, 48, 96, 96)
-        blocks = [Residual(a, b, 1 + (a != b)) for a, b in zip((24, *widths[:-1]), widths, strict=True)]
-        self.stages = nn.Sequential(*blocks)
-        self.head = nn.Linear(96, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.stages(self.stem(images)).mean(dim=(2, 3)))
+        super().__init__(24, stride=2, classes=CLASSES)
 
 
 def vit() -> nn.Module:

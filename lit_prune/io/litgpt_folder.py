@@ -30,6 +30,7 @@ from lit_prune.io.litgpt_config import (
     stock_config,
 )
 from lit_prune.io.manifest import verify_weights
+from lit_prune.io.module_folder import distinct_tensors
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.plan import PruningPlan, get_plan, set_plan
 from lit_prune.surgery.apply import apply_plan
@@ -231,21 +232,10 @@ def _read_config(file: Path, cls: Any) -> Any:
         raise PruningError(f"{file} is damaged: expected the fields of a litgpt.Config ({error}).") from error
 
 
-def _shared(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """By the other names of weights that several names share, the name that comes first."""
-    first: dict[Any, str] = {}
-    ties = {}
-    for name, tensor in weights.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-        if tensor.numel() and first.setdefault(place, name) != name:
-            ties[name] = first[place]
-    return ties
-
-
 def _write_safetensors(file: Path, weights: Mapping[str, Tensor]) -> None:
-    ties = _shared(weights)
-    distinct = {name: tensor.contiguous() for name, tensor in weights.items() if name not in ties}
-    save_file(distinct, file, metadata={"format": "pt", _TIES: json.dumps(ties)})
+    distinct, ties = distinct_tensors(weights)
+    plain = {name: tensor.contiguous() for name, tensor in distinct.items()}
+    save_file(plain, file, metadata={"format": "pt", _TIES: json.dumps(ties)})
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -267,7 +257,7 @@ def _read_stock(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     weights = weights.get("model", weights) if isinstance(weights, Mapping) else weights
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise PruningError(f"{file} is damaged: expected a mapping of names to tensors.")
-    return dict(weights), _shared(weights)
+    return dict(weights), distinct_tensors(weights)[1]
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], ties: Mapping[str, str], file: Path) -> None:

@@ -56,7 +56,7 @@ def write_module(
         UnsupportedModelError: If the state of the model is not all tensors in memory.
     """
     path, plan = pruned_within(module)
-    weights, ties = _distinct(_checked_state(module, state_dict))
+    weights, ties = distinct_tensors(_checked_state(module, state_dict))
     split = split_torch_state_dict_into_shards(weights, filename_pattern=_WEIGHTS, max_shard_size=max_shard_size)
     try:
         for file, names in split.filename_to_tensors.items():
@@ -128,7 +128,7 @@ def _checked_state(model: nn.Module, state_dict: Mapping[str, Tensor] | None) ->
     return state
 
 
-def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, each written once, and by the other names of those that several names share, the name it is under."""
     weights: dict[str, Tensor] = {}
     ties: dict[str, str] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_prune.architectures.tracing.fields import Field, Value, compress, lift, only_varying, varies
 from lit_prune.architectures.tracing.rules import Call, elementwise, normal, output, rule, unknown
-from lit_prune.torch_internals import overload_name, tree_leaves, tree_map
+from lit_prune.torch_internals import overload_name, tree_leaves
 
 
 def _moved(call: Call, operate: Callable[[Tensor], Any]) -> list[Value]:
@@ -332,11 +332,6 @@ def _folded(call: Call) -> list[Value]:
             labels = call.rules.collapse(labels, [rank - 1]).squeeze(rank - 1)
         fields.append(labels.unsqueeze(-1))
     return [output(r, fields, [value]) for r in call.results()]
-
-
-def moved_arguments(args: Any, replace: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with other tensors."""
-    return tree_map(lambda x: replace(x) if isinstance(x, Tensor) else x, args)
 
 
 @rule("_pack_padded_sequence")
