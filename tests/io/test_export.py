@@ -455,7 +455,7 @@ def fresh_environment(folder, *names):
 def test_fresh_virtual_environments_load_what_was_saved(tmp_path, tokens):
     """One with transformers and the wheel of lit_prune; one with transformers alone."""
     run = {"check": True, "capture_output": True, "text": True, "timeout": 600, "cwd": tmp_path}
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, root], **run)
     pythons = {name: fresh_environment(tmp_path / name, "torch", "transformers") for name in ("with", "without")}
     (wheel,) = tmp_path.glob("lit_prune-*.whl")

@@ -28,7 +28,7 @@ from lit_prune.repair.refit import least_squares
 from lit_prune.repair.replay import _adds_up, _dense_pass, _record
 from lit_prune.surgery.apply import cut
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOW = [torch.bfloat16, torch.float16]
 CRITERIA = [
     "fisher",
