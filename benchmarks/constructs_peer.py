@@ -1,7 +1,8 @@
-"""What torch-pruning does with the constructs of tests/architectures/tracing/constructs.py, on which lit_prune's tracing is tested.
+"""What torch-pruning does with the constructs of tests/architectures/tracing/constructs.py, on which our tracing is tested.
 
-Each model is pruned by half by group magnitude, with the layers that make its outputs ignored, and the heads of fused projections
-named, as torch-pruning's examples do. Prints one line a construct: the parameters before and after, and whether it still runs.
+Each model is pruned by half by group magnitude, with the layers that make its outputs ignored, and the heads of fused
+projections named, as torch-pruning's examples do. Prints one line a construct: the parameters before and after, and whether it
+still runs.
 
 Run: PYTHONPATH=tests:tests/architectures/tracing python benchmarks/constructs_peer.py
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -91,12 +91,14 @@ def cut_by_torch_pruning(model: Any, example: Tensor, importance: str, ratio: fl
         attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
 
-def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
+def flap(
+    model: nn.Module, batches: Sequence[Tensor], ratio: float, repair: Literal["bias", "least_squares"] = "bias"
+) -> nn.Module:
     """FLAP (An et al., AAAI 2024): fluctuation standardised within each layer, one global threshold, means folded into biases."""
     config = PruningConfig(
         importance="flap",
         pruning_ratio=ratio,
-        repair="bias",
+        repair=repair,
         limits=Limits(min_fraction=0.0, multiple_of={}),
         iterations=1,
         compensation=False,
@@ -106,8 +108,11 @@ def flap(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module
     return pruned
 
 
-def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Module:
-    """Wanda-sp (ibid.): mean over outputs of absolute weight times the norm of the input, the same ratio in every layer."""
+def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float, *, heads_up: bool = False) -> nn.Module:
+    """Wanda-sp (ibid.): mean over outputs of absolute weight times the norm of the input, the same ratio in every layer.
+
+    With ``heads_up`` the number of heads removed from a layer is rounded up, else down; channels make up the rest.
+    """
     if "wanda_sp" not in criteria():
         register_criterion("wanda_sp", lambda w, norm: w.abs() * norm, "activation_l2", consumers_only=True)
     group_sets = find_group_sets(model)
@@ -118,8 +123,7 @@ def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float) -> nn.Mo
     budget = int(ratio * count_parameters(model))
     share = budget / prunable
     heads = [s for s in group_sets if s.kind == "attention"]
-    # heads are few: as many leave each layer as the share allows, and channels make up the rest
-    fewer = int(share * heads[0].size)
+    fewer = min(int(share * heads[0].size) + heads_up, heads[0].size - 1)
     channels = [s for s in group_sets if s.kind == "mlp"]
     left = budget - sum(fewer * s.cost for s in heads)
     gone = {"attention": fewer, "mlp": left // sum(s.cost for s in channels)}

@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             pruned, chosen = setting.pruned(row, ratio, kind, rows)
             run: dict[str, Any] = {"row": row, "ratio": ratio, "repair": kind, "seed": seed, "part": options.part}
             run |= {"chosen": chosen, "seconds": round(time.perf_counter() - start, 1), "commit": commit()}
-            run |= {"parameters": count_parameters(pruned)}
+            run["parameters"] = getattr(pruned, "stored_parameters", None) or count_parameters(pruned)
             run["losses"] = {domain: losses(pruned, windows) for domain, windows in parts.items()}
             results.add("runs", key, run)
             if options.part == "reporting":

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from peers import flap, torch_pruning, wanda_sp
+from peers_modegpt import modegpt
+from peers_slicegpt import slicegpt
+from peers_uniform import minitron, osscar
 from torch import Tensor, nn
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune, repair
@@ -50,12 +53,27 @@ WHOLE: dict[str, dict[str, Any]] = {
     "one iteration, blocks too": {"iterations": 1, "limits": Limits(kinds=("attention", "mlp", "block"))},
     "one iteration, whole blocks alone": {"iterations": 1, "limits": Limits(kinds=("block",))},
 }
-PEERS: dict[str, Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]] = {
+Peer = Callable[[nn.Module, Sequence[Tensor], float, int], nn.Module]
+# our implementations of the papers, but for torch-pruning, which is the package
+PEERS: dict[str, Peer] = {
     "torch-pruning 1.6.1, Taylor": lambda m, b, ratio, size: torch_pruning(m, b, size, "taylor"),
     "torch-pruning 1.6.1, magnitude": lambda m, b, ratio, size: torch_pruning(m, b, size, "magnitude"),
     "FLAP": lambda m, b, ratio, size: flap(m, b, ratio),
-    "Wanda-sp": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
+    "FLAP, our repair": lambda m, b, ratio, size: flap(m, b, ratio, repair="least_squares"),
+    "Wanda-sp, heads rounded down": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
+    "Wanda-sp, heads rounded up": lambda m, b, ratio, size: wanda_sp(m, b, ratio, heads_up=True),
+    "Minitron's importance, heads rounded down": lambda m, b, ratio, size: minitron(m, b, size, heads_up=False),
+    "Minitron's importance, heads rounded up": lambda m, b, ratio, size: minitron(m, b, size, heads_up=True),
+    "OSSCAR, heads rounded down": lambda m, b, ratio, size: osscar(m, b, size, heads_up=False),
+    "OSSCAR, heads rounded up": lambda m, b, ratio, size: osscar(m, b, size, heads_up=True),
+    "MoDeGPT, same share a layer": lambda m, b, ratio, size: modegpt(m, b, size, temperature=None),
+    "MoDeGPT, temperature 0.1": lambda m, b, ratio, size: modegpt(m, b, size, temperature=0.1),
+    "MoDeGPT, temperature 0.3": lambda m, b, ratio, size: modegpt(m, b, size, temperature=0.3),
+    "SliceGPT, as stored": lambda m, b, ratio, size: slicegpt(m, b, size, tied=False),
+    "SliceGPT, embeddings and head counted once": lambda m, b, ratio, size: slicegpt(m, b, size, tied=True),
 }
+# these only take inputs of layers, so that sequences may be stacked
+FORWARD_ONLY = ("Minitron", "OSSCAR", "MoDeGPT", "SliceGPT")
 STACK = 8
 
 
@@ -89,7 +107,8 @@ class Setting:
     def pruned(self, row: str, ratio: float, kind: str, rows: Sequence[str]) -> tuple[nn.Module, str]:
         """A pruned copy of the model, and what was chosen for it."""
         if row in PEERS:
-            return PEERS[row](self.model, self.batches, ratio, int((1 - ratio) * self.parameters)), row
+            batches = self.stacked if row.startswith(FORWARD_ONLY) else self.batches
+            return PEERS[row](self.model, batches, ratio, int((1 - ratio) * self.parameters)), row
         if row in WHOLE:
             model = copy.deepcopy(self.model)
             config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
