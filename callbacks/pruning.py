@@ -116,6 +116,8 @@ class StructuredPruning(Callback):
             on the same batches; more cuts are better, and cost proportionally more.
         recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
             batches after every cut.
+        polish_epochs: Number of passes over the calibration batches in which, after the last cut of a stage, the layers that a
+            repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -171,6 +173,7 @@ class StructuredPruning(Callback):
         compensation: bool = PruningConfig.compensation,
         iterations: int = PruningConfig.iterations,
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
+        polish_epochs: int = PruningConfig.polish_epochs,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -213,6 +216,7 @@ class StructuredPruning(Callback):
             compensation=compensation,
             iterations=iterations,
             recalibrate_batch_norm=recalibrate_batch_norm,
+            polish_epochs=polish_epochs,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)

@@ -76,6 +76,7 @@ _RULES: dict[str, Rule] = {
     "compensation": FLAG,
     "iterations": CUTS,
     "recalibrate_batch_norm": FLAG,
+    "polish_epochs": NATURAL,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -107,6 +108,9 @@ class PruningConfig:
             model that the previous one produced; see :func:`prune`.
         recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
             on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
+        polish_epochs: Number of passes over the calibration batches in which, after the last cut, the layers that a repair refits
+            are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
+            costs about as much as one of training.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
@@ -124,6 +128,7 @@ class PruningConfig:
     compensation: bool = True
     iterations: int = 2
     recalibrate_batch_norm: bool = True
+    polish_epochs: int = 0
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
+from lit_prune.polishing import Polishing
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
@@ -138,6 +139,7 @@ def prune(
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
 RECALIBRATION = "recalibration"
+POLISH = "polish"
 
 
 # what no batches are run for
@@ -169,7 +171,7 @@ def prune_with(
             :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
             run, with the batches, the same ones every time, and the loss function. It may be called several times for
-            ``"repair"``, and once with ``"recalibration"`` for batch norms.
+            ``"repair"`` and ``"polish"``, and once with ``"recalibration"`` for batch norms.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -180,7 +182,8 @@ def prune_with(
             that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
-            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
+            comparison of candidates), ``"repair"``, ``"surgery"``, in a model with batch norms ``"recalibration"``, and, where
+            it is wanted, ``"polish"``.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
@@ -192,6 +195,11 @@ def prune_with(
         _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
+    epochs = 0 if dry_run else config.polish_epochs
+    polishing = Polishing(model, partial(data, POLISH), epochs, root=root, ranks=ranks)
+    if epochs:
+        with phase(POLISH):
+            polishing.record_dense()
     table: GroupTable | None = None
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
@@ -253,6 +261,11 @@ def prune_with(
             made = plan if made is None else _composed(made, plan, number + 1)
         assert table is not None
         assert made is not None
+        if epochs:
+            with phase(POLISH):
+                info, undo = polishing.polish(find_group_sets(model, blocks=blocks), progress)
+            undos.append(undo)
+            made = replace(made, info={**made.info, **info})
         with together(ranks, "taking over the result"):
             if (forget := record(table, made)) is not None:
                 undos.append(forget)

@@ -41,6 +41,7 @@ LAYERS = [
     "config",
     "planning",
     "repairing",
+    "polishing",
     "detection",
     "pipeline",
     "reporting",

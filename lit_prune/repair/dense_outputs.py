@@ -1,0 +1,179 @@
+"""What a model gives on the calibration batches, kept so that a pruned one can be compared with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lit_prune.calibration.evaluation import evaluation_mode, is_observed
+from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.calibration.random_state import random_state_kept
+from lit_prune.calibration.statistics import SKIPPED
+from lit_prune.calibration.token_masks import TokenMasks, output_mask
+from lit_prune.distributed.ranks import Ranks
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.repair.passes import Data
+
+LOGITS = "logits"
+# positions whose logits over a vocabulary are in memory at once
+CHUNK = 1024
+
+
+class OutputReader:
+    """Reads what a model gives: what its output embeddings read, where it has any, or else its output.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        calls: What the forward passes gave since the last :meth:`forget`: outputs of shape ``(..., features)``, each with a
+            bool mask of its real positions, or ``None`` if all are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = _output_embeddings(model)
+        self._masks: TokenMasks | None = None
+        self.calls: list[tuple[Tensor, Tensor | None]] = []
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read what is run within."""
+        with contextlib.ExitStack() as stack:
+            if self._head is not None:
+                self._masks = stack.enter_context(TokenMasks(self._model, [self._head]))
+                head = self._model.get_submodule(self._head)
+                stack.callback(head.register_forward_pre_hook(self._before_head).remove)
+            else:
+                stack.callback(self._model.register_forward_hook(self._after_model, with_kwargs=True).remove)
+            yield
+
+    def start_batch(self, batch: Any) -> None:
+        """Forget the batch before."""
+        self.calls.clear()
+        if self._masks is not None:
+            self._masks.start_batch(batch)
+
+    def _before_head(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_observed():
+            assert self._masks is not None
+            self.calls.append((args[0], self._masks.of(args[0])))
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_observed():
+            found = _main_tensor(output, type(module).__name__)
+            self.calls.append((found, output_mask(module, args, kwargs, found.shape[:-1])))
+
+    def difference(self, given: Tensor, dense: Tensor, mask: Tensor | None) -> Tensor:
+        """How far one output is from the dense one, a scalar with gradients for ``given``.
+
+        The mean over positions of the Kullback-Leibler divergence, in nats, where the outputs are what output embeddings read
+        or logits of at least two classes; else the squared error over the mean square of the dense outputs.
+        """
+        given, dense = (x if mask is None else x[mask] for x in (given, dense))
+        given, dense = given.reshape(-1, given.shape[-1]), dense.reshape(-1, dense.shape[-1])
+        if self._head is not None:
+            return _Divergence.apply(given, dense, self._model.get_submodule(self._head))
+        given, dense = given.to(accumulation_dtype(given.dtype)), dense.to(accumulation_dtype(dense.dtype))
+        if self._gives_logits and dense.shape[-1] > 1:
+            return _divergence(given, dense)
+        return (given - dense).square().mean() / dense.square().mean().clamp_min(torch.finfo(dense.dtype).tiny)
+
+    @property
+    def _gives_logits(self) -> bool:
+        config = getattr(self._model, "config", None)
+        return getattr(config, "problem_type", None) != "regression" and hasattr(self._model, "num_labels")
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence of the logits that output embeddings make, with the logits of some positions in memory at a time."""
+
+    @staticmethod
+    def forward(context: Any, given: Tensor, dense: Tensor, head: nn.Module) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=given.device)
+        gradients = []
+        for student, teacher in zip(given.detach().split(CHUNK), dense.split(CHUNK), strict=True):
+            student.requires_grad_()
+            with torch.no_grad():
+                wanted = head(teacher).float()
+            with torch.enable_grad():
+                loss = _divergence(head(student).float(), wanted) * len(student)
+                gradients.append(torch.autograd.grad(loss, student)[0])
+            total += loss.detach()
+        context.save_for_backward(torch.cat(gradients) / len(given))
+        return (total / len(given)).to(accumulation_dtype(given.dtype))
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (saved,) = context.saved_tensors
+        return (saved * gradients[0]).to(saved.dtype), None, None
+
+
+def _divergence(given: Tensor, dense: Tensor) -> Tensor:
+    return functional.kl_div(
+        functional.log_softmax(given, -1), functional.log_softmax(dense, -1), log_target=True, reduction="batchmean"
+    )
+
+
+def record_outputs(
+    model: nn.Module, data: Data, root: nn.Module | None = None, ranks: Ranks | None = None
+) -> list[list[Tensor]]:
+    """Run the batches and keep what the model gives, by batch and call, in CPU memory.
+
+    Args:
+        model: The model.
+        data: Gives a context with the batches and a function that runs one.
+        root: The module that holds the model, if the function runs more than the model.
+        ranks: The processes of a distributed run, each with batches of its own.
+
+    Returns:
+        A list for every batch, empty if it was skipped (by any process); as many as the process with the fewest has.
+
+    Raises:
+        UnsupportedModelError: If the model gives no tensor of floating point numbers.
+    """
+    reader = OutputReader(model)
+    kept: list[list[Tensor]] = []
+    with random_state_kept(), data() as (batches, run), reader.reading(), torch.no_grad():
+        with evaluation_mode(model if root is None else root):
+            for batch in batches:
+                reader.start_batch(batch)
+                counts = run(batch) is not SKIPPED
+                kept.append([output.detach().cpu() for output, _ in reader.calls] if counts else [])
+    if ranks is None:
+        return kept
+    counted = ranks.gather([bool(outputs) for outputs in kept])
+    everywhere = [all(flags) for flags in zip(*counted, strict=False)]
+    return [outputs if counts else [] for outputs, counts in zip(kept, everywhere, strict=False)]
+
+
+def _output_embeddings(model: nn.Module) -> str | None:
+    """Path of the projection to the vocabulary, if the model names one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if not isinstance(head, nn.Linear):
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _main_tensor(output: Any, name: str) -> Tensor:
+    """The logits of an output, or else its first tensor of floating point numbers.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if isinstance(output, Mapping):
+        values: list[Any] = [output[LOGITS]] if output.get(LOGITS) is not None else list(output.values())
+    else:
+        values = list(output) if isinstance(output, Sequence) else [output]
+    found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{name} gave a {type(output).__name__} without a tensor of floating point numbers."
+        )
+    return found

@@ -1,0 +1,234 @@
+"""Polish: the layers that repair refits are trained, for some passes over the calibration batches, towards the dense model.
+
+Least squares corrects one layer after the other; what it minimises is the error of a layer's output, not of the model's.
+A few passes of gradient descent on the divergence of the model's outputs from the dense ones correct the layers together.
+Labels are not used, every other weight stays, and batches that are held back choose the pass to stop at, so that the result is
+not worse on them than what least squares left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.calibration.random_state import random_state_kept
+from lit_prune.distributed import shards
+from lit_prune.distributed.ranks import Ranks
+from lit_prune.errors import CalibrationError, UnsupportedModelError
+from lit_prune.groups import GroupSet
+from lit_prune.repair.dense_outputs import OutputReader
+from lit_prune.repair.passes import Data
+
+# Adam's first steps move every weight by about this share of the weights' root mean square
+RATE = 0.003
+HELD_BACK = 8
+
+
+def polish(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    data: Data,
+    dense: Sequence[Sequence[Tensor]],
+    epochs: int,
+    *,
+    root: nn.Module | None = None,
+    ranks: Ranks | None = None,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    rate: float = RATE,
+) -> tuple[list[float], Callable[[], None]]:
+    """Train the consumers of groups towards the outputs of the dense model; in place.
+
+    The optimizer is Adam on float32 copies of the weights, with a cosine schedule that ends at zero. Of every eight batches one
+    is held back (of two to seven, the last one). After each pass the mean difference on these decides which weights are kept,
+    those before the first pass included; with a single batch, the last pass's are.
+
+    Args:
+        model: The pruned model.
+        group_sets: Its group sets; the weights and biases of their repairable consumers are trained.
+        data: Gives a context with the batches and a function that runs one; the same batches that ``dense`` was recorded on.
+        dense: What the dense model gives, see :func:`record_outputs`.
+        epochs: Number of passes.
+        root: The module that holds the model, if the function runs more than the model.
+        ranks: The processes of a distributed run, each with batches of its own.
+        progress: Wraps the passes.
+        rate: Learning rate, as a share of the root mean square of each weight.
+
+    Returns:
+        The difference on the held-back batches before the first and after each pass (see
+        :meth:`OutputReader.difference`), and a function that puts the weights back.
+
+    Raises:
+        CalibrationError: If a difference is not finite, or the batches are others than those recorded.
+        UnsupportedModelError: If parameters are sharded, or the model has no repairable consumers.
+
+    Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (temperature 1, no labels).
+    """
+    trained = _consumers(model, group_sets)
+    before = [p.detach().clone() for p in trained]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for parameter, old in zip(trained, before, strict=True):
+                parameter.copy_(old)
+
+    run = _Run(model, trained, data, dense, root, ranks)
+    try:
+        with _only_trained(model if root is None else root, trained):
+            return run.train(epochs, rate, progress), undo
+    except BaseException:
+        undo()
+        raise
+
+
+def _consumers(model: nn.Module, group_sets: Sequence[GroupSet]) -> list[nn.Parameter]:
+    """The weights and biases of the layers that read groups.
+
+    Raises:
+        UnsupportedModelError: If there are none, or they are sharded.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for part in (part for group_set in group_sets for part in group_set.repairable):
+        weight = model.get_parameter(part.parameter)
+        found[id(weight)] = weight
+        bias = getattr(model.get_submodule(part.module), "bias", None)
+        if isinstance(bias, nn.Parameter):
+            found[id(bias)] = bias
+    if not found:
+        raise UnsupportedModelError("No layer that reads groups can be polished: none of them can be refitted.")
+    if shards.any_sharded(found.values()) is not None:
+        raise UnsupportedModelError("Sharded parameters (FSDP2) cannot be polished; use polish_epochs=0.")
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _only_trained(root: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep graphs for these parameters alone, in evaluation mode, and put everything back."""
+    wanted = {id(p) for p in trained}
+    flags = [(p, p.requires_grad) for p in root.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with evaluation_mode(root), random_state_kept():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+class _Run:
+    """One training of some parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Sequence[nn.Parameter],
+        data: Data,
+        dense: Sequence[Sequence[Tensor]],
+        root: nn.Module | None,
+        ranks: Ranks | None,
+    ) -> None:
+        self._reader = OutputReader(model)
+        self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
+        counted = [number for number, outputs in enumerate(dense) if outputs]
+        if not counted:
+            raise CalibrationError("No calibration batch gave an output to polish towards; expected at least one.")
+        self._counted = len(counted)
+        step = min(HELD_BACK, len(counted))
+        self._held = set(counted[step - 1 :: step]) if len(counted) > 1 else set()
+        with torch.no_grad():
+            # steps of a training may be smaller than what 16 bits tell apart
+            self._masters = [p.detach().to(accumulation_dtype(p.dtype), copy=True) for p in trained]
+
+    def train(self, epochs: int, rate: float, progress: Callable[[Sequence[int]], Iterable[int]]) -> list[float]:
+        steps = epochs * (self._counted - len(self._held))
+        optimizer = torch.optim.Adam(
+            [{"params": [m], "lr": rate * m.square().mean().sqrt().item()} for m in self._masters]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+        )
+        found, best = [], self._masters
+        for epoch in progress(range(epochs + 1)):
+            held = self._pass(optimizer if epoch else None, schedule)
+            found.append(held)
+            if not self._held or held <= min(found):
+                best = [m.clone() for m in self._masters]
+        self._write(best)
+        return found
+
+    def _pass(self, optimizer: torch.optim.Optimizer | None, schedule: Any) -> float:
+        """Train on the batches, if there is an optimizer, and then measure on the held-back ones.
+
+        Returns:
+            The mean difference on the held-back batches, over all processes; on all batches if none is held back.
+        """
+        if optimizer is not None:
+            with torch.enable_grad():
+                for number, differences in self._run(lambda n: n not in self._held):
+                    loss = self._finite(torch.stack(differences).mean(), number)
+                    gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+                    self._step(optimizer, schedule, gradients)
+        measured = []
+        with torch.no_grad():
+            for number, differences in self._run(lambda n: n in self._held or not self._held):
+                measured.append(self._finite(torch.stack(differences).mean(), number))
+        mean = torch.stack(measured).double().mean()
+        return float(mean if self._ranks is None else self._ranks.mean(mean))
+
+    def _run(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Run the batches that are wanted; give their numbers and the differences of their calls."""
+        with self._data() as (batches, run), self._reader.reading():
+            for number, batch in enumerate(batches):
+                if number >= len(self._dense):
+                    return
+                if not self._dense[number] or not wanted(number):
+                    continue
+                self._reader.start_batch(batch)
+                loss = run(batch)
+                calls, dense = list(self._reader.calls), self._dense[number]
+                del loss
+                if len(calls) != len(dense) or any(c.shape != d.shape for (c, _), d in zip(calls, dense, strict=True)):
+                    raise self._others(number)
+                yield (
+                    number,
+                    [
+                        self._reader.difference(given, output.to(given.device), mask)
+                        for (given, mask), output in zip(calls, dense, strict=True)
+                    ],
+                )
+
+    def _step(self, optimizer: torch.optim.Optimizer, schedule: Any, gradients: Sequence[Tensor | None]) -> None:
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            value = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype)
+            master.grad = value if self._ranks is None else self._ranks.mean(value)
+        optimizer.step()
+        schedule.step()
+        self._write(self._masters)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._trained, values, strict=True):
+            parameter.copy_(value)
+
+    @staticmethod
+    def _finite(value: Tensor, number: int) -> Tensor:
+        if not bool(value.isfinite()):
+            raise CalibrationError(
+                f"The outputs differ from the dense model's by {float(value)} on calibration batch {number} while the"
+                " model is polished; expected a finite number. Use polish_epochs=0."
+            )
+        return value
+
+    @staticmethod
+    def _others(number: int) -> CalibrationError:
+        return CalibrationError(
+            f"Calibration batch {number} is not what it was when the dense model ran: polishing needs the same batches in"
+            " every pass. Use polish_epochs=0, or a loader without augmentation."
+        )

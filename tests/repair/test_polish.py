@@ -1,0 +1,222 @@
+"""Polishing: the layers that a repair refits, trained towards the dense model's outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+
+from lit_prune import PruningConfig, prune
+from lit_prune.errors import CalibrationError
+from lit_prune.repair import dense_outputs
+from lit_prune.repair.dense_outputs import OutputReader, record_outputs
+
+CUT = {"iterations": 1, "compensation": False, "importance": "magnitude", "pruning_ratio": 0.3, "ratio_of": "prunable"}
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+class Perceptron(nn.Module):
+    """Numbers from numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return Perceptron().eval()
+
+
+def tokens(count, seed=1):
+    return list(torch.randint(0, 64, (count, 16, 16), generator=torch.Generator().manual_seed(seed)))
+
+
+def numbers(count, seed=1):
+    return list(torch.randn(count, 32, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+CASES = {
+    "llama": (llama, tokens, lambda m, b: m(input_ids=b, labels=b).loss),
+    "bert": (bert, tokens, lambda m, b: m(input_ids=b, labels=b[:, 0] % 3).loss),
+    "perceptron": (perceptron, numbers, lambda m, b: m(b).square().mean()),
+}
+
+
+def given(model, batch):
+    output = model(batch)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@torch.no_grad()
+def distance(model, dense, batches, kind):
+    """The difference, computed here by other means."""
+    pairs = [(given(model, b), given(dense, b)) for b in batches]
+    if kind == "perceptron":
+        return sum(((x - y).square().mean() / y.square().mean()).item() for x, y in pairs) / len(pairs)
+    found = [torch.distributions.Categorical(logits=y) for _, y in pairs]
+    pruned = [torch.distributions.Categorical(logits=x) for x, _ in pairs]
+    return sum(torch.distributions.kl_divergence(d, p).mean().item() for d, p in zip(found, pruned, strict=True)) / len(
+        pairs
+    )
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_it_comes_closer_to_the_dense_model_also_on_other_batches(kind):
+    build, batches_of, loss = CASES[kind]
+    dense = build()
+    batches, others = batches_of(16), batches_of(8, seed=2)
+    found = {}
+    for epochs in (0, 6):
+        model = copy.deepcopy(dense)
+        config = PruningConfig(**CUT, polish_epochs=epochs)
+        _, plan = prune(model, batches, lambda b, model=model: loss(model, b), config)
+        found[epochs] = distance(model, dense, others, kind)
+    differences = plan.info["polish"]
+    assert len(differences) == 7
+    held = [batches[7], batches[15]]
+    assert min(differences) == pytest.approx(distance(model, dense, held, kind), rel=1e-3)
+    assert min(differences) < 0.95 * differences[0]
+    assert found[6] < 0.97 * found[0]
+
+
+def test_only_refitted_layers_change_and_nothing_else_of_the_model():
+    batches, dense = tokens(8), llama()
+    plain, polished = copy.deepcopy(dense), copy.deepcopy(dense)
+    polished.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    for model, epochs in ((plain, 0), (polished, 3)):
+        model.train()
+        prune(
+            model, batches, lambda b, m=model: m(input_ids=b, labels=b).loss, PruningConfig(**CUT, polish_epochs=epochs)
+        )
+    before = dict(plain.named_parameters())
+    for name, parameter in polished.named_parameters():
+        read = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.equal(parameter, before[name]) != read, name
+        assert parameter.requires_grad != (name == "model.layers.0.self_attn.q_proj.weight")
+        assert parameter.grad is None
+    assert polished.training
+
+
+def test_the_gradient_of_the_difference_is_that_of_the_divergence(monkeypatch):
+    """In one piece by autograd, where the library goes through the vocabulary in chunks."""
+    monkeypatch.setattr(dense_outputs, "CHUNK", 5)
+    model = llama()
+    student, teacher = torch.randn(2, 4, 6, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
+    student.requires_grad_()
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[0, :3] = False
+    ours = OutputReader(model).difference(student, teacher, mask)
+    (gradient,) = torch.autograd.grad(3 * ours, student)
+    logits = model.lm_head(student)[mask], model.lm_head(teacher)[mask]
+    whole = functional.kl_div(logits[0].log_softmax(-1), logits[1].softmax(-1), reduction="batchmean")
+    (wanted,) = torch.autograd.grad(3 * whole, student)
+    torch.testing.assert_close(ours.float(), whole.detach())
+    torch.testing.assert_close(gradient, wanted)
+    assert (gradient[0, :3] == 0).all()
+
+
+def test_padding_has_no_part_in_it():
+    model, dense = llama(), llama()
+    for parameter in model.model.layers[0].mlp.parameters():
+        parameter.data.mul_(0.5)
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([ids, torch.zeros(2, 5, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 5, dtype=torch.long)], 1)
+    results = []
+    for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}):
+        outputs = record_outputs(dense, lambda b=batch: contextlib.nullcontext(([b], lambda b: dense(**b))))
+        reader = OutputReader(model)
+        with reader.reading(), torch.no_grad():
+            reader.start_batch(batch)
+            model(**batch)
+            ((states, real),) = reader.calls
+            results.append(float(reader.difference(states, outputs[0][0], real)))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_failure_leaves_the_model_as_it_was(kind):
+    build, batches_of, loss = CASES[kind]
+    model, calls = build(), []
+    before = copy.deepcopy(model.state_dict())
+
+    def fails_late(batch):
+        calls.append(1)
+        if len(calls) == fail_at:
+            raise RuntimeError("no more")
+        return loss(model, batch)
+
+    fail_at = 0
+    trial = copy.deepcopy(model)
+    prune(trial, batches_of(8), lambda b: (calls.append(1), loss(trial, b))[1], PruningConfig(**CUT, polish_epochs=2))
+    fail_at = len(calls) - 3
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no more"):
+        prune(model, batches_of(8), fails_late, PruningConfig(**CUT, polish_epochs=2))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_batches_that_change_between_passes_are_refused():
+    model = llama()
+    shapes = iter(range(4, 40))
+
+    class Changing:
+        def __iter__(self):
+            yield from (torch.randint(0, 64, (2, next(shapes))) for _ in range(4))
+
+    config = PruningConfig(**CUT, repair=None, polish_epochs=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="polish_epochs=0"):
+        prune(model, Changing(), lambda b: model(input_ids=b, labels=b).loss, config)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_weights_of_16_bits_take_steps_smaller_than_they_tell_apart():
+    batches, dense = tokens(16), llama().to(torch.bfloat16)
+    found = {}
+    for epochs in (0, 6):
+        model = copy.deepcopy(dense)
+        prune(
+            model, batches, lambda b, m=model: m(input_ids=b, labels=b).loss, PruningConfig(**CUT, polish_epochs=epochs)
+        )
+        found[epochs] = distance(model.float(), copy.deepcopy(dense).float(), tokens(8, seed=2), "llama")
+    assert found[6] < 0.97 * found[0]
