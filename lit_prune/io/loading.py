@@ -20,13 +20,13 @@ from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import PATH, shown
 from lit_prune.errors import ArgumentValueError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.io import auto_config
 from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
 from lit_prune.io.module_folder import is_module_folder, load_module
 from lit_prune.io.output_folder import leftover
 from lit_prune.modeling_pruned import (
     HUB_OPTIONS,
-    PREFIX,
     PrunedConfig,
     PrunedModelError,
     PrunedPlanError,
@@ -60,6 +60,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
 
 modeling_pruned.build = _build
 AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
+auto_config.install()
 
 
 def load_pruned(
@@ -136,7 +137,7 @@ def load_pruned(
             raise UnsupportedModelError(
                 f"{directory}/config.json names no model class; expected one in 'architectures'."
             )
-        pruned = config.architectures[0].startswith(PREFIX)
+        pruned = isinstance(config, PrunedConfig)
         cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if pruned else base
         _check_shapes(directory, cls, config, headers)
         load: Any = cls.from_pretrained if pruned else partial(modeling_pruned.load_whole, cls.from_pretrained)
