@@ -765,7 +765,7 @@ class _Pruned:
         plain = same_in_all_layers(config) if by_layers else as_dense(config, depth, pruning.get(DENSE_LAYERS, {}))
         plain.__dict__[SET_ASIDE] = stated
         super().__init__(plain, *args, **kwargs)  # type: ignore[call-arg]
-        plain.__dict__.pop(SET_ASIDE)
+        plain.__dict__.pop(SET_ASIDE, None)
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ _OF_AUTO_CLASSES = ("trust_remote_code", "code_revision")
 
 
 def install() -> None:
-    """Let ``AutoConfig.from_pretrained``, and with it every Auto class, give our config class for such a folder, and for no other."""
+    """Let ``AutoConfig.from_pretrained``, and with it every Auto class, give our config class for such folders alone."""
     stock = AutoConfig.from_pretrained.__func__
     if getattr(stock, "knows_pruned_layers", False):
         return

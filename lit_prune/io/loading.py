@@ -32,6 +32,7 @@ from lit_prune.modeling_pruned import (
     PrunedPlanError,
     check_dtype,
     model_class,
+    same_in_all_layers,
     weight_files,
     weight_headers,
 )
@@ -255,7 +256,8 @@ def _other_shape(
     """
     try:
         with torch.device("meta"):
-            built = cls._from_config(config)
+            # without a plan, what it says of single layers was not written by us
+            built = cls._from_config(config if isinstance(config, PrunedConfig) else same_in_all_layers(config))
     except (PrunedModelError, PruningError):
         raise
     except _REFUSALS as error:

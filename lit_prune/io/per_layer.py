@@ -167,7 +167,7 @@ def stock_with_layers(
         try:
             with _without_warnings():
                 config: Any = config_class.from_dict({**fields, **lifted})
-        except Exception:  # noqa: S112, a config class may refuse the widths in whatever way it likes
+        except Exception:  # a config class may refuse the widths in whatever way it likes
             continue
         try:
             with torch.device("meta"):
