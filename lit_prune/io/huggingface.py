@@ -20,6 +20,7 @@ from lit_prune import modeling_pruned
 from lit_prune._files import write_text
 from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
+from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import Attribute, GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
@@ -171,8 +172,15 @@ def to_pretrained(
 
     Raises:
         PruningError: If the model was not pruned.
-        UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
+        UnsupportedModelError: If it is not a transformers model, its weights are quantised, or they are shards of weights.
     """
+    with saving.plan_of_inner_model(model):
+        return _to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
+
+
+def _to_pretrained(
+    model: nn.Module, *, self_contained: bool, state_dict: Mapping[str, Tensor] | None
+) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Only transformers models can be saved as one; found {type(model).__name__}. Save it with lit_prune.save_pruned."
@@ -186,6 +194,11 @@ def to_pretrained(
     if plan is None:
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     weights = dict(model.state_dict() if state_dict is None else state_dict)
+    if any_sharded(weights.values()) is not None:
+        raise UnsupportedModelError(
+            f"The weights of this {type(model).__name__} are shards, which are no weights of a folder. Gather them, and save"
+            " them with lit_prune.save_pruned(model, directory, state_dict=whole_weights) on one rank; see docs/fsdp.md."
+        )
     base = _dense_class(type(model))
     dense_config = _dense_config(model)
     with torch.device("meta"):

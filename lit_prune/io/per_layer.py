@@ -53,16 +53,21 @@ def add_layers(fields: dict[str, Any], dense: nn.Module, group_sets: Sequence[Gr
         if entry is None or place is None or group_set.kind not in WIDTHS:
             continue
         path, stack, old = place
+        if group_set.kind == "attention" and not _states_head_dim(_inside(fields, path), configs[path]):
+            continue
         share = Fraction(len(entry.kept), entry.size)
-        values = widths_of_layer(configs[path], old, group_set.kind, share)
+        values: dict[str, Any] = widths_of_layer(configs[path], old, group_set.kind, share)
+        if group_set.kind == "attention" and not share:
+            values = {"skip": ["attention"]}
         cut.setdefault(path, {}).setdefault(new_index.get(stack, {}).get(old, old), {}).update(values)
-        if group_set.kind == "attention":
-            _explicit_head_dim(_inside(fields, path), configs[path])
     for path, overrides in cut.items():
         inner = _inside(fields, path)
         own = _own_layers(configs[path], new_index, dense, path)
         merged = {i: {**own.get(i, {}), **overrides.get(i, {})} for i in sorted({*own, *overrides})}
         inner[LAYERS] = {str(index): values for index, values in merged.items()}
+        if path:
+            # it is built by the model's own config class, and then read by code of ours
+            inner[LIFTED] = True
     return bool(cut)
 
 
@@ -120,12 +125,16 @@ def widths_of_layer(config: PreTrainedConfig, index: int, kind: str, share: Frac
     return found
 
 
-def _explicit_head_dim(fields: dict[str, Any], config: Any) -> None:
-    """Say the size of a head, which no longer follows from the number of heads."""
-    heads, width = of_all_layers(config, "num_attention_heads"), of_all_layers(config, "hidden_size")
+def _states_head_dim(fields: dict[str, Any], config: Any) -> bool:
+    """Say the size of a head, which no longer follows from the number of heads; whether a config can."""
     name = config.attribute_map.get("head_dim", "head_dim")
-    if fields.get(name) is None and LAYERS not in fields and isinstance(heads, int) and isinstance(width, int):
+    if isinstance(getattr(type(config), name, None), property):
+        return False
+    heads, width = of_all_layers(config, "num_attention_heads"), of_all_layers(config, "hidden_size")
+    own = name in {field for values in layer_overrides(config).values() for field in values}
+    if fields.get(name) is None and not own and isinstance(heads, int) and isinstance(width, int):
         fields[name] = width // heads
+    return fields.get(name) is not None
 
 
 def _own_layers(config: Any, new_index: Mapping[str, Mapping[int, int]], dense: nn.Module, path: str) -> dict[int, Any]:
