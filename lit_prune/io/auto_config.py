@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from lit_prune.modeling_pruned import PrunedConfig, is_complete
+from lit_prune.transformers_internals import without_layer_warnings
 
 # of the Auto classes alone; the model is built by what was cut there
 _OF_AUTO_CLASSES = ("trust_remote_code", "code_revision")
@@ -25,7 +26,8 @@ def install() -> None:
 
     @wraps(stock)
     def from_pretrained(cls: type, path: Any, *args: Any, **kwargs: Any) -> Any:
-        found = stock(cls, path, *args, **kwargs)
+        with without_layer_warnings():
+            found = stock(cls, path, *args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         if is_complete(getattr(config, "pruning", None)) and not isinstance(config, PrunedConfig):
             rest = {name: value for name, value in kwargs.items() if name not in _OF_AUTO_CLASSES}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from lit_prune.groups import GroupSet, stack_of
 from lit_prune.io.stock import WIDTHS, of_all_layers, same_settings
@@ -24,7 +22,7 @@ from lit_prune.modeling_pruned import (
     stated_layers,
 )
 from lit_prune.plan import PruningPlan
-from lit_prune.transformers_internals import build
+from lit_prune.transformers_internals import build, without_layer_warnings
 
 LIFTED = "allow_global_per_layer_attribute_access"
 
@@ -174,7 +172,7 @@ def stock_with_layers(
     """
     for lifted in ({}, {LIFTED: True}):
         try:
-            with _without_warnings():
+            with without_layer_warnings():
                 config: Any = config_class.from_dict({**fields, **lifted})
         except Exception:  # a config class may refuse the widths in whatever way it likes
             continue
@@ -188,17 +186,6 @@ def stock_with_layers(
         same = found == dict(shapes) and _same_classes(built, model) and (not depth or same_settings(built, model))
         return {**fields, **lifted} if same else None
     return None
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep transformers from warning that a config class asks itself for what layers differ in."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 _NOT_BUILT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -57,7 +57,10 @@ def plan_of_inner_model(model: nn.Module) -> Iterator[bool]:
     inner = [
         (name, module)
         for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and PLAN_ATTRIBUTE in vars(module) and get_plan(module) is not None
+        if name
+        and isinstance(module, PreTrainedModel)
+        and PLAN_ATTRIBUTE in vars(module)
+        and get_plan(module) is not None
     ]
     if not isinstance(model, PreTrainedModel) or not inner or get_plan(model) is not None:
         yield False

@@ -670,7 +670,7 @@ def test_a_config_that_is_wrong_is_refused(saved, change, with_lit_prune, withou
     ],
 )
 def test_a_stock_config_that_is_wrong_is_refused(saved, change, message):
-    """transformers reads such a config before lit_prune does, and refuses it in its own words."""
+    """Transformers reads such a config before lit_prune does, and refuses it in its own words."""
     edit_config(saved, change)
     with pytest.raises(PruningError, match=message):
         load_pruned(saved)

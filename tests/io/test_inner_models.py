@@ -12,7 +12,15 @@ from transformers import (
 )
 
 from conftest import SMALL, tiny, uneven_kept, unsettled
-from lit_prune import PruningPlan, UnsupportedModelError, apply_plan, find_group_sets, get_plan, load_pruned, save_pruned
+from lit_prune import (
+    PruningPlan,
+    UnsupportedModelError,
+    apply_plan,
+    find_group_sets,
+    get_plan,
+    load_pruned,
+    save_pruned,
+)
 
 pytestmark = pytest.mark.core
 
@@ -61,11 +69,13 @@ def test_two_pruned_models_in_one_are_refused(tmp_path):
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = AutoConfig.for_model("vit", **small, image_size=8, patch_size=4)
     text = AutoConfig.for_model("bert", **small, vocab_size=32)
-    config = AutoConfig.for_model("vision-text-dual-encoder", vision_config=vision.to_dict(), text_config=text.to_dict())
+    config = AutoConfig.for_model(
+        "vision-text-dual-encoder", vision_config=vision.to_dict(), text_config=text.to_dict()
+    )
     model = VisionTextDualEncoderModel(config)
     cut(model.vision_model)
     cut(model.text_model)
-    with pytest.raises(UnsupportedModelError, match="several models that were pruned.*lit_prune.save_pruned"):
+    with pytest.raises(UnsupportedModelError, match=r"several models that were pruned.*lit_prune.save_pruned"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
