@@ -23,11 +23,12 @@ from lit_prune.architectures import find_group_sets
 from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import Attribute, GroupSet, check_weights
+from lit_prune.io import hub
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
 from lit_prune.io.loading import load_pruned as load_pruned
-from lit_prune.io.model_card import model_card
+from lit_prune.io.model_card import model_card, write_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.io.per_layer import add_layers, restore_layers, stock_with_layers
@@ -240,6 +241,8 @@ def _to_pretrained(
 
 
 saving.to_pretrained = to_pretrained
+saving.write_card = write_card
+hub.install()
 
 
 def _with_layers(

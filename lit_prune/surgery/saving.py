@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from lit_prune.plan import DEPTH_ATTRIBUTE, PLAN_ATTRIBUTE, get_plan, plan_from_
 _METHOD = "save_pretrained"
 # set by the module that writes folders, which is above this one: building what is to be saved takes a cut itself
 to_pretrained: Callable[..., PreTrainedModel] | None = None
+# likewise: writes the model card of a model whose config has a plan
+write_card: Callable[[PreTrainedModel, Path], None] | None = None
 
 
 def save_with_plan(model: nn.Module) -> Callable[[], None]:
@@ -84,7 +87,10 @@ def plan_of_inner_model(model: nn.Module) -> Iterator[bool]:
 
 
 def install() -> None:
-    """Let ``save_pretrained`` of a transformers model around one that was pruned write files that load again, too."""
+    """Let ``save_pretrained`` of a transformers model around one that was pruned write files that load again, too.
+
+    Beside a model whose config has a plan it writes a model card, where there is none.
+    """
     stock = PreTrainedModel.save_pretrained
     if getattr(stock, "knows_inner_plans", False):
         return
@@ -93,7 +99,13 @@ def install() -> None:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         with plan_of_inner_model(self) as found:
             save = _SavePretrained(self) if found else partial(stock, self)
-            return save(*args, **kwargs)
+            result = save(*args, **kwargs)
+        folder = Path(args[0] if args else kwargs["save_directory"])
+        described = isinstance(getattr(self.config, "pruning", None), Mapping)
+        if described and kwargs.get("is_main_process", True) and not (folder / "README.md").exists():
+            assert write_card is not None
+            write_card(self, folder)
+        return result
 
     save_pretrained.knows_inner_plans = True  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -484,6 +484,8 @@ class FakeHub(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -515,22 +517,50 @@ class FakeHub(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_stock_method_pushes_what_loads_again(saved, tmp_path, tokens):
+PUSH = """
+import sys, json, torch, lit_prune
+from transformers import LlamaConfig, LlamaForCausalLM
+model = {model}
+if {just_cut}:
+    groups = lit_prune.find_group_sets(model)
+    kept = [list(range(1 + i % 2, group.size)) for i, group in enumerate(groups)]
+    lit_prune.apply_plan(model, lit_prune.PruningPlan.from_kept(groups, kept))
+model.push_to_hub("me/small", token="not-a-token")
+"""
+
+
+@pytest.mark.parametrize("just_cut", [False, True])
+def test_the_stock_method_pushes_what_loads_again(saved, tmp_path, tokens, just_cut):
+    """The client of huggingface_hub against a server on this machine."""
+    FakeHub.files.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        script = f"import lit_prune; lit_prune.load_pruned({str(saved)!r}).push_to_hub('me/small', token='not-a-token')"
+        model = "lit_prune.load_pruned(sys.argv[1])"
+        if just_cut:
+            # the model of a run, which was not saved before
+            model = "(torch.manual_seed(0), LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[2]))))[1]"
+        script = PUSH.format(model=model, just_cut=just_cut)
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", script, saved, json.dumps(SMALL)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert set(FakeHub.files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert "# A pruned llama model" in FakeHub.files["README.md"].decode()
     pushed = tmp_path / "pushed"
     pushed.mkdir()
     for name, content in FakeHub.files.items():
         (pushed / name).write_bytes(content)
-    assert torch.equal(load_pruned(pushed)(tokens).logits, load_pruned(saved)(tokens).logits)
+    loaded = load_pruned(pushed)
+    if just_cut:
+        assert {len(e.kept) for e in get_plan(loaded).entries} == {2, 23}
+    else:
+        assert torch.equal(loaded(tokens).logits, load_pruned(saved)(tokens).logits)
 
 
 def edit_config(folder, change):
