@@ -42,7 +42,8 @@ def test_the_best_checkpoint_of_a_trainer_is_loaded_at_the_end(tmp_path, tokens)
     # the largest loss counts as the best, which is not the last one
     options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 10.0, "seed": 0}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    arguments = TrainingArguments(tmp_path / "run", max_steps=3, metric_for_best_model="eval_loss", greater_is_better=True, **options)
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "max_steps": 3}
+    arguments = TrainingArguments(tmp_path / "run", **options)
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     best = load_pruned(trainer.state.best_model_checkpoint)
