@@ -3,20 +3,26 @@
 This file needs torch and transformers and nothing else. lit_prune registers what is in it; a copy of it can lie beside
 the weights of a pruned model, and ``trust_remote_code=True`` then loads the model where lit_prune is not installed.
 
-A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
-type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
-parameter they lie along, and how many positions of it a group takes; and for every list of blocks that lost some, which
-were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
-every other step of loading is that of transformers. Where blocks left, the config says how many there are, and
-``pruning`` what the dense model's config says in the same fields.
+A pruned model's ``config.json`` is that of its dense model with three more entries: ``per_layer_config``, by which
+transformers says what single layers have other than the rest; ``base_model_type``, the dense model's type; and ``pruning``,
+which lists for every place that lost groups which of them were kept, which dimension of which parameter they lie along, and
+how many positions of it a group takes; and for every list of blocks that lost some, which were kept. Where blocks left, the
+config says how many there are, and ``pruning`` what the dense model's config says in the same fields.
+
+Where ``per_layer_config`` says all of it, the config keeps the dense model's ``model_type``, and building the model means
+building every layer from ``config.per_layer_config[i]``, as a transformers that reads this in the model's own code would. Where
+it does not (a bias was added, heads have a table of their own), ``model_type`` is ``lit_prune``, and building means building
+the dense model, making the parameters in ``pruning`` smaller and leaving blocks out. Every other step of loading is that of
+transformers.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +40,13 @@ VERSION = 1
 BLOCK = "block"
 LAYER_INDICES = ("layer_idx", "layer_id", "block_idx")
 PREFIX = "Pruned"
+# the entry of ``pruning`` that says that ``per_layer_config`` is enough to build the model
+COMPLETE = "complete"
+LAYERS = "per_layer_config"
+# the entry of ``pruning`` with what the dense model's config says of single layers
+DENSE_LAYERS = "dense_layers"
+# what an inner model that an Auto class builds is told of its layers
+SET_ASIDE = "layers_set_aside"
 # more groups than any place of a model has; indices are expanded in memory
 MOST_GROUPS = 1_000_000
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -105,6 +118,11 @@ def attribute_value(rule: int | Sequence[int], kept: int) -> int:
     """
     per_group, fixed, divisor = (rule, 0, 1) if isinstance(rule, int) else rule
     return fixed + per_group * kept // divisor
+
+
+def is_complete(pruning: Any) -> bool:
+    """Whether the ``pruning`` entry of a config says that ``per_layer_config`` is enough to build the model."""
+    return isinstance(pruning, Mapping) and bool(pruning.get(COMPLETE))
 
 
 def to_ranges(indices: Sequence[int]) -> str:
@@ -306,6 +324,153 @@ def _set_attribute(model: nn.Module, path: str, value: int) -> None:
     module.config = overridden(module.config, name, value)
 
 
+def named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config, by the name ``""``, and those of the parts of its model (``text_config``), by theirs."""
+    yield path, config
+    for name in getattr(config, "sub_configs", None) or {}:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            yield from named_configs(inner, f"{path}.{name}" if path else name)
+
+
+def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What a config says of single layers, by their index; empty if it says nothing, or its transformers cannot."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(index): dict(fields) for index, fields in config.to_dict()[LAYERS].items()}
+
+
+def same_in_all_layers(config: Any) -> Any:
+    """A copy of a config that says of single layers only what all layers of one type (``layer_types``) share.
+
+    A model reads the rest where it means all layers, which ``per_layer_config`` forbids where they differ.
+    """
+    plain = copy.deepcopy(config)
+    for _, each in named_configs(plain):
+        if overrides := layer_overrides(each):
+            each.per_layer_config = _shared_by_types(overrides, getattr(each, "layer_types", None)) or None
+    return plain
+
+
+def as_dense(config: Any, depth: Mapping[str, Any], layers: Mapping[str, Mapping[Any, Any]]) -> Any:
+    """A copy of a pruned model's config with what the dense model's says of its depth and of single layers.
+
+    Args:
+        config: The config.
+        depth: Fields of it that say how many layers there are, or something for each of them.
+        layers: What it says of single layers, as :func:`stated_layers` gives it.
+    """
+    dense = copy.deepcopy(config)
+    for _, each in named_configs(dense):
+        if layer_overrides(each):
+            each.per_layer_config = None
+    for name, value in depth.items():
+        setattr(dense, name, value)
+    for path, each in named_configs(dense):
+        if layers.get(path):
+            each.per_layer_config = {int(index): dict(fields) for index, fields in layers[path].items()}
+    return dense
+
+
+def _shared_by_types(overrides: Mapping[int, Mapping[str, Any]], types: Any) -> dict[int, dict[str, Any]]:
+    if not isinstance(types, (list, tuple)):
+        return {}
+    shared = []
+    for name in sorted({name for fields in overrides.values() for name in fields}):
+        values: dict[Any, set[str]] = {}
+        for index, kind in enumerate(types):
+            values.setdefault(kind, set()).add(repr(overrides.get(index, {}).get(name, "of all layers")))
+        if name != "skip" and all(len(found) == 1 for found in values.values()):
+            shared.append(name)
+    kept = {index: {n: fields[n] for n in shared if n in fields} for index, fields in overrides.items()}
+    return {index: fields for index, fields in kept.items() if fields}
+
+
+def stated_layers(config: Any) -> dict[str, dict[int, dict[str, Any]]]:
+    """What a config and those in it say of single layers, by the name of the config and the index of the layer."""
+    found = {path: layer_overrides(each) for path, each in named_configs(config)}
+    return {path: overrides for path, overrides in found.items() if overrides}
+
+
+def build_layers(model: nn.Module, stated: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+    """Build those layers anew of which a config says something, each from ``config.per_layer_config[i]``.
+
+    Args:
+        model: A model that was built from a config of layers that are all the same; changed in place.
+        stated: As :func:`stated_layers` gives it.
+
+    Raises:
+        PrunedPlanError: If the model has no such layers, or they take something else than a config and an index.
+    """
+    configs = dict(named_configs(model.config))
+    for path, overrides in stated.items():
+        plain = configs.get(path)
+        stacks = [
+            child
+            for module in model.modules()
+            if plain is not None and module.__dict__.get("config") is plain
+            for child in module.children()
+            if isinstance(child, nn.ModuleList) and len(child) == plain.num_hidden_layers
+        ]
+        if len(stacks) != 1:
+            raise PrunedPlanError(
+                f"config.json says of layers of {path or 'the model'} what {type(model).__name__} cannot be built from: expected"
+                f" one list of layers there; found {len(stacks)}."
+            )
+        whole = copy.copy(plain)
+        try:
+            whole.per_layer_config = {index: dict(fields) for index, fields in overrides.items()}
+            for index in overrides:
+                stacks[0][index] = _built_layer(stacks[0][index], plain, whole, index)
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            if isinstance(error, PrunedModelError):
+                raise
+            raise PrunedPlanError(
+                f"No {type(model).__name__} can be built from per_layer_config in config.json: {type(error).__name__}: {error}."
+            ) from error
+
+
+def _built_layer(old: nn.Module, plain: Any, whole: Any, index: int) -> nn.Module:
+    """The layer that takes the place of one, from its own config."""
+    config = whole.per_layer_config[index]
+    given = {"config": config, **dict.fromkeys(LAYER_INDICES, index)}
+    parameters = inspect.signature(type(old).__init__).parameters
+    layer: nn.Module = type(old)(**{name: given[name] for name in parameters if name in given})
+    own = {name: getattr(config, name) for name in whole.per_layer_attributes}
+    for module in layer.modules():
+        if module.__dict__.get("config") is config:
+            # a copy: what is changed in the model's config later, the kind of attention for instance, has to be seen
+            module.__dict__["config"] = ConfigView(plain, own)
+    return layer.train(old.training)
+
+
+def state_layers(model: nn.Module, stated: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+    """Let the config of a built model say which layers differ, and its modules see what they were built from.
+
+    Args:
+        model: The model; its config is changed in place.
+        stated: As :func:`stated_layers` gives it.
+    """
+    configs = dict(named_configs(model.config))
+    for path, overrides in stated.items():
+        config = configs[path]
+        before = copy.copy(config)
+        seen = {LAYERS: before.per_layer_config, "is_heterogeneous": before.is_heterogeneous}
+        common = layer_overrides(before)
+        for name in {name for fields in overrides.values() for name in fields if name != "skip"}:
+            if not any(name in fields for fields in common.values()):
+                seen[name] = getattr(before, name, None)
+        for module in model.modules():
+            held = module.__dict__.get("config")
+            own = held.overrides if isinstance(held, ConfigView) else {}
+            shared = held.shared if isinstance(held, ConfigView) else held
+            if shared is config and not isinstance(module, PreTrainedModel):
+                module.__dict__["config"] = ConfigView(config, {**seen, **own})
+        config.per_layer_config = {index: dict(fields) for index, fields in overrides.items()}
+        if not isinstance(config, PrunedConfig):
+            config.allow_global_per_layer_attribute_access = True
+
+
 # where lit_prune is installed, its own engine takes the place of this
 build: Callable[[Any, Any], None] = resize
 
@@ -313,10 +478,47 @@ build: Callable[[Any, Any], None] = resize
 class PrunedConfig(PreTrainedConfig):
     """What ``model_type: lit_prune`` stands for: the config of a dense model with the entry ``pruning``.
 
-    It is only an entrance: :meth:`from_dict` gives an instance of a class derived from the dense model's config class.
+    It is only an entrance: :meth:`from_dict` gives an instance of a class derived from the dense model's config class. That has
+    the model type of the dense model, by which peft and others choose; the file says ``lit_prune`` where more is needed than
+    ``per_layer_config``.
     """
 
     model_type = MODEL_TYPE
+
+    def __getattribute__(self, name: str) -> Any:
+        """A field by its name or another name for it; of what layers differ in, the dense model's, without a warning."""
+        known = object.__getattribute__(self, "attribute_map")
+        return object.__getattribute__(self, known.get(name, name))
+
+    @property
+    def allow_global_per_layer_attribute_access(self) -> bool:
+        """``True``: what is asked of all layers is answered by the dense model's value, where transformers would refuse."""
+        return True
+
+    @allow_global_per_layer_attribute_access.setter
+    def allow_global_per_layer_attribute_access(self, value: bool) -> None:
+        self.__dict__["allow_global_per_layer_attribute_access"] = value
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of a ``config.json``, with the model type of this class: the file's says whether code is needed."""
+        fields, rest = super().get_config_dict(*args, **kwargs)
+        if isinstance(fields.get("pruning"), Mapping):
+            fields = {**fields, "model_type": cls.model_type}
+        return fields, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        fields: dict[str, Any] = super().to_dict()
+        fields.pop(SET_ASIDE, None)
+        pruning = fields.get("pruning")
+        if isinstance(pruning, Mapping):
+            if is_complete(pruning):
+                names = fields.get("architectures")
+                fields["architectures"] = names and [name.removeprefix(PREFIX) for name in names]
+            else:
+                fields["model_type"] = MODEL_TYPE
+        return fields
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -338,7 +540,9 @@ class PrunedConfig(PreTrainedConfig):
             )
         check_dtype(config_dict)
         model_class(config_dict.get("architectures"), CONFIG_MAPPING[base])
-        return pruned_config_class(base).from_dict(config_dict, **kwargs)
+        # the class has the dense model's type
+        rest = {name: value for name, value in config_dict.items() if name != "model_type"}
+        return pruned_config_class(base).from_dict(rest, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the config, and this file beside it if the config refers to it."""
@@ -368,7 +572,7 @@ def pruned_config_class(base_model_type: str) -> type[PrunedConfig]:
     """The class of pruned configs of a model type of transformers, derived from :class:`PrunedConfig` and the type's own."""
     if base_model_type not in _CONFIGS:
         base = CONFIG_MAPPING[base_model_type]
-        members = {"model_type": MODEL_TYPE, "__module__": __name__}
+        members = {"model_type": base.model_type, "__module__": __name__}
         derived = type(f"{PREFIX}{base.__name__}", (PrunedConfig, base), members)
         _CONFIGS[base_model_type] = derived
         for name in AUTO_CLASSES:
@@ -537,7 +741,9 @@ def load_whole(load: Callable[..., Any], path: Any, *args: Any, config: Any, **k
             f" {tuple(expected)} ({len(info['mismatched_keys'])} tensors differ)."
         )
     # as in any from_pretrained, another task's head may be new, and that of the files unused
-    same_task = type(model).__name__ in (config.architectures or ())
+    same_task = type(model).__name__.removeprefix(PREFIX) in [
+        n.removeprefix(PREFIX) for n in config.architectures or ()
+    ]
     inner = "" if model.base_model is model else f"{model.base_model_prefix}."
     missing = [n for n in info["missing_keys"] if same_task or n.startswith(inner)]
     unknown = list(info["unexpected_keys"]) if same_task else []
@@ -552,14 +758,22 @@ class _Pruned:
     """What the classes of pruned models have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        depth = config.pruning.get("dense", {}) if isinstance(config.pruning, Mapping) else {}
-        whole = with_fields(config, depth) if depth else config
-        super().__init__(whole, *args, **kwargs)  # type: ignore[call-arg]
+        pruning = config.pruning if isinstance(config.pruning, Mapping) else {}
+        stated = config.__dict__.pop(SET_ASIDE, None) or stated_layers(config)
+        by_layers = build is resize and is_complete(pruning)
+        depth = {} if by_layers else pruning.get("dense", {})
+        plain = same_in_all_layers(config) if by_layers else as_dense(config, depth, pruning.get(DENSE_LAYERS, {}))
+        plain.__dict__[SET_ASIDE] = stated
+        super().__init__(plain, *args, **kwargs)  # type: ignore[call-arg]
+        plain.__dict__.pop(SET_ASIDE, None)
         # some task heads build their inner model by an Auto class, which gives a pruned one already
-        if not any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
-            build(self, config.pruning)
-        elif depth:
+        if any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
+        elif by_layers:
+            build_layers(self, stated)  # type: ignore[arg-type]
+        else:
+            build(self, config.pruning)
+        state_layers(self, stated)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -578,7 +792,8 @@ class _Facade:
         mapping = getattr(transformers, cls.auto_class)._model_mapping
         found = mapping[CONFIG_MAPPING[config.base_model_type]]
         candidates = found if isinstance(found, tuple) else (found,)
-        named = [c for c in candidates if f"{PREFIX}{c.__name__}" in (config.architectures or ())]
+        names = [name.removeprefix(PREFIX) for name in config.architectures or ()]
+        named = [c for c in candidates if c.__name__ in names]
         return pruned_model_class((named or candidates)[0], config.base_model_type)
 
     @classmethod

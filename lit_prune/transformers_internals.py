@@ -6,7 +6,9 @@ nothing of this package. Every function was checked with the versions of transfo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +23,21 @@ EXPERTS_FIELD = "_experts_implementation"
 def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """Return a model of a class, with the data type and attention that its config asks for, as ``AutoModel.from_config``."""
     return kind._from_config(config)
+
+
+@contextmanager
+def without_layer_warnings() -> Iterator[None]:
+    """Drop the warnings that a config class asks itself for a field in which layers differ, as Llama's does to check itself."""
+    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "per-layer attribute" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def has_choice_of_experts(module: nn.Module) -> bool:

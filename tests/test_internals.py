@@ -353,6 +353,23 @@ def test_experts_ask_their_config_how_to_run():
     assert transformers_internals.EXPERTS_FIELD in source
 
 
+def test_a_config_that_asks_itself_what_its_layers_differ_in_does_so_in_silence(caplog):
+    fields = {"intermediate_size": 7, "allow_global_per_layer_attribute_access": True}
+    config = transformers.LlamaConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 5}}, **fields)
+    logger = importlib.import_module("logging").getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        importlib.import_module("transformers.utils.logging").warning_once.cache_clear()
+        with transformers_internals.without_layer_warnings():
+            assert config.intermediate_size == 7
+        assert not caplog.messages
+        importlib.import_module("transformers.utils.logging").warning_once.cache_clear()
+        assert config.intermediate_size == 7
+        assert any("per-layer attribute `intermediate_size`" in message for message in caplog.messages)
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_frames_of_speech():
     config = CONFIG_MAPPING["wav2vec2"](
         hidden_size=8,

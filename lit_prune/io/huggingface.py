@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -19,16 +20,19 @@ from lit_prune import modeling_pruned
 from lit_prune._files import write_text
 from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
+from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import Attribute, GroupSet, check_weights
+from lit_prune.io import hub
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
 from lit_prune.io.loading import load_pruned as load_pruned
-from lit_prune.io.model_card import model_card
+from lit_prune.io.model_card import model_card, write_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
-from lit_prune.io.stock import _stock_config
+from lit_prune.io.per_layer import add_layers, restore_layers, stock_with_layers
+from lit_prune.io.stock import stock_config
 from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
@@ -169,8 +173,15 @@ def to_pretrained(
 
     Raises:
         PruningError: If the model was not pruned.
-        UnsupportedModelError: If it is not a transformers model, or its weights are quantised.
+        UnsupportedModelError: If it is not a transformers model, its weights are quantised, or they are shards of weights.
     """
+    with saving.plan_of_inner_model(model):
+        return _to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
+
+
+def _to_pretrained(
+    model: nn.Module, *, self_contained: bool, state_dict: Mapping[str, Tensor] | None
+) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Only transformers models can be saved as one; found {type(model).__name__}. Save it with lit_prune.save_pruned."
@@ -184,6 +195,11 @@ def to_pretrained(
     if plan is None:
         raise PruningError("The model was not pruned; save it with its own save_pretrained.")
     weights = dict(model.state_dict() if state_dict is None else state_dict)
+    if any_sharded(weights.values()) is not None:
+        raise UnsupportedModelError(
+            f"The weights of this {type(model).__name__} are shards, which are no weights of a folder. Gather them, and save"
+            " them with lit_prune.save_pruned(model, directory, state_dict=whole_weights) on one rank; see docs/fsdp.md."
+        )
     base = _dense_class(type(model))
     dense_config = _dense_config(model)
     with torch.device("meta"):
@@ -196,7 +212,7 @@ def to_pretrained(
     pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
-    stock = _stock_config(model, base, dense_config, plan, shapes, pruned_depth)
+    stock = stock_config(model, base, dense_config, plan, shapes, pruned_depth)
     if stock is not None:
         config, replaced = stock
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
@@ -205,9 +221,11 @@ def to_pretrained(
         if depth:
             pruning["dense"] = {name: value for name, (value, _) in depth.items()}
         fields = {**dense_config.to_dict(), **pruned_depth}
-        fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
+        fields.update(base_model_type=dense_config.model_type, pruning=pruning)
+        fields = _with_layers(model, dense, fields, group_sets, plan, shapes)
         if self_contained:
-            _check_self_contained(model, base, dense_config, pruning)
+            if not modeling_pruned.is_complete(fields["pruning"]):
+                _check_self_contained(model, base, dense_config, pruning)
             fields["auto_map"] = modeling_pruned.auto_map()
         cls = modeling_pruned.pruned_model_class(base, dense_config.model_type)
         config = PrunedConfig.from_dict(fields)
@@ -223,6 +241,26 @@ def to_pretrained(
 
 
 saving.to_pretrained = to_pretrained
+saving.write_card = write_card
+hub.install()
+
+
+def _with_layers(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    fields: dict[str, Any],
+    group_sets: list[GroupSet],
+    plan: PruningPlan,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any]:
+    """The fields of a config with what single layers have, and whether that is all that building the model takes."""
+    fields = copy.deepcopy(fields)
+    if not add_layers(fields, dense, group_sets, plan):
+        return fields
+    fields["pruning"][modeling_pruned.DENSE_LAYERS] = modeling_pruned.stated_layers(dense.config)
+    complete = {**fields, "pruning": {**fields["pruning"], modeling_pruned.COMPLETE: True}}
+    stock = stock_with_layers(model, type(dense), type(dense.config), complete, shapes, bool(plan.blocks))
+    return fields if stock is None else stock
 
 
 def _check_self_contained(
@@ -264,8 +302,13 @@ def _dense_config(model: nn.Module) -> PreTrainedConfig:
         fields.pop(key, None)
     model_type = fields.pop("base_model_type", None) or config.model_type
     fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
-    fields.update((getattr(config, "pruning", None) or {}).get("dense", {}))
+    pruning = getattr(config, "pruning", None) or {}
+    fields.update(pruning.get("dense", {}))
     fields.pop("model_type", None)
+    if isinstance(config, PrunedConfig):
+        own = pruning.get(modeling_pruned.DENSE_LAYERS, {})
+        for path, _ in modeling_pruned.named_configs(config):
+            restore_layers(fields, path, own.get(path))
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
 

@@ -20,18 +20,19 @@ from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import PATH, shown
 from lit_prune.errors import ArgumentValueError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.io import auto_config
 from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
 from lit_prune.io.module_folder import is_module_folder, load_module
 from lit_prune.io.output_folder import leftover
 from lit_prune.modeling_pruned import (
     HUB_OPTIONS,
-    PREFIX,
     PrunedConfig,
     PrunedModelError,
     PrunedPlanError,
     check_dtype,
     model_class,
+    same_in_all_layers,
     weight_files,
     weight_headers,
 )
@@ -60,6 +61,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
 
 modeling_pruned.build = _build
 AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
+auto_config.install()
 
 
 def load_pruned(
@@ -136,7 +138,7 @@ def load_pruned(
             raise UnsupportedModelError(
                 f"{directory}/config.json names no model class; expected one in 'architectures'."
             )
-        pruned = config.architectures[0].startswith(PREFIX)
+        pruned = isinstance(config, PrunedConfig)
         cls = modeling_pruned.pruned_model_class(base, config.base_model_type) if pruned else base
         _check_shapes(directory, cls, config, headers)
         load: Any = cls.from_pretrained if pruned else partial(modeling_pruned.load_whole, cls.from_pretrained)
@@ -254,7 +256,8 @@ def _other_shape(
     """
     try:
         with torch.device("meta"):
-            built = cls._from_config(config)
+            # without a plan, what it says of single layers was not written by us
+            built = cls._from_config(config if isinstance(config, PrunedConfig) else same_in_all_layers(config))
     except (PrunedModelError, PruningError):
         raise
     except _REFUSALS as error:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lit_prune import modeling_pruned
+from lit_prune._files import write_text
 from lit_prune.groups import count_parameters
 from lit_prune.plan import get_plan
 from lit_prune.reporting.metrics import format_metric, label
 from lit_prune.text_escape import for_markdown
+
+
+def write_card(model: PreTrainedModel, folder: Path) -> None:
+    """Write the README of a model that was saved by its own ``save_pretrained``.
+
+    Args:
+        model: The model; its config has a plan.
+        folder: Where its files are.
+    """
+    write_text(folder / "README.md", card_of(model))
+
+
+def card_of(model: PreTrainedModel) -> str:
+    """The README of a model whose config has a plan, without metrics."""
+    return model_card(model, {}, self_contained=bool(getattr(model.config, "auto_map", None)))
 
 
 def model_card(
@@ -28,7 +45,7 @@ def model_card(
     assert plan is not None
     config: Any = model.config
     auto_class = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
-    stock = config.model_type != modeling_pruned.MODEL_TYPE
+    stock = not isinstance(config, modeling_pruned.PrunedConfig)
     before, after = plan.info.get("parameters_before"), count_parameters(model)
     lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
     if model.can_generate():

@@ -16,7 +16,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.transformers_internals import build
 
 # by kind, the fields that say how many groups there are, or count something for each; those that a config lacks are passed over
-_WIDTHS = {
+WIDTHS = {
     "attention": ("num_attention_heads", "num_key_value_heads"),
     "mlp": (
         "intermediate_size",
@@ -39,7 +39,7 @@ _WIDTHS = {
 }
 
 
-def _stock_config(
+def stock_config(
     model: nn.Module,
     base: type[PreTrainedModel],
     dense: PreTrainedConfig,
@@ -55,14 +55,14 @@ def _stock_config(
     fields, changed = dense.to_dict(), dict(depth)
     for kind in dict.fromkeys(e.kind for e in plan.group_entries):
         shares = {Fraction(len(e.kept), e.size) for e in plan.entries if e.kind == kind}
-        if len(shares) > 1 or kind not in _WIDTHS:
+        if len(shares) > 1 or kind not in WIDTHS:
             return None
         share = shares.pop()
-        for name in _WIDTHS[kind]:
-            value = getattr(dense, name, None)
+        for name in WIDTHS[kind]:
+            value = of_all_layers(dense, name)
             if isinstance(value, int):
                 changed[dense.attribute_map.get(name, name)] = int(value * share)
-    head_dim = getattr(dense, "head_dim", None)
+    head_dim = of_all_layers(dense, "head_dim")
     if head_dim is not None:
         changed[dense.attribute_map.get("head_dim", "head_dim")] = head_dim
     try:
@@ -73,12 +73,20 @@ def _stock_config(
         return None
     if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):
         return None
-    if plan.blocks and not _same_settings(built, model):
+    if plan.blocks and not same_settings(built, model):
         return None
     return config, {name: fields[name] for name in changed}
 
 
-def _same_settings(built: nn.Module, model: nn.Module) -> bool:
+def of_all_layers(config: PreTrainedConfig, name: str) -> Any:
+    """The value of a field of a config, ``None`` if it has none or its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # how transformers answers where layers differ
+        return None
+
+
+def same_settings(built: nn.Module, model: nn.Module) -> bool:
     """Whether every module has the numbers and words (widths of windows, scales, kinds of layers) of its counterpart."""
     for (_, a), (_, b) in zip(built.named_modules(), model.named_modules(), strict=True):
         for name in (a.__dict__.keys() & b.__dict__.keys()) - {"training", "gradient_checkpointing"}:

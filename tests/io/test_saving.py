@@ -24,7 +24,7 @@ pytestmark = pytest.mark.core
 
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(pruned, "lit_prune"), (lambda: uniform(tiny()), "llama"), (lambda: without_block(tiny(), 1), "llama")],
+    [(pruned, "llama"), (lambda: uniform(tiny()), "llama"), (lambda: without_block(tiny(), 1), "llama")],
     ids=["uneven", "uniform", "blocks"],
 )
 def test_save_pretrained_writes_what_loads(tmp_path, tokens, make, kind):
