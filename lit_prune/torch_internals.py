@@ -196,6 +196,11 @@ def fsdp_parameters(module: nn.Module) -> Iterator[Any]:
             yield from group.fsdp_params
 
 
+def is_offloaded(record: Any) -> bool:
+    """Return whether FSDP2 keeps a parameter in CPU memory, by its record from :func:`fsdp_parameters`."""
+    return record.offload_to_cpu
+
+
 def forget_fsdp_unit(module: nn.Module) -> Callable[[], None]:
     """Let the outermost module of FSDP2 forget one that leaves; return the undo."""
     if not is_fsdp_unit(module):

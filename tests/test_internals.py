@@ -313,6 +313,18 @@ def test_fsdp_manages_another_parameter(one_process):
     assert type(torch_internals.copy_without_hooks(model[0])) is nn.Linear
 
 
+def test_fsdp_says_what_it_keeps_in_cpu_memory(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(model[1], mesh=mesh)
+    kept = [{torch_internals.is_offloaded(r) for r in torch_internals.fsdp_parameters(m)} for m in model]
+    assert kept == [{True}, {False}]
+
+
 def test_fsdp_forgets_a_unit(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
