@@ -171,6 +171,16 @@ def test_what_compile_makes_of_a_module():
     assert not hasattr(layer, torch_internals.COMPILED_FROM)
 
 
+def test_modules_that_are_compiled_by_themselves():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    model[1].compile(backend="eager")
+    found = list(torch_internals.compiled_modules(model))
+    assert [(n, type(m)) for n, m in found] == [("1", nn.Linear), ("2", nn.Linear)]
+    assert found[0][1] is model[1] and found[1][1] is model[2]._orig_mod
+    with torch._dynamo.config.patch(recompile_limit=3):
+        assert torch_internals.recompile_limit() == 3
+
+
 def test_reset_plateau():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, patience=5)

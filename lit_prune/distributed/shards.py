@@ -20,8 +20,8 @@ from lit_prune.torch_internals import (
     copy_without_hooks,
     forget_fsdp_unit,
     fsdp_parameters,
-    is_offloaded,
     is_fsdp_unit,
+    is_offloaded,
     manage_anew,
     tables,
 )
@@ -55,8 +55,8 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
     units = {id(p.sharded_param): name for name, p in managed}
     if (offloaded := next((name for name, p in managed if is_offloaded(p)), None)) is not None:
         raise UnsupportedStrategyError(
-            f"FSDP2 keeps the parameters of {offloaded or 'the model'!r} in CPU memory (CPUOffloadPolicy): it copies gradients there"
-            " while the backward pass goes on, where calibration would read them too early, and what is in CPU memory cannot be"
+            f"FSDP2 keeps the parameters of {offloaded or 'the model'!r} in CPU memory (CPUOffloadPolicy): it copies gradients"
+            " there while the backward pass goes on, where calibration would read them too early, and they cannot be"
             " gathered to be cut. Call fully_shard without offload_policy; it can be given again to a model that is built from"
             " the pruned checkpoint."
         )

@@ -83,7 +83,9 @@ def unexplained_anywhere(
         grams[name].add_up(all_reduce)
         for position, (group_set, part) in enumerate(of_one):
             energy, share = grams[name].share(position, model.get_parameter(part.parameter))
-            parts[group_set.key, name, position] = (energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).cpu()
+            parts[group_set.key, name, position] = (
+                energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+            ).cpu()
             turns.add((group_set.key, name, position), group_set.size, share)
     shares = turns.results()
     for (key, name, position), part_of_layer in parts.items():

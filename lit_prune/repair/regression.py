@@ -28,7 +28,9 @@ _FEWEST_SIDES = 1 << 7
 
 @torch.no_grad()
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
-    r"""Solve :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2`, :math:`\lambda_j` = ``damping`` times the Gram's diagonal.
+    r"""Return the weights that fit inputs to outputs, drawn to those of before: ridge regression, each input damped by its size.
+
+    :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2` with :math:`\lambda_j` = ``damping`` times :math:`(X^TX)_{jj}`.
 
     As each input is damped in proportion to its own size, one of massive values (every Llama's ``down_proj`` reads some) does
     not keep the weights of the others from changing, and the solution is the same in whatever units inputs are measured.
@@ -144,9 +146,7 @@ def unexplained_share(gram: Tensor, weight: Tensor, index: Tensor, damping: floa
     return shares
 
 
-def _shares_of(
-    factor: Tensor, offset: int, gram: Tensor, strength: float, weight: Tensor, index: Tensor
-) -> Tensor:
+def _shares_of(factor: Tensor, offset: int, gram: Tensor, strength: float, weight: Tensor, index: Tensor) -> Tensor:
     """The shares of some groups, from the part of a system's Cholesky factor behind the first ``offset`` inputs."""
     sides = torch.zeros(len(factor), index.numel(), dtype=torch.float64, device=gram.device)
     sides[index.flatten() - offset, torch.arange(index.numel(), device=gram.device)] = 1.0

@@ -68,7 +68,7 @@ def test_a_cpu_makes_rows_wider_and_the_meta_device_multiplies_them_as_they_are(
 
 
 def most(function, width, itemsize):
-    """The most storages of at least the size of a matrix of all pairs that are alive at once, and all bytes over those of float32."""
+    """How many storages as large as a matrix of all pairs are alive at once, and all bytes over those of one in float32."""
     with Allocations(at_least=width * width * itemsize) as large, Allocations() as all_of_them:
         function()
     return large.peak_number, all_of_them.peak / (4 * width * width)
