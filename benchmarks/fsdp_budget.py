@@ -183,9 +183,7 @@ def totals(numbers: Mapping[str, int]) -> dict[str, tuple[int, int, int]]:
 
 def table(result: Mapping[str, Any]) -> str:
     """The table of docs/fsdp.md, in 10⁹ bytes."""
-    rows = [
-        (phase, *(f"{value / 1e9:.1f}" for value in values)) for phase, values in totals(result["bytes"]).items()
-    ]
+    rows = [(phase, *(f"{value / 1e9:.1f}" for value in values)) for phase, values in totals(result["bytes"]).items()]
     return markdown(("GB a GPU", "on top", "at step 0", "in the middle of training"), rows)
 
 

@@ -99,6 +99,21 @@ class Gram:
         yield from (slice(start, min(start + step, width)) for start in range(0, width, step))
 
 
+def real_rows(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Return values as rows, zero where a token is padding, and how many rows are not.
+
+    Rows of zeros add nothing to a product. To leave them out would wait for the device to say how many there are.
+
+    Args:
+        values: Shape ``(..., width)``.
+        mask: True for tokens that count, of the shape of ``values`` without its last dimension; all count if it is ``None`` or
+            of another shape.
+    """
+    if mask is None or mask.shape != values.shape[:-1]:
+        return values.reshape(-1, values.shape[-1]), values.shape[:-1].numel()
+    return values.where(mask[..., None], 0).reshape(-1, values.shape[-1]), mask.sum()
+
+
 def _pieces(total: Tensor, a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows as they are multiplied: all at once, or made wider a piece at a time."""
     wide = torch.promote_types(accumulation_dtype(a.dtype), b.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.gram import Gram
+from lit_prune.calibration.gram import Gram, real_rows
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
 from lit_prune.distributed.sharing import Turns
@@ -86,12 +86,11 @@ def unexplained_shares(
                     if len(following) == 1:
                         stream.check_replay(name, output)
                     for path, (inputs, _) in traced.items():
-                        masked = mask is not None and inputs.shape[:-1] == mask.shape
-                        a = (inputs[mask] if masked else inputs).reshape(-1, inputs.shape[-1])
+                        a, count = real_rows(inputs, mask)
                         if path not in grams:
                             grams[path] = Gram(a.shape[1], a.device, accumulation_dtype(a.dtype))
                         grams[path].add(a)
-                        tokens[path] = tokens.get(path, torch.zeros((), dtype=torch.float64, device=a.device)) + len(a)
+                        tokens[path] = tokens.get(path, torch.zeros((), dtype=torch.float64, device=a.device)) + count
                 for path, (group_set, part) in parts.items():
                     if all_reduce is not None:
                         grams[path].replace(all_reduce)

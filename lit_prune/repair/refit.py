@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.gram import Gram, add_product
+from lit_prune.calibration.gram import Gram, add_product, real_rows
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
@@ -311,10 +311,9 @@ def _normal_equations(
                 target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
         if bias is not None:
             target = target - bias.to(wide)
-        select = mask if mask is not None else slice(None)
-        a = inputs[select].reshape(-1, inputs.shape[-1])
-        b = target[select].reshape(-1, target.shape[-1])
-        tokens += len(a)
+        a, count = real_rows(inputs, mask)
+        b, _ = real_rows(target, mask)
+        tokens += count
         if gram is None:
             gram = Gram(a.shape[1], a.device, wide)
             cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)

@@ -56,6 +56,17 @@ def test_products_are_exact_under_autocast_and_a_default_dtype_of_16_bits(dtype)
     assert torch.equal(outside.matrix, within.matrix)
 
 
+def test_padding_adds_nothing_even_if_it_is_not_finite():
+    values, mask = rows(12, 5, torch.float32).view(3, 4, 5).clone(), torch.ones(3, 4, dtype=torch.bool)
+    mask[1, 2:], mask[2] = False, False
+    values[2] = torch.nan
+    found, count = grams.real_rows(values, mask)
+    assert int(count) == 6 and found.shape == (12, 5)
+    torch.testing.assert_close(found.T @ found, values[mask].T @ values[mask])
+    for other in (None, torch.ones(12, dtype=torch.bool)):
+        assert grams.real_rows(values, other)[1] == 12
+
+
 def test_a_cpu_makes_rows_wider_and_the_meta_device_multiplies_them_as_they_are():
     assert not grams.multiplies_into_float32(torch.device("cpu"), torch.bfloat16)
     assert grams.multiplies_into_float32(torch.device("meta"), torch.bfloat16)

@@ -44,7 +44,10 @@ def test_solves_are_those_of_the_cpu(device):
     w = torch.randn(20, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gram, cross, index = x.T @ x, w @ (x.T @ x) + 1.0, torch.arange(300).view(100, 3)
     torch.testing.assert_close(
-        ridge(gram.to(device), cross.to(device), w.to(device), 0.1).cpu(), ridge(gram, cross, w, 0.1), rtol=1e-8, atol=1e-10
+        ridge(gram.to(device), cross.to(device), w.to(device), 0.1).cpu(),
+        ridge(gram, cross, w, 0.1),
+        rtol=1e-8,
+        atol=1e-10,
     )
     share = unexplained_share(gram.to(device), w.to(device), index, 0.1).cpu()
     torch.testing.assert_close(share, unexplained_share(gram, w, index, 0.1), rtol=1e-5, atol=1e-6)
