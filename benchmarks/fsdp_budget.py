@@ -140,7 +140,6 @@ def budget(size: str = "70B", *, ranks: int, tokens: int, batches: int, ratio: f
     numbers = {
         "parameters": total,
         "block": block,
-        "left": int(total * (1 - ratio)),
         "weights": shard,
         "gradients": shard,
         "moments": 2 * shard,

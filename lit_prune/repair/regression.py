@@ -30,7 +30,8 @@ _FEWEST_SIDES = 1 << 7
 def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
     r"""Return the weights that fit inputs to outputs, drawn to those of before: ridge regression, each input damped by its size.
 
-    :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2` with :math:`\lambda_j` = ``damping`` times :math:`(X^TX)_{jj}`.
+    :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2`, :math:`\lambda_j` = ``damping`` times
+    :math:`(X^TX)_{jj}`.
 
     As each input is damped in proportion to its own size, one of massive values (every Llama's ``down_proj`` reads some) does
     not keep the weights of the others from changing, and the solution is the same in whatever units inputs are measured.
