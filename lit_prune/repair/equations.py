@@ -12,6 +12,9 @@ from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.reduce import piece_size
 from lit_prune.repair.regression import _relative, ridge
 
+# of products in float32
+_ROUNDING = 1e-6
+
 
 class Equations:
     """The products of a layer's inputs with each other and with what it should give, over rows.
@@ -81,8 +84,10 @@ class Equations:
             return ridge(gram, self.cross, weight, _relative(damping, gram, self.rows)), None
         # in place: the sums are read once
         mean = self.input_sum / self.rows
+        # an input that is always the same, less its mean, is rounding
+        least = _ROUNDING * self._gram.matrix.diagonal().double()
         gram = self._gram.matrix.addr_(self.input_sum, mean, alpha=-1)
         cross = self.cross.addr_(self.output_sum, mean, alpha=-1)
-        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows))
+        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), least=least)
         shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.rows
         return solved, shift.to(bias.dtype)

@@ -19,15 +19,12 @@ log = logging.getLogger(__name__)
 
 SHARE_DAMPING = 0.1
 
-# the size of an input that counts, relative to the mean of all
-_SMALLEST = 1e-6
-
 # right-hand sides that are solved for at a time, at least
 _FEWEST_SIDES = 1 << 7
 
 
 @torch.no_grad()
-def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> Tensor:
+def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01, *, least: Tensor | None = None) -> Tensor:
     r"""Return the weights that fit inputs to outputs, drawn to those of before: ridge regression, each input damped by its size.
 
     :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2`, :math:`\lambda_j` = ``damping`` times
@@ -41,7 +38,9 @@ def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> 
         gram: :math:`X^TX`, shape ``(inputs, inputs)``.
         cross: :math:`Y^TX`, shape ``(outputs, inputs)``.
         prior: :math:`W_0`, shape ``(outputs, inputs)``.
-        damping: λ of each input relative to its element of the diagonal of ``gram``, at least 0.
+        damping: λ of each input relative to its size, its element of the diagonal of ``gram``; at least 0.
+        least: Sizes of the inputs, shape ``(inputs,)``, below which λ is relative to these: where what is left of an input is
+            rounding. None if ``None``.
 
     Returns:
         W, of the prior's dtype and shape; the prior itself, with a warning, if the system cannot be solved or the
@@ -49,7 +48,9 @@ def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01) -> 
     """
     sizes = gram.diagonal().double()
     # an input that is zero in all rows keeps its weights
-    sizes = sizes.clamp_min(_SMALLEST * float(sizes.mean()))
+    sizes = torch.where(sizes > 0, sizes, sizes.mean())
+    if least is not None:
+        sizes = torch.maximum(sizes, least)
     # the floor keeps a rank-deficient system solvable; the boosts are for those that fail all the same
     for boost in (1.0, 1e3, 1e6):
         strength = max(damping, 1e-12) * boost * sizes

@@ -114,6 +114,18 @@ def test_a_solve_holds_the_system_beside_the_gram_and_no_third_matrix():
     assert number == 1 and size < 3.4
 
 
+def test_an_input_that_is_always_the_same_keeps_its_weights():
+    """What is left of it without its mean is rounding, which no weight is to be fitted to."""
+    layer, x = torch.nn.Linear(20, 4), rows(3000, 20, torch.float32)
+    x[:, 3] = 7.3
+    equations = Equations(20, 4, layer)
+    for piece in x.split(100):
+        equations.add(piece, rows(len(piece), 4, torch.float32, 1))
+    weight, _ = equations.solve(layer.weight.detach(), layer.bias.detach(), 1.0)
+    assert float((weight - layer.weight)[:, 3].abs().max()) < 0.05
+    assert float((weight - layer.weight)[:, 4].abs().max()) > 0.05
+
+
 def test_equations_with_a_bias_are_centred_in_place():
     width = 1600
     layer = torch.nn.Linear(width, 4)
