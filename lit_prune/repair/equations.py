@@ -13,7 +13,7 @@ from lit_prune.calibration.reduce import piece_size
 from lit_prune.repair.regression import _relative, ridge
 
 # of products in float32
-_ROUNDING = 1e-6
+_ROUNDING = 1e-5
 
 
 class Equations:
@@ -84,10 +84,12 @@ class Equations:
             return ridge(gram, self.cross, weight, _relative(damping, gram, self.rows)), None
         # in place: the sums are read once
         mean = self.input_sum / self.rows
-        # an input that is always the same, less its mean, is rounding
-        least = _ROUNDING * self._gram.matrix.diagonal().double()
+        whole = self._gram.matrix.diagonal().to(torch.float64, copy=True)
         gram = self._gram.matrix.addr_(self.input_sum, mean, alpha=-1)
         cross = self.cross.addr_(self.output_sum, mean, alpha=-1)
-        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), least=least)
+        # an input that is always the same is rounding without its mean, and no weight is fitted to that
+        left = gram.diagonal().double()
+        sizes = torch.where(left > _ROUNDING * whole, left, whole)
+        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), sizes=sizes)
         shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.rows
         return solved, shift.to(bias.dtype)

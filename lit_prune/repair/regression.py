@@ -24,11 +24,11 @@ _FEWEST_SIDES = 1 << 7
 
 
 @torch.no_grad()
-def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01, *, least: Tensor | None = None) -> Tensor:
+def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01, *, sizes: Tensor | None = None) -> Tensor:
     r"""Return the weights that fit inputs to outputs, drawn to those of before: ridge regression, each input damped by its size.
 
     :math:`\min_W \|Y - XW^T\|^2 + \sum_j\lambda_j\|w_j - w_{0,j}\|^2`, :math:`\lambda_j` = ``damping`` times
-    :math:`(X^TX)_{jj}`.
+    the input's size :math:`(X^TX)_{jj}`.
 
     As each input is damped in proportion to its own size, one of massive values (every Llama's ``down_proj`` reads some) does
     not keep the weights of the others from changing, and the solution is the same in whatever units inputs are measured.
@@ -38,19 +38,16 @@ def ridge(gram: Tensor, cross: Tensor, prior: Tensor, damping: float = 0.01, *, 
         gram: :math:`X^TX`, shape ``(inputs, inputs)``.
         cross: :math:`Y^TX`, shape ``(outputs, inputs)``.
         prior: :math:`W_0`, shape ``(outputs, inputs)``.
-        damping: λ of each input relative to its size, its element of the diagonal of ``gram``; at least 0.
-        least: Sizes of the inputs, shape ``(inputs,)``, below which λ is relative to these: where what is left of an input is
-            rounding. None if ``None``.
+        damping: λ of each input relative to its size; at least 0.
+        sizes: Sizes of the inputs, shape ``(inputs,)``, float64; the diagonal of ``gram`` if ``None``.
 
     Returns:
         W, of the prior's dtype and shape; the prior itself, with a warning, if the system cannot be solved or the
         solution is not finite or fits worse than the prior.
     """
-    sizes = gram.diagonal().double()
+    sizes = gram.diagonal().double() if sizes is None else sizes
     # an input that is zero in all rows keeps its weights
     sizes = torch.where(sizes > 0, sizes, sizes.mean())
-    if least is not None:
-        sizes = torch.maximum(sizes, least)
     # the floor keeps a rank-deficient system solvable; the boosts are for those that fail all the same
     for boost in (1.0, 1e3, 1e6):
         strength = max(damping, 1e-12) * boost * sizes
