@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 # import of everything that finds it installed
 MODELS := $(VENV)/models
 
-.PHONY: demo test slow oldest check format clean
+.PHONY: demo test slow oldest gpu check format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -25,6 +25,13 @@ slow: $(INSTALLED)
 # the core of the tests with the oldest versions that pyproject.toml allows
 oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "core and not slow" -n logical
+
+# on a machine with a GPU, torch, lightning, transformers and pytest: nothing is installed or downloaded
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) benchmarks/gpu.py --sizes 135M --output docs/gpu.json
+	$(PYTHON) benchmarks/gpu.py --sizes 8B --output docs/gpu.json
+	$(PYTHON) benchmarks/cost.py --device cuda --dtype bfloat16 --sections calibration memory speed --output docs/cost_gpu.json
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import gc
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -121,7 +121,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         Path("/proc/self/clear_refs").write_text("5")
-        return psutil.Process().memory_info().rss
+        # in pages
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     def bytes(self) -> int:
         if self.cuda:

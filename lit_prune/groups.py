@@ -9,7 +9,7 @@ architecture; the descriptions that produce group sets live in :mod:`lit_prune.a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Slice:
     input_dim: int | None = None
     unobservable_input: bool = False
     only_in_training: bool = False
+    # the index by device: a copy from pageable memory in every batch would wait for the device
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def module(self) -> str:
@@ -78,7 +80,19 @@ class Slice:
         """
         if length is not None:
             line = torch.nn.functional.pad(line, (start, length - start - line.shape[0]))
-        return line[self.index.to(line.device)].sum(dim=1)
+        return line[self.index_on(line.device)].sum(dim=1)
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """Return the index on a device, copied there once.
+
+        Args:
+            device: The device.
+        """
+        if device == self.index.device:
+            return self.index
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device)
+        return self._copies[device]
 
 
 @dataclass(frozen=True)

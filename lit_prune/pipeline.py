@@ -24,6 +24,7 @@ from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
 from lit_prune.detection import check_traceable, find_or_trace
 from lit_prune.distributed.ranks import Ranks, together
+from lit_prune.distributed.shards import check_layout
 from lit_prune.errors import SmallBudgetError
 from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
@@ -285,6 +286,7 @@ def _check_before(
 ) -> None:
     """Refuse, before any work is done, what could not be carried out later."""
     config.check(model, group_sets)
+    check_layout(model, group_sets)
     check_parameters(model, group_sets, root)
     if cuts:
         touched = touched_parameters(model, group_sets, config.limits.kinds)

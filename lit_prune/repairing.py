@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.distributed.ranks import Ranks, together
+from lit_prune.distributed.sharing import shared_work
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.plan import PruningPlan
@@ -56,14 +57,14 @@ def unexplained(
     scored = [s for s in group_sets if s.kind != BLOCK]
     if is_chain(model, scored):
         try:
-            with data() as (batches, forward), together(ranks, what):
+            with data() as (batches, forward), together(ranks, what), shared_work(ranks):
                 return unexplained_shares(
                     model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
         except UnsupportedModelError:
             pass
     try:
-        with together(ranks, what):
+        with together(ranks, what), shared_work(ranks):
             return unexplained_anywhere(model, scored, data, root=root, all_reduce=all_reduce)
     except UnsupportedModelError:
         # such a model is not repaired either, of which repair warns
@@ -129,7 +130,7 @@ def repaired(
     all_reduce = None if ranks is None else ranks.sum
     if is_chain(model, group_sets):
         try:
-            with data() as (batches, forward), together(ranks, "repair"):
+            with data() as (batches, forward), together(ranks, "repair"), shared_work(ranks):
                 return plan, least_squares(
                     model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
@@ -138,7 +139,7 @@ def repaired(
                 "Layers are repaired in the order in which they run, in several passes over the batches: %s", error
             )
     try:
-        with together(ranks, "repair"):
+        with together(ranks, "repair"), shared_work(ranks):
             return plan, refit_in_order(
                 model, group_sets, plan, data, root=root, progress=progress, all_reduce=all_reduce
             )

@@ -118,6 +118,22 @@ def is_dynamo_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def compiled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Return the modules within a model whose forward is compiled by itself, by ``compile()`` or ``torch.compile``, by path."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            yield name, module
+        elif isinstance(inner := module._modules.get(COMPILED_FROM), nn.Module):
+            yield name, inner
+
+
+def recompile_limit() -> int:
+    """Return for how many sizes torch.compile compiles one forward; loads the compiler."""
+    import torch._dynamo
+
+    return torch._dynamo.config.recompile_limit
+
+
 def convolve(kind: type, module: nn.Module, x: Tensor) -> Tensor:
     """Return what a convolution of torch gives, past what a subclass makes of it; it knows of padding modes."""
     return kind._conv_forward(module, x, module.weight, module.bias)  # type: ignore[attr-defined]
@@ -194,6 +210,11 @@ def fsdp_parameters(module: nn.Module) -> Iterator[Any]:
     for group in groups:
         if group is not None:
             yield from group.fsdp_params
+
+
+def is_offloaded(record: Any) -> bool:
+    """Return whether FSDP2 keeps a parameter in CPU memory, by its record from :func:`fsdp_parameters`."""
+    return record.offload_to_cpu
 
 
 def forget_fsdp_unit(module: nn.Module) -> Callable[[], None]:

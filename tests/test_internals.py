@@ -171,6 +171,16 @@ def test_what_compile_makes_of_a_module():
     assert not hasattr(layer, torch_internals.COMPILED_FROM)
 
 
+def test_modules_that_are_compiled_by_themselves():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    model[1].compile(backend="eager")
+    found = list(torch_internals.compiled_modules(model))
+    assert [(n, type(m)) for n, m in found] == [("1", nn.Linear), ("2", nn.Linear)]
+    assert found[0][1] is model[1] and found[1][1] is model[2]._orig_mod
+    with torch._dynamo.config.patch(recompile_limit=3):
+        assert torch_internals.recompile_limit() == 3
+
+
 def test_reset_plateau():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, patience=5)
@@ -311,6 +321,18 @@ def test_fsdp_manages_another_parameter(one_process):
     for sharded, whole in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
     assert type(torch_internals.copy_without_hooks(model[0])) is nn.Linear
+
+
+def test_fsdp_says_what_it_keeps_in_cpu_memory(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(model[1], mesh=mesh)
+    kept = [{torch_internals.is_offloaded(r) for r in torch_internals.fsdp_parameters(m)} for m in model]
+    assert kept == [{True}, {False}]
 
 
 def test_fsdp_forgets_a_unit(one_process):

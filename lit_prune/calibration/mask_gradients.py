@@ -23,7 +23,7 @@ from lit_prune.calibration.terms import Term
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import CalibrationError
-from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.groups import BLOCK, GroupSet, Slice
 
 Key = tuple[str, str]
 
@@ -115,6 +115,7 @@ class MaskCollector:
         self._ranks = ranks
         # by consumer: sets that it reads several of have one mask there
         self._masks: dict[str, list[Tensor]] = {}
+        self._features: dict[tuple[str, int, int, torch.device], Tensor] = {}
         self._blocks: dict[Key, list[Tensor]] = {}
         self._sums: dict[tuple[Term, Key], Tensor] = {}
         self._finite: list[Tensor] = []
@@ -187,6 +188,14 @@ class MaskCollector:
         self._batch_size = 0
 
     @torch.no_grad()
+    def _features_of(self, part: Slice, device: torch.device) -> Tensor:
+        """The input features of the groups of a slice, on a device; copied there once, not in every batch."""
+        key = part.parameter, part.dim, id(part), device
+        if key not in self._features:
+            features = input_features(self._model.get_submodule(part.module), part.index, part.dim)
+            self._features[key] = features.to(device)
+        return self._features[key]
+
     def end_batch(self) -> list[str]:
         """Take what the backward pass of a batch has left.
 
@@ -199,9 +208,9 @@ class MaskCollector:
         for group_set in self._group_sets:
             derivatives[group_set.key] += [d[:, None] for d in self._blocks.get(group_set.key, ())]
             for part in group_set.consumers:
-                features = input_features(self._model.get_submodule(part.module), part.index, part.dim)
-                found = gradients[part.module]
-                derivatives[group_set.key] += [g[:, features.to(g.device)].sum(dim=2) for g in found]
+                derivatives[group_set.key] += [
+                    g[:, self._features_of(part, g.device)].sum(dim=2) for g in gradients[part.module]
+                ]
         self.skip_batch()
         missing = [name for (name, _), found in derivatives.items() if not found]
         if missing:

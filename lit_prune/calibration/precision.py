@@ -35,7 +35,7 @@ class Precision:
     @classmethod
     def current(cls, device: torch.device) -> Precision:
         """Return the precision in force for a device."""
-        enabled = torch.is_autocast_enabled(device.type)
+        enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         return cls(device.type, torch.get_autocast_dtype(device.type) if enabled else None, torch.get_default_dtype())
 
     @contextlib.contextmanager
@@ -44,18 +44,27 @@ class Precision:
         before = torch.get_default_dtype()
         try:
             torch.set_default_dtype(self.default)
+            if self.autocast is None:
+                with without_autocast(torch.device(self.device)):
+                    yield
+                return
             # no cache: a repair changes weights in place between two calls, and the cache would not know
-            with torch.autocast(
-                self.device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
-            ):
+            with torch.autocast(self.device, dtype=self.autocast, cache_enabled=False):
                 yield
         finally:
             torch.set_default_dtype(before)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a device computes in the dtypes of its tensors."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """Return :math:`a^Tb` in the dtype of both, also under autocast, which multiplies in 16 bits."""
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return a.T @ b
 
 

@@ -21,6 +21,7 @@ from lit_prune.torch_internals import (
     forget_fsdp_unit,
     fsdp_parameters,
     is_fsdp_unit,
+    is_offloaded,
     manage_anew,
     tables,
 )
@@ -46,11 +47,19 @@ def check_layout(model: nn.Module, group_sets: Iterable[GroupSet]) -> None:
 
     Raises:
         UnsupportedStrategyError: If their parameters are sharded over more than one dimension of a mesh (tensor
-            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model; or if
-            whole blocks may leave that are not units of their own.
+            parallelism, or replicated groups of shards), or not through ``fully_shard`` on a module within the model; if they
+            are kept in CPU memory; or if whole blocks may leave that are not units of their own.
     """
     group_sets = list(group_sets)
-    units = {id(p.sharded_param): name for name, p in _managed(model)}
+    managed = list(_managed(model))
+    units = {id(p.sharded_param): name for name, p in managed}
+    if (offloaded := next((name for name, p in managed if is_offloaded(p)), None)) is not None:
+        raise UnsupportedStrategyError(
+            f"FSDP2 keeps the parameters of {offloaded or 'the model'!r} in CPU memory (CPUOffloadPolicy): it copies gradients"
+            " there while the backward pass goes on, where calibration would read them too early, and they cannot be"
+            " gathered to be cut. Call fully_shard without offload_policy; it can be given again to a model that is built from"
+            " the pruned checkpoint."
+        )
     for name in {part.parameter: None for group_set in group_sets for part in group_set.slices}:
         parameter = model.get_parameter(name)
         if not isinstance(parameter, DTensor):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.features import feature_dim, input_features
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.gram import Gram
+from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.distributed.sharing import Turns
 from lit_prune.groups import GroupSet, Slice
 from lit_prune.repair.passes import Call, Data, Passes
 from lit_prune.repair.patches import is_product, matrix_of, taps
@@ -74,13 +77,20 @@ def unexplained_anywhere(
     Passes(model, data, root).run(uses, take, use)
     weighted: dict[tuple[str, str], Tensor] = {s.key: torch.zeros(s.size, dtype=torch.float32) for s in group_sets}
     weights = {s.key: torch.zeros(s.size, dtype=torch.float32) for s in group_sets}
+    turns = Turns()
+    parts: dict[tuple[tuple[str, str], str, int], Tensor] = {}
     for name, of_one in uses.items():
         grams[name].add_up(all_reduce)
         for position, (group_set, part) in enumerate(of_one):
-            share, energy = grams[name].share(position, model.get_parameter(part.parameter))
-            part_of_layer = (energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).cpu()
-            weighted[group_set.key] += share.cpu() * part_of_layer
-            weights[group_set.key] += part_of_layer
+            energy, share = grams[name].share(position, model.get_parameter(part.parameter))
+            parts[group_set.key, name, position] = (
+                energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+            ).cpu()
+            turns.add((group_set.key, name, position), group_set.size, share)
+    shares = turns.results()
+    for (key, name, position), part_of_layer in parts.items():
+        weighted[key] += shares[key, name, position] * part_of_layer
+        weights[key] += part_of_layer
     tiny = torch.finfo(torch.float32).tiny
     return {
         key: torch.where(weights[key] > tiny, value / weights[key].clamp_min(tiny), 1.0).clamp(1e-6, 1.0)
@@ -120,13 +130,13 @@ class _Grams:
         self._apart = width > _MOST_FEATURES
         sizes = [len(index) for index in self._features] if self._apart else [width]
         precision = accumulation_dtype(weight.dtype)
-        self._sums = [torch.zeros(size, size, dtype=precision, device=weight.device) for size in sizes]
+        self._sums = [Gram(size, weight.device, precision) for size in sizes]
         self._rows = [torch.zeros((), dtype=precision, device=weight.device) for _ in sizes]
 
     def add(self, rows: Tensor) -> None:
         """Add rows, shape ``(rows, features)``."""
-        for number, samples in enumerate(self._samples(rows.to(self._sums[0].dtype))):
-            self._sums[number] += transposed_product(samples, samples)
+        for number, samples in enumerate(self._samples(rows)):
+            self._sums[number].add(samples)
             self._rows[number] += len(samples)
 
     def _samples(self, rows: Tensor) -> list[Tensor]:
@@ -139,17 +149,18 @@ class _Grams:
         """Add up what several processes have."""
         if all_reduce is None:
             return
-        self._sums = [all_reduce(gram) for gram in self._sums]
+        for gram in self._sums:
+            gram.replace(all_reduce)
         self._rows = [all_reduce(count) for count in self._rows]
 
-    def share(self, position: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a set that the layer reads: what others cannot explain of each group, and what each group contributes."""
+    def share(self, position: int, weight: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Of a set that the layer reads: what each group contributes, and what gives the share that others cannot explain."""
         part = self._parts[position]
         number = position if self._apart else 0
-        gram, rows = self._sums[number], self._rows[number]
+        gram, rows = self._sums[number].matrix, self._rows[number]
         if not float(rows):
             size = len(part.index)
-            return torch.ones(size, dtype=torch.float32), torch.zeros(size, dtype=torch.float64)
+            return torch.zeros(size, dtype=torch.float64), partial(torch.ones, size, dtype=torch.float32)
         relative = _relative(SHARE_DAMPING, gram, rows)
         columns = matrix_of(self._module, weight).double()
         # the length of the weights that read a feature, over outputs and places in the kernel
@@ -158,7 +169,7 @@ class _Grams:
         if self._apart:
             index = torch.arange(len(part.index))[:, None]
             energy = gram.diagonal().double() * of_group.sum(dim=1)
-            return unexplained_share(gram, gram.new_ones(1, len(gram)), index, relative), energy
+            return energy, partial(unexplained_share, gram, gram.new_ones(1, len(gram)), index, relative)
         energy = (gram.diagonal().double()[part.index.to(gram.device)] * of_group).sum(dim=1)
         by_tap = columns.view(len(columns), -1, taps(self._module)).transpose(1, 2).flatten(0, 1)
-        return unexplained_share(gram, by_tap, part.index, relative), energy
+        return energy, partial(unexplained_share, gram, by_tap, part.index, relative)

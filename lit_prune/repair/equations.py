@@ -7,9 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.gram import Gram, add_product
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.reduce import piece_size
 from lit_prune.repair.regression import _relative, ridge
+
+# of products in float32
+_ROUNDING = 1e-5
 
 
 class Equations:
@@ -27,7 +31,7 @@ class Equations:
         device = next(layer.parameters()).device
         # Apple's devices have no float64
         precision = torch.float32 if device.type == "mps" else torch.float64
-        self.gram = torch.zeros(inputs, inputs, dtype=precision, device=device)
+        self._gram = Gram(inputs, device, precision)
         self.cross = torch.zeros(outputs, inputs, dtype=precision, device=device)
         self.input_sum = torch.zeros(inputs, dtype=precision, device=device)
         self.output_sum = torch.zeros(outputs, dtype=precision, device=device)
@@ -49,8 +53,8 @@ class Equations:
         for a, b in zip(inputs.split(step), outputs.split(step), strict=True):
             precision = accumulation_dtype(a.dtype)
             a, b = a.to(precision), b.to(precision)
-            self.gram += transposed_product(a, a)
-            self.cross += transposed_product(b, a)
+            self._gram.add(a)
+            add_product(self.cross, b, a)
             self.input_sum += a.sum(dim=0)
             self.output_sum += b.sum(dim=0)
             self.rows += len(a)
@@ -59,14 +63,15 @@ class Equations:
         """Add up what several processes have; no rows are left if one of them gave up."""
         usable = torch.tensor(int(not self._usable))
         if all_reduce is not None:
-            for name in ("gram", "cross", "input_sum", "output_sum", "rows"):
+            self._gram.replace(all_reduce)
+            for name in ("cross", "input_sum", "output_sum", "rows"):
                 setattr(self, name, all_reduce(getattr(self, name)))
             usable = all_reduce(usable)
         if int(usable):
             self.rows.zero_()
 
     def solve(self, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
-        """The weights, and the bias if there is one, that fit best.
+        """The weights, and the bias if there is one, that fit best; to be called once.
 
         Args:
             weight: Those that ridge regression prefers, shape ``(outputs, inputs)``.
@@ -75,9 +80,16 @@ class Equations:
             damping: As of :func:`lit_prune.repair.refit.least_squares`.
         """
         if bias is None:
-            return ridge(self.gram, self.cross, weight, _relative(damping, self.gram, self.rows)), None
-        gram = self.gram - self.input_sum[:, None] * (self.input_sum / self.rows)
-        cross = self.cross - self.output_sum[:, None] * (self.input_sum / self.rows)
-        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows))
+            gram = self._gram.matrix
+            return ridge(gram, self.cross, weight, _relative(damping, gram, self.rows)), None
+        # in place: the sums are read once
+        mean = self.input_sum / self.rows
+        whole = self._gram.matrix.diagonal().to(torch.float64, copy=True)
+        gram = self._gram.matrix.addr_(self.input_sum, mean, alpha=-1)
+        cross = self.cross.addr_(self.output_sum, mean, alpha=-1)
+        # an input that is always the same is rounding without its mean, and no weight is fitted to that
+        left = gram.diagonal().double()
+        sizes = torch.where(left > _ROUNDING * whole, left, whole)
+        solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), sizes=sizes)
         shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.rows
         return solved, shift.to(bias.dtype)

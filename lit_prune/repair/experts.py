@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.architectures.config_view import override_config
+from lit_prune.calibration.gram import add_product
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.repair.calls import BlockCall
 from lit_prune.transformers_internals import EXPERTS_FIELD, has_choice_of_experts
@@ -122,6 +123,6 @@ class _Seen(TorchFunctionMode):
         x = channels.reshape(-1, channels.shape[-1]).to(self.gram.dtype)
         stays = x[:, self._kept]
         self.tokens[expert] += len(x)
-        self.gram[expert] += transposed_product(stays, stays)
+        add_product(self.gram[expert], stays, stays)
         # as the weights are linear, their product with the inputs' products is that with the outputs
-        self.cross[expert] += transposed_product(weight.to(self.gram.dtype), transposed_product(x, stays))
+        add_product(self.cross[expert], weight.to(self.gram.dtype), transposed_product(x, stays))

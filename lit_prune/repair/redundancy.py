@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.gram import Gram, real_rows
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
+from lit_prune.distributed.sharing import Turns
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
 from lit_prune.repair.regression import SHARE_DAMPING, _relative, unexplained_share
@@ -63,7 +66,7 @@ def unexplained_shares(
         )
     if not all(s.block and s.consumers and len(s.repairable) == len(s.consumers) for s in scored):
         return {}
-    shares: dict[tuple[str, str], Tensor] = {}
+    turns = Turns()
     with evaluation_mode(model if root is None else root):
         for stream in _record(model, scored, batches, forward):
             shards.reshard(model)
@@ -73,7 +76,7 @@ def unexplained_shares(
                 parts = {
                     p.module.removeprefix(f"{name}."): (s, p) for s in scored if s.block == name for p in s.repairable
                 }
-                grams: dict[str, Tensor] = {}
+                grams: dict[str, Gram] = {}
                 tokens: dict[str, Tensor] = {}
                 following = []
                 for x, call, mask in zip(states, stream.calls[name], stream.masks, strict=True):
@@ -83,20 +86,27 @@ def unexplained_shares(
                     if len(following) == 1:
                         stream.check_replay(name, output)
                     for path, (inputs, _) in traced.items():
-                        masked = mask is not None and inputs.shape[:-1] == mask.shape
-                        a = (inputs[mask] if masked else inputs).reshape(-1, inputs.shape[-1])
-                        a = a.to(accumulation_dtype(a.dtype))
-                        product = transposed_product(a, a)
-                        grams[path] = grams[path].add_(product) if path in grams else product
-                        tokens[path] = tokens.get(path, torch.zeros((), dtype=torch.float64, device=a.device)) + len(a)
-                if all_reduce is not None:
-                    grams, tokens = ({path: all_reduce(value) for path, value in d.items()} for d in (grams, tokens))
+                        a, count = real_rows(inputs, mask)
+                        if path not in grams:
+                            grams[path] = Gram(a.shape[1], a.device, accumulation_dtype(a.dtype))
+                        grams[path].add(a)
+                        tokens[path] = tokens.get(path, torch.zeros((), dtype=torch.float64, device=a.device)) + count
                 for path, (group_set, part) in parts.items():
-                    weight = block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
-                    relative = _relative(SHARE_DAMPING, grams[path], tokens[path])
-                    share = unexplained_share(grams[path], weight, part.index, relative)
-                    # of several consumers, the one where the others can make up for least
-                    earlier = shares.get(group_set.key, share)
-                    shares[group_set.key] = torch.maximum(earlier, share)
+                    if all_reduce is not None:
+                        grams[path].replace(all_reduce)
+                        tokens[path] = all_reduce(tokens[path])
+                    gram, weight = grams.pop(path).matrix, block.get_parameter(f"{path}.weight").movedim(part.dim, -1)
+                    relative = _relative(SHARE_DAMPING, gram, tokens[path])
+                    share = partial(unexplained_share, gram, weight, part.index, relative)
+                    turns.add((group_set.key, part.module), len(part.index), share)
+                    del gram, share
                 states = following
-    return shares
+    return _largest(turns.results())
+
+
+def _largest(shares: Mapping[Any, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Of several consumers of a set, the share in the one where the others can make up for least."""
+    largest: dict[tuple[str, str], Tensor] = {}
+    for (key, _), share in shares.items():
+        largest[key] = torch.maximum(largest.get(key, share), share)
+    return largest

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.gram import Gram, add_product, real_rows
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -292,8 +293,8 @@ def _normal_equations(
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
-    gram: Tensor | None = None
-    cross: Tensor | None = None
+    gram: Gram | None = None
+    cross = torch.empty(0)
     tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
@@ -310,12 +311,13 @@ def _normal_equations(
                 target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
         if bias is not None:
             target = target - bias.to(wide)
-        select = mask if mask is not None else slice(None)
-        a = inputs[select].reshape(-1, inputs.shape[-1]).to(wide)
-        b = target[select].reshape(-1, target.shape[-1])
-        tokens += len(a)
-        gram = transposed_product(a, a) if gram is None else gram.add_(transposed_product(a, a))
-        cross = transposed_product(b, a) if cross is None else cross.add_(transposed_product(b, a))
+        a, count = real_rows(inputs, mask)
+        b, _ = real_rows(target, mask)
+        tokens += count
+        if gram is None:
+            gram = Gram(a.shape[1], a.device, wide)
+            cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
+        gram.add(a)
+        add_product(cross, b, a)
     assert gram is not None
-    assert cross is not None
-    return gram, cross, tokens
+    return gram.matrix, cross, tokens

@@ -89,8 +89,7 @@ class _Stream:
 
 def _sample(output: Tensor) -> tuple[Tensor, torch.dtype]:
     """Some values of an output, spread over all of it, and the precision of what is computed here."""
-    device = output.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    dtype = Precision.current(output.device).autocast or output.dtype
     return output.detach().flatten()[:: max(1, output.numel() // _SAMPLE)].clone(), dtype
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.gram import Gram, add_product
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -25,16 +26,21 @@ class _Equations:
 
     def __init__(self, weight: Tensor, kept: Tensor) -> None:
         self._weight, self._kept = weight.to(accumulation_dtype(weight.dtype)), kept.to(weight.device)
-        self.gram = self._weight.new_zeros(len(kept), len(kept))
+        self._gram = Gram(len(kept), self._weight.device, self._weight.dtype)
         self.cross = self._weight.new_zeros(len(weight), len(kept))
         self.tokens = self._weight.new_zeros(())
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1]).to(self._weight)
         stays = x[:, self._kept]
-        self.gram += transposed_product(stays, stays)
-        self.cross += transposed_product(self._weight.T, transposed_product(x, stays))
+        self._gram.add(stays)
+        add_product(self.cross, self._weight.T, transposed_product(x, stays))
         self.tokens += len(x)
+
+    @property
+    def gram(self) -> Tensor:
+        """The products of the inputs with each other."""
+        return self._gram.matrix
 
 
 @torch.no_grad()

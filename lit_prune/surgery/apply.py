@@ -18,6 +18,7 @@ from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, PruningPlan, get_plan
 from lit_prune.surgery import references
+from lit_prune.surgery.compiled import forget_compiled
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
 from lit_prune.surgery.kept_groups import groups_after_cut, model_and_group_sets, with_kept_groups
 from lit_prune.surgery.optimizer_groups import add_bias
@@ -170,6 +171,7 @@ def cut(
         journal.append(save_with_plan(model))
         for step in (s for s in journal if isinstance(s, UndoCut)):
             step.settle()
+        forget_compiled(model)
         return undo
     except BaseException:
         with torch.no_grad():

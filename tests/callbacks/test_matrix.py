@@ -211,7 +211,7 @@ class Mask(pl.Callback):
                 parameter, index = model.get_parameter(part.parameter), part.index[removed].flatten()
                 states = [o.state.get(parameter, {}) for o in trainer.optimizers]
                 for value in (parameter, *(v for s in states for v in s.values() if v.shape == parameter.shape)):
-                    value.index_fill_(part.dim, index, 0.0)
+                    value.index_fill_(part.dim, index.to(value.device), 0.0)
 
 
 @pytest.mark.parametrize("name", CASES)

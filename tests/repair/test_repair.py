@@ -36,12 +36,46 @@ def test_without_damping_it_is_least_squares():
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 def test_with_damping_it_is_ridge_towards_the_prior(damping):
     x, y, prior = data()
-    strength = damping * float((x.T @ x).diagonal().mean())
+    strength = damping * (x.T @ x).diagonal().numpy()
     found = ridge(x.T @ x, y.T @ x, prior, damping)
-    stacked_x = np.concatenate([x.numpy(), np.sqrt(strength) * np.eye(x.shape[1])])
-    stacked_y = np.concatenate([y.numpy(), np.sqrt(strength) * prior.numpy().T])
+    stacked_x = np.concatenate([x.numpy(), np.diag(np.sqrt(strength))])
+    stacked_y = np.concatenate([y.numpy(), np.sqrt(strength)[:, None] * prior.numpy().T])
     expected = np.linalg.lstsq(stacked_x, stacked_y, rcond=None)[0].T
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+def test_a_massive_input_does_not_switch_off_the_repair_of_the_others():
+    """Of orthogonal inputs each weight goes its own way: w = w0 + step / (1 + damping), however large the others are.
+
+    Damping by the mean of all sizes would let them go 1 / (1 + damping * 83,334) of it beside one that is 1,000 times larger.
+    """
+    x = torch.linalg.qr(rows_of(200, 12))[0]
+    x[:, 3] *= 1000.0
+    prior, step = rows_of(5, 12, 1), rows_of(5, 12, 2)
+    y = x @ (prior + step).T
+    found = ridge(x.T @ x, y.T @ x, prior, 0.5)
+    torch.testing.assert_close(found, prior + step / 1.5, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1, 4.0])
+def test_the_units_of_inputs_do_not_matter(damping):
+    x, y, prior = data()
+    units = torch.logspace(-3, 3, x.shape[1], dtype=torch.float64)
+    found = ridge(x.T @ x, y.T @ x, prior, damping)
+    scaled = ridge((x * units).T @ (x * units), y.T @ (x * units), prior / units, damping)
+    torch.testing.assert_close(scaled * units, found, rtol=1e-6, atol=1e-9)
+
+
+def test_an_input_that_is_always_zero_keeps_its_weights():
+    x, y, prior = data()
+    x[:, 2] = 0.0
+    found = ridge(x.T @ x, y.T @ x, prior, 0.1)
+    torch.testing.assert_close(found[:, 2], prior[:, 2], rtol=1e-12, atol=0)
+    assert not torch.equal(found, prior)
+
+
+def rows_of(count, width, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_fewer_tokens_than_inputs_still_fits_and_stays_finite():
