@@ -32,7 +32,8 @@ from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
-from lit_prune.repairing import repaired, unexplained
+from lit_prune.repair.recording import Recording
+from lit_prune.repairing import agreed, recording_of, repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
@@ -72,6 +73,7 @@ def _collect(
     config: PruningConfig,
     root: nn.Module | None,
     ranks: Ranks | None,
+    recorder: Recording | None = None,
 ) -> Statistics:
     return collect_statistics(
         model,
@@ -85,6 +87,7 @@ def _collect(
         offload_gradients=config.offload_gradients,
         root=root,
         ranks=ranks,
+        recorder=recorder,
     )
 
 
@@ -205,14 +208,18 @@ def prune_with(
                 continue
             # the hooks that preparing the data registers are called
             holder = model if root is None else root
+            recording = recording_of(model, group_sets, step, dry_run=dry_run)
             with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
                 with together(ranks, "calibration"):
-                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
+                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
+            recording = agreed(recording, ranks)
 
             if step.compensates:
                 compensation = partial(data, COMPENSATION)
                 with phase(COMPENSATION):
-                    statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
+                    statistics.unexplained = unexplained(
+                        model, group_sets, compensation, root, progress, ranks, recording
+                    )
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -239,7 +246,9 @@ def prune_with(
                             root=root,
                             progress=progress,
                             ranks=ranks,
+                            recording=recording,
                         )
+                recording = None
                 # what another process could not cut is not cut here
                 with phase(SURGERY), together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))

@@ -28,25 +28,23 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.precision import transposed_product
 from lit_prune.distributed import shards
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, Slice, count_bytes
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.module_order import refit_in_order
+from lit_prune.repair.partial_runs import PartialRuns
+from lit_prune.repair.recording import Recording
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
-    _adds_up,
-    _dense_pass,
-    _record,
-    _run,
     _runs_when_cut,
-    _Stream,
-    _trace,
     is_chain,
 )
 from lit_prune.repair.routed import refit_routed
+from lit_prune.repair.streams import _record, _Stream
+from lit_prune.repair.targets import Targets, _following, _targets
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.tensors import DimensionCut
@@ -71,6 +69,7 @@ def least_squares(
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
+    recording: Recording | None = None,
 ) -> dict[str, Tensor]:
     """Refit every consumer of the blocks that a plan touches, and of those after them. Removed blocks are skipped.
 
@@ -88,6 +87,8 @@ def least_squares(
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        recording: What calibration recorded of the same model on the same batches; they are not run again then, and it is
+            used up.
 
     Returns:
         New weights, in the shape after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
@@ -110,33 +111,44 @@ def least_squares(
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
     gone = set(plan.removed_blocks)
+    room = count_bytes(model)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
-        for stream in _record(model, group_sets, batches, forward):
+        streams = _record(model, group_sets, batches, forward) if recording is None else recording.streams
+        outputs = {} if recording is None else recording.outputs
+        for stream in streams:
             shards.reshard(model)
-            dense, pruned = stream.inputs, stream.inputs
-            started = False
+            # from here on the hidden states are held by the walk alone
+            dense, stream.inputs = stream.inputs, []
+            pruned: list[Tensor] | None = None
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
-                started = started or name in gone or any(s.key in touched for s in members)
                 block = shards.plain_copy(model.get_submodule(name))
-                if not started or name in gone:
+                if pruned is None and (name in gone or any(s.key in touched for s in members)):
+                    pruned = list(dense)
+                if pruned is None or name in gone:
                     # the pruned stream passes a block that leaves by, and the blocks behind it make up for that
-                    dense = _run(block, dense, stream, name)
-                    stream.check_replay(name, dense[0])
-                    pruned = pruned if started else dense
+                    dense = _following(block, dense, stream, name, outputs.pop(name, None))
                     continue
                 smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
-                following, refitted = _refit_consumers(
-                    model, name, block, smaller, members, dense, pruned, stream, damping, all_reduce
+                parts = _consumers(name, members)
+                dense, targets = _targets(block, list(parts), dense, stream, name, outputs.pop(name, None))
+                with _runs_when_cut(name):
+                    runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], room)
+                weights |= _refit_consumers(
+                    model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce
                 )
-                weights |= refitted
                 for output in _refit_all_experts(
                     model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
                 ):
+                    # what consumers behind the experts read is no longer what it was
+                    runs.forget()
                     weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
                 with _runs_when_cut(name):
-                    dense, pruned = following, _run(smaller, pruned, stream, name)
+                    for number in range(len(pruned)):
+                        pruned[number] = runs.output(number)
+                # they hold the hidden states before this layer
+                del targets, runs
     return weights
 
 
@@ -161,33 +173,34 @@ def _solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, *, trans
     weight.copy_(solved.T if transposed else solved)
 
 
+def _consumers(name: str, members: Sequence[GroupSet]) -> dict[str, Slice]:
+    """The consumers in a layer that are refitted together, by path within it."""
+    return {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
+
+
 def _refit_consumers(
     model: nn.Module,
     name: str,
-    block: nn.Module,
     smaller: nn.Module,
-    members: Sequence[GroupSet],
-    dense: Sequence[Tensor],
+    parts: Mapping[str, Slice],
+    targets: Targets,
     pruned: Sequence[Tensor],
+    runs: PartialRuns,
     stream: _Stream,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Refit the consumers of a block one after the other; what the dense block gives, and the new weights by parameter name."""
-    parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
-    following, wanted = _dense_pass(block, list(parts), dense, stream, name)
-    # in the order of the calls: what repairs one consumer changes the inputs of the next
-    order = list(wanted[0])
-    residual = _adds_up(dense[0], wanted[0], following[0])
+) -> dict[str, Tensor]:
+    """Refit the consumers of a block one after the other; the new weights by parameter name."""
     refitted: dict[str, Tensor] = {}
-    for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
+    # in the order of the calls: what repairs one consumer changes the inputs of the next
+    for path in (p for p in targets.order if smaller.get_parameter(f"{p}.weight").numel()):
         with _runs_when_cut(name):
-            equations = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+            equations = _normal_equations(smaller, path, targets, pruned, runs, stream)
         gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
         weight = smaller.get_parameter(f"{path}.weight")
         _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
         refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
-    return following, refitted
+    return refitted
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -279,14 +292,11 @@ def _with_groups_of(
 
 def _normal_equations(
     smaller: nn.Module,
-    order: Sequence[str],
     path: str,
-    residual: bool,
-    dense: Sequence[Tensor],
+    targets: Targets,
     pruned: Sequence[Tensor],
-    wanted: Sequence[Mapping[str, Tensor]],
+    runs: PartialRuns,
     stream: _Stream,
-    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Gram matrix of a consumer's inputs in the pruned stream, their products with what it should give, and their number.
 
@@ -294,20 +304,13 @@ def _normal_equations(
     """
     gram: Tensor | None = None
     cross: Tensor | None = None
-    tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
+    tokens = torch.zeros((), dtype=torch.float64, device=pruned[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
-    earlier = order[: order.index(path)]
-    for number, (x_dense, x_pruned, call, mask) in enumerate(
-        zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
-    ):
-        given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
+    for number, (x_pruned, mask) in enumerate(zip(pruned, stream.masks, strict=True)):
+        given = runs.until(number, path)
         inputs = given[path][0]
-        wide = accumulation_dtype(inputs.dtype)
-        target = wanted[number][path].to(wide)
-        if residual and target.shape == x_dense.shape:
-            target = target + (x_dense.to(wide) - x_pruned.to(wide))
-            for before in (p for p in earlier if given[p][1].shape == x_dense.shape):
-                target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
+        target = targets.of(number, path, x_pruned, {p: output for p, (_, output) in given.items()})
+        wide = target.dtype
         if bias is not None:
             target = target - bias.to(wide)
         select = mask if mask is not None else slice(None)
