@@ -99,8 +99,7 @@ class Recording:
             stack.enter_context(self._recorder.hooks(self._guarded))
             for stream in self._recorder.streams:
                 if self._keeps_outputs:
-                    # nothing reads what the last layer gives
-                    self.outputs |= {name: [] for name in stream.blocks[:-1]}
+                    self.outputs |= {name: [] for name in stream.blocks}
                 for name in stream.blocks if self.grams is not None or self._keeps_outputs else ():
                     self._watch(stream, name, stack)
             yield
