@@ -76,6 +76,7 @@ _RULES: dict[str, Rule] = {
     "compensation": FLAG,
     "iterations": CUTS,
     "recalibrate_batch_norm": FLAG,
+    "offload_hidden_states": optional(FLAG),
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -102,11 +103,15 @@ class PruningConfig:
         seed: Seed of the criterion ``random``.
         compensation: Whether importance takes the repair ``"least_squares"`` into account: it is multiplied by the
             square root of the fraction of the group's output that a linear regression on the other groups cannot
-            reconstruct. Costs two more forward passes over the calibration batches in each iteration.
+            reconstruct. What it needs is recorded in calibration where there is memory for it, as much as gradients would
+            take; else it costs one more run of all decoder layers in each iteration.
         iterations: Number of equal cuts in which the ratio is reached. Each cut calibrates, ranks and repairs on the
             model that the previous one produced; see :func:`prune`.
         recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
             on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
+        offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
+            those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
+            device's memory.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
@@ -124,6 +129,7 @@ class PruningConfig:
     compensation: bool = True
     iterations: int = 2
     recalibrate_batch_norm: bool = True
+    offload_hidden_states: bool | None = None
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

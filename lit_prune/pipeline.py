@@ -33,7 +33,7 @@ from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
 from lit_prune.repair.recording import Recording
-from lit_prune.repairing import agreed, recording_of, repaired, unexplained
+from lit_prune.repairing import completed, recording_of, repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
@@ -212,13 +212,14 @@ def prune_with(
             with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
                 with together(ranks, "calibration"):
                     statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
-            recording = agreed(recording, ranks)
+            with phase(CALIBRATION):
+                recording = completed(recording, partial(data, CALIBRATION), step, holder, ranks)
 
             if step.compensates:
                 compensation = partial(data, COMPENSATION)
                 with phase(COMPENSATION):
                     statistics.unexplained = unexplained(
-                        model, group_sets, compensation, root, progress, ranks, recording
+                        model, group_sets, compensation, root, progress, ranks, recording, step.offload_hidden_states
                     )
 
             def measure(

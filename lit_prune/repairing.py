@@ -46,16 +46,17 @@ def recording_of(
         dry_run: Whether nothing is going to be repaired.
 
     Returns:
-        ``None`` where calibration's batches are not those of the repair (``importance="auto"`` holds some back), or nothing is
-        repaired layer by layer.
+        ``None`` where nothing is repaired layer by layer.
     """
     repairs = config.repair == "least_squares" and not dry_run
-    if not (repairs or config.compensates) or config.importance == AUTO or not is_chain(model, group_sets):
+    if not (repairs or config.compensates) or not is_chain(model, group_sets):
         return None
     # gradients that are kept take that memory
     keeps_gradients = bool(split_mask_terms(config.terms, group_sets)[1])
     limit = 0 if keeps_gradients else _gradient_bytes(model)
-    return Recording(model, group_sets, limit, grams=config.compensates, outputs=repairs)
+    return Recording(
+        model, group_sets, limit, grams=config.compensates, outputs=repairs, offload=config.offload_hidden_states
+    )
 
 
 def _gradient_bytes(model: nn.Module) -> int:
@@ -64,10 +65,28 @@ def _gradient_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in trained or model.parameters())
 
 
-def agreed(recording: Recording | None, ranks: Ranks | None) -> Recording | None:
-    """Return a recording that all batches are in; ``None`` unless every process has one."""
+def completed(
+    recording: Recording | None,
+    data: BatchesAndForward,
+    config: PruningConfig,
+    root: nn.Module,
+    ranks: Ranks | None,
+) -> Recording | None:
+    """Return a recording of all batches, also of those that calibration held back; ``None`` unless every process has one.
+
+    Args:
+        recording: What calibration recorded.
+        data: Gives a context with the batches and a function that runs one.
+        config: The configuration.
+        root: The module that holds the model.
+        ranks: The processes of a distributed run.
+    """
     if recording is None:
         return None
+    if config.importance == AUTO:
+        with data() as (batches, forward), together(ranks, "calibration"):
+            held_back = (batch for number, batch in enumerate(batches) if config.holds_back(number))
+            recording.record(held_back, forward, root)
     recording.finish()
     usable = recording.usable if ranks is None else ranks.all(recording.usable)
     return recording if usable else None
@@ -93,6 +112,7 @@ def unexplained(
     progress: Callable[[Sequence[str]], Iterable[str]],
     ranks: Ranks | None,
     recording: Recording | None = None,
+    offload: bool | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Measure what a repair by least squares could not make up for, by group set: the shares of :func:`unexplained_shares`.
 
@@ -104,6 +124,7 @@ def unexplained(
         progress: Wraps the sequence of blocks.
         ranks: The processes of a distributed run, each with batches of its own.
         recording: What calibration recorded of the batches, which are not run again then.
+        offload: The configuration's ``offload_hidden_states``.
 
     Returns:
         A share for each group, by the key of its set; nothing for a model that cannot be measured so.
@@ -123,6 +144,7 @@ def unexplained(
                     progress=progress,
                     all_reduce=all_reduce,
                     recording=recording,
+                    offload=offload,
                 )
         except UnsupportedModelError:
             pass
@@ -205,6 +227,7 @@ def repaired(
                     progress=progress,
                     all_reduce=all_reduce,
                     recording=recording,
+                    offload=config.offload_hidden_states,
                 )
         except UnsupportedModelError as error:
             log.info(

@@ -18,6 +18,7 @@ from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.experts import StopForward
+from lit_prune.repair.hidden_states import HiddenStates, Storage
 from lit_prune.repair.replay import _at_positions, _replayed
 from lit_prune.repair.streams import _states
 
@@ -31,6 +32,7 @@ class PartialRuns:
         consumers: Paths within it of the consumers, in the order of their calls.
         inputs: Hidden states of every call.
         calls: What else it is called with.
+        storage: Where what consumers read is held.
         limit: Bytes that may be kept of what consumers read.
     """
 
@@ -39,8 +41,9 @@ class PartialRuns:
         block: nn.Module,
         name: str,
         consumers: Sequence[str],
-        inputs: Sequence[Tensor],
+        inputs: HiddenStates,
         calls: Sequence[BlockCall],
+        storage: Storage,
         limit: int,
     ) -> None:
         self._block = block
@@ -49,11 +52,12 @@ class PartialRuns:
         self._inputs = inputs
         self._calls = calls
         self._room = limit
+        self._storage = storage
         # by call and consumer, what it read
-        self._kept: list[dict[str, Tensor]] = [{} for _ in inputs]
+        self._kept: list[dict[str, Tensor]] = [{} for _ in calls]
         # by consumer, the module that gives what it gives, and of how many parts
         self._modules: dict[str, tuple[str, int]] = {}
-        if limit and inputs and consumers:
+        if limit and calls and consumers:
             self._modules = self._replaceable()
 
     def until(self, number: int, consumer: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -66,12 +70,13 @@ class PartialRuns:
         Returns:
             What it and those before it read and give, by path, with the dimensions of the positions where they are of all.
         """
-        found = self._run(number, consumer)[1]
+        hidden = self._inputs[number]
+        found = self._run(number, hidden, consumer)[1]
         read = found[consumer][0]
         if consumer in self._modules and consumer not in self._kept[number] and read.nbytes <= self._room:
             self._room -= read.nbytes
-            self._kept[number][consumer] = read
-        positions = self._inputs[number].shape[:-1]
+            self._kept[number][consumer] = self._storage.put(read)
+        positions = hidden.shape[:-1]
         return {path: (_at_positions(x, positions), _at_positions(y, positions)) for path, (x, y) in found.items()}
 
     def output(self, number: int) -> Tensor:
@@ -80,7 +85,7 @@ class PartialRuns:
         Args:
             number: Number of the call.
         """
-        output, _ = self._run(number, None)
+        output, _ = self._run(number, self._inputs[number], None)
         self._kept[number] = {}
         assert output is not None
         return output
@@ -90,14 +95,17 @@ class PartialRuns:
         for kept in self._kept:
             kept.clear()
 
-    def _run(self, number: int, until: str | None) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+    def _run(
+        self, number: int, hidden: Tensor, until: str | None
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
         found: dict[str, tuple[Tensor, Tensor]] = {}
         with contextlib.ExitStack() as stack:
             for path in self._consumers:
                 projection = self._block.get_submodule(path)
                 if path in self._kept[number]:
                     with self._calls[number].precision.entered():
-                        read, given = self._kept[number][path], projection(self._kept[number][path])
+                        read = self._kept[number][path].to(hidden.device, non_blocking=True)
+                        given = projection(read)
                     # some layers add in place to what a projection gives
                     found[path] = read, given.clone()
                     stack.enter_context(_gives(self._block, *self._modules[path], given))
@@ -107,7 +115,7 @@ class PartialRuns:
                     return None, found
             try:
                 with _replayed(self._name):
-                    return _states(self._calls[number].run(self._block, self._inputs[number]), self._name), found
+                    return _states(self._calls[number].run(self._block, hidden), self._name), found
             except StopForward:
                 return None, found
 
@@ -127,7 +135,8 @@ class PartialRuns:
             for path in {*self._consumers, *(p for paths in around.values() for p in paths)}:
                 module = self._block.get_submodule(path)
                 stack.callback(module.register_forward_hook(_noting_all(outputs, reads, path)).remove)
-            whole = self._run(0, None)[0]
+            hidden = self._inputs[0]
+            whole = self._run(0, hidden, None)[0]
         found: dict[str, tuple[str, int]] = {}
         for consumer, paths in around.items():
             for path in paths:
@@ -139,7 +148,7 @@ class PartialRuns:
         self._modules = found
         self._kept[0] = {consumer: reads[consumer] for consumer in found}
         try:
-            again = self._run(0, None)[0]
+            again = self._run(0, hidden, None)[0]
         except UnsupportedModelError:
             again = None
         self._kept[0] = {}
@@ -148,7 +157,7 @@ class PartialRuns:
         if same and first in found and reads[first].nbytes <= self._room:
             # what is before the first consumer stays as it is
             self._room -= reads[first].nbytes
-            self._kept[0][first] = reads[first]
+            self._kept[0][first] = self._storage.put(reads[first])
         return found if same else {}
 
 

@@ -8,7 +8,7 @@ what the first layers and their consumers give, which the repair aims at.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.layers import hidden_input
-from lit_prune.calibration.evaluation import is_observed
+from lit_prune.calibration.evaluation import evaluation_mode, is_observed
+from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.distributed import shards
 from lit_prune.errors import UnsupportedModelError
@@ -56,6 +57,8 @@ class Recording:
         limit: Bytes that matrices and outputs may take together.
         grams: Whether Gram matrices are wanted.
         outputs: Whether what layers and their consumers give is wanted.
+        offload: Whether hidden states are held in CPU memory where the model is on another device; ``None`` lets it depend on
+            their size.
 
     Attributes:
         usable: Whether there is a recording.
@@ -64,10 +67,16 @@ class Recording:
     """
 
     def __init__(
-        self, model: nn.Module, group_sets: Sequence[GroupSet], limit: int, *, grams: bool, outputs: bool
+        self,
+        model: nn.Module,
+        group_sets: Sequence[GroupSet],
+        limit: int,
+        *,
+        grams: bool,
+        outputs: bool,
+        offload: bool | None = None,
     ) -> None:
         self._model = model
-        self._group_sets = group_sets
         # by layer, the paths within it of the consumers whose inputs can be seen, and whether a router sends tokens there
         self._consumers: dict[str, dict[str, bool]] = {}
         for group_set in (s for s in group_sets if s.block):
@@ -81,7 +90,9 @@ class Recording:
         self._keeps_outputs = outputs and self._room > 0
         self.outputs: dict[str, list[CallOutputs]] = {}
         self.usable = True
-        self._recorder: StreamRecorder | None = None
+        self._recorder = StreamRecorder(model, group_sets, offload)
+        if self._keeps_outputs:
+            self.outputs = {name: [] for stream in self._recorder.streams for name in stream.blocks}
         # of the batch at hand: what consumers read, by their layer, its call, and path within it
         self._read: dict[tuple[str, int, str], Tensor] = {}
         # the call of every layer that runs
@@ -94,21 +105,35 @@ class Recording:
         Args:
             token_masks: Tells which positions are real; it has to be entered first.
         """
-        self._recorder = StreamRecorder(self._model, self._group_sets, token_masks)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._recorder.hooks(self._guarded))
+            stack.enter_context(self._recorder.hooks(token_masks, self._guarded))
             for stream in self._recorder.streams:
-                if self._keeps_outputs:
-                    self.outputs |= {name: [] for name in stream.blocks}
                 for name in stream.blocks if self.grams is not None or self._keeps_outputs else ():
                     self._watch(stream, name, stack)
             yield
+
+    @torch.no_grad()
+    def record(self, batches: Iterable[Any], forward: Callable[[Any], Any], root: nn.Module) -> None:
+        """Record batches that calibration did not run.
+
+        Args:
+            batches: The batches.
+            forward: Runs one batch through the model.
+            root: The module that holds the model.
+        """
+        token_masks = TokenMasks(self._model, self._consumers)
+        with evaluation_mode(root), token_masks, self.observed(token_masks):
+            for batch in batches:
+                token_masks.start_batch(batch)
+                if forward(batch) is SKIPPED:
+                    self.skip_batch()
+                else:
+                    self.take_batch()
 
     def take_batch(self) -> None:
         """Add what the forward pass of a batch that counts left; before the backward pass, which frees activations."""
         if not self.usable:
             return
-        assert self._recorder is not None
         if self.grams is not None:
             masks = {name: stream.masks for stream in self._recorder.streams for name in stream.blocks}
             for (name, number, path), inputs in self._read.items():
@@ -120,7 +145,6 @@ class Recording:
         """Drop what the forward pass of a batch that does not count left."""
         if not self.usable:
             return
-        assert self._recorder is not None
         self._forget_running()
         self._recorder.skip_batch()
         complete = {name: stream.complete for stream in self._recorder.streams for name in stream.blocks}
@@ -132,7 +156,6 @@ class Recording:
         """Check what was recorded once all batches were run."""
         if not self.usable:
             return
-        assert self._recorder is not None
         try:
             self._recorder.finish()
         except UnsupportedModelError:
@@ -144,12 +167,11 @@ class Recording:
         self.grams = None
         self.outputs = {}
         self._forget_running()
-        self._recorder = None
+        self._recorder.streams.clear()
 
     @property
     def streams(self) -> list[_Stream]:
         """The stacks of layers with the inputs of the first layer of each, and all calls."""
-        assert self._recorder is not None
         return self._recorder.streams
 
     def _forget_running(self) -> None:

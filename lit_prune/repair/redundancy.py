@@ -15,6 +15,7 @@ from lit_prune.distributed import shards
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
 from lit_prune.repair.consumer_grams import ConsumerGrams, observable_consumers
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.recording import Recording
 from lit_prune.repair.regression import SHARE_DAMPING, _relative, unexplained_share
 from lit_prune.repair.replay import _trace, is_chain
@@ -33,6 +34,7 @@ def unexplained_shares(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
     recording: Recording | None = None,
+    offload: bool | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Fraction of each group's output that a linear regression on the other groups cannot reconstruct.
 
@@ -48,6 +50,8 @@ def unexplained_shares(
         progress: Wraps the sequence of block names.
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
         recording: What calibration recorded of the same model on the same batches; they are not run again then.
+        offload: Whether hidden states are held in CPU memory where the model is on another device; ``None`` lets it depend on
+            their size.
 
     Returns:
         By key of the group set, shares in (0, 1], tensors of shape ``(groups,)``; whole blocks have none. Empty if the
@@ -66,10 +70,10 @@ def unexplained_shares(
         return {}
     shares: dict[tuple[str, str], Tensor] = {}
     with evaluation_mode(model if root is None else root):
-        streams = _record(model, scored, batches, forward) if recording is None else recording.streams
+        streams = _record(model, scored, batches, forward, offload) if recording is None else recording.streams
         for stream in streams:
             shards.reshard(model)
-            states = list(stream.inputs)
+            states = stream.inputs.copy()
             for name in progress(stream.blocks):
                 if recording is not None and recording.grams is not None:
                     block, grams = model.get_submodule(name), recording.grams
@@ -88,7 +92,7 @@ def unexplained_shares(
     return shares
 
 
-def _walk(block: nn.Module, paths: Sequence[str], states: list[Tensor], stream: _Stream, name: str) -> ConsumerGrams:
+def _walk(block: nn.Module, paths: Sequence[str], states: HiddenStates, stream: _Stream, name: str) -> ConsumerGrams:
     """Run one layer on all its inputs, which its outputs take the place of; give the Gram matrices of its consumers."""
     grams = ConsumerGrams()
     within = [path.removeprefix(f"{name}.") for path in paths]

@@ -34,6 +34,7 @@ from lit_prune.groups import GroupSet, Slice, count_bytes
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.partial_runs import PartialRuns
 from lit_prune.repair.recording import Recording
@@ -70,6 +71,7 @@ def least_squares(
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
     recording: Recording | None = None,
+    offload: bool | None = None,
 ) -> dict[str, Tensor]:
     """Refit every consumer of the blocks that a plan touches, and of those after them. Removed blocks are skipped.
 
@@ -89,6 +91,8 @@ def least_squares(
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
         recording: What calibration recorded of the same model on the same batches; they are not run again then, and it is
             used up.
+        offload: Whether hidden states are held in CPU memory where the model is on another device; ``None`` lets it depend on
+            their size.
 
     Returns:
         New weights, in the shape after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
@@ -114,18 +118,18 @@ def least_squares(
     room = count_bytes(model)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
-        streams = _record(model, group_sets, batches, forward) if recording is None else recording.streams
+        streams = _record(model, group_sets, batches, forward, offload) if recording is None else recording.streams
         outputs = {} if recording is None else recording.outputs
         for stream in streams:
             shards.reshard(model)
             # from here on the hidden states are held by the walk alone
-            dense, stream.inputs = stream.inputs, []
-            pruned: list[Tensor] | None = None
+            dense, stream.inputs = stream.inputs, HiddenStates(stream.storage)
+            pruned: HiddenStates | None = None
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
                 block = shards.plain_copy(model.get_submodule(name))
                 if pruned is None and (name in gone or any(s.key in touched for s in members)):
-                    pruned = list(dense)
+                    pruned = dense.copy()
                 if pruned is None or name in gone:
                     # the pruned stream passes a block that leaves by, and the blocks behind it make up for that
                     dense = _following(block, dense, stream, name, outputs.pop(name, None))
@@ -134,7 +138,7 @@ def least_squares(
                 parts = _consumers(name, members)
                 dense, targets = _targets(block, list(parts), dense, stream, name, outputs.pop(name, None))
                 with _runs_when_cut(name):
-                    runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], room)
+                    runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], stream.storage, room)
                 weights |= _refit_consumers(
                     model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce
                 )
@@ -184,7 +188,7 @@ def _refit_consumers(
     smaller: nn.Module,
     parts: Mapping[str, Slice],
     targets: Targets,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     runs: PartialRuns,
     stream: _Stream,
     damping: float,
@@ -224,7 +228,7 @@ def _refit_all_experts(
     members: Sequence[GroupSet],
     plan: PruningPlan,
     stream: _Stream,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[str]:
@@ -246,7 +250,7 @@ def _refit_experts(
     members: Sequence[GroupSet],
     plan: PruningPlan,
     stream: _Stream,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> str:
@@ -294,7 +298,7 @@ def _normal_equations(
     smaller: nn.Module,
     path: str,
     targets: Targets,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     runs: PartialRuns,
     stream: _Stream,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +308,8 @@ def _normal_equations(
     """
     gram: Tensor | None = None
     cross: Tensor | None = None
-    tokens = torch.zeros((), dtype=torch.float64, device=pruned[0].device)
+    weight = smaller.get_parameter(f"{path}.weight")
+    tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     for number, (x_pruned, mask) in enumerate(zip(pruned, stream.masks, strict=True)):
         given = runs.until(number, path)

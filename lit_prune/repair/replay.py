@@ -15,6 +15,7 @@ from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.experts import StopForward
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.streams import _WAY_OUT, _states, _Stream
 
 # how much of what its consumers add may be missing from the output of a block that counts as a sum
@@ -68,9 +69,10 @@ def _runs_when_cut(name: str) -> Iterator[None]:
         ) from error
 
 
-def _run(block: nn.Module, inputs: Sequence[Tensor], stream: _Stream, name: str) -> list[Tensor]:
+def _run(block: nn.Module, inputs: HiddenStates, stream: _Stream, name: str) -> HiddenStates:
     with _replayed(name):
-        return [_states(call.run(block, x), name) for x, call in zip(inputs, stream.calls[name], strict=True)]
+        outputs = (_states(call.run(block, x), name) for x, call in zip(inputs, stream.calls[name], strict=True))
+        return HiddenStates(stream.storage, outputs)
 
 
 def _at_positions(features: Tensor, positions: torch.Size) -> Tensor:
@@ -110,18 +112,18 @@ def _trace(
 
 
 def _dense_pass(
-    block: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor], stream: _Stream, name: str
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """What the dense block and its consumers give for every batch."""
-    outputs: list[Tensor] = []
+    block: nn.Module, paths: Sequence[str], inputs: HiddenStates, stream: _Stream, name: str
+) -> tuple[HiddenStates, list[dict[str, Tensor]]]:
+    """What the dense block and its consumers give for every batch, the latter as the stream's storage holds it."""
+    outputs = HiddenStates(stream.storage)
     wanted = []
     for x, call in zip(inputs, stream.calls[name], strict=True):
         output, traced = _trace(block, paths, x, call, name)
         assert output is not None
-        if not outputs:
+        if len(outputs) == 0:
             stream.check_replay(name, output)
         outputs.append(output)
-        wanted.append({path: produced for path, (_, produced) in traced.items()})
+        wanted.append({path: stream.storage.put(produced) for path, (_, produced) in traced.items()})
     return outputs, wanted
 
 

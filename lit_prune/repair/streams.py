@@ -20,6 +20,7 @@ from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.repair.calls import BlockCall
+from lit_prune.repair.hidden_states import HiddenStates, Storage
 from lit_prune.torch_internals import tree_map, version_of
 
 # values of a block's first output that are kept to check its replay by
@@ -38,7 +39,8 @@ class _Stream:
     """The blocks of one stack (an encoder, a decoder) with the calls that calibration made of them."""
 
     blocks: list[str]
-    inputs: list[Tensor] = field(default_factory=list)
+    storage: Storage
+    inputs: HiddenStates
     calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     masks: list[Tensor | None] = field(default_factory=list)
     # by block, of what its first call gave: a sample to check a replay by, and the precision that it was computed in
@@ -46,9 +48,19 @@ class _Stream:
     # how many of the inputs are of batches that ran to their end
     complete: int = 0
 
+    def add(self, hidden: Tensor, mask: Tensor | None) -> None:
+        """Add a call of the first layer, and the positions that are real in it."""
+        before = self.storage.offloads
+        self.storage.count(hidden)
+        if self.storage.offloads and not before:
+            self.inputs.settle()
+        self.inputs.append(hidden)
+        self.masks.append(mask)
+
     def forget_batch(self) -> None:
         """Drop what was noted of a batch that is skipped after all."""
-        del self.inputs[self.complete :], self.masks[self.complete :]
+        self.inputs.truncate(self.complete)
+        del self.masks[self.complete :]
         if not self.complete:
             self.first.clear()
         for calls in self.calls.values():
@@ -84,31 +96,40 @@ class StreamRecorder:
     Args:
         model: The model.
         group_sets: Its group sets.
-        token_masks: Tells which positions are real; it has to be entered first.
+        offload: Whether hidden states are held in CPU memory, see :class:`Storage`.
 
     Attributes:
         streams: The stacks of layers, with what was noted so far.
     """
 
-    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet], token_masks: TokenMasks) -> None:
+    def __init__(self, model: nn.Module, group_sets: Sequence[GroupSet], offload: bool | None = None) -> None:
         stacks: dict[str, list[str]] = {}
         for group_set in (s for s in group_sets if s.block and s.repairable):
             blocks = stacks.setdefault(group_set.block.rpartition(".")[0], [])
             if group_set.block not in blocks:
                 blocks.append(group_set.block)
-        self.streams = [_Stream(blocks, calls={b: [] for b in blocks}) for blocks in stacks.values()]
+        self.streams = []
+        for blocks in stacks.values():
+            storage = Storage(offload)
+            self.streams.append(_Stream(blocks, storage, HiddenStates(storage), {b: [] for b in blocks}))
         self._model = model
-        self._token_masks = token_masks
+        self._token_masks: TokenMasks | None = None
         # by the first layer of a stack, what its layer before gave, and how often that was written into then
         self._last: dict[str, tuple[Tensor, int]] = {}
 
     @contextlib.contextmanager
-    def hooks(self, guard: Callable[[Callable[..., None]], Callable[..., None]] = lambda hook: hook) -> Iterator[None]:
+    def hooks(
+        self,
+        token_masks: TokenMasks,
+        guard: Callable[[Callable[..., None]], Callable[..., None]] = lambda hook: hook,
+    ) -> Iterator[None]:
         """Note what happens within.
 
         Args:
+            token_masks: Tells which positions are real; it has to be entered first.
             guard: Wraps every hook.
         """
+        self._token_masks = token_masks
         with contextlib.ExitStack() as stack:
             for name, stream in ((n, s) for s in self.streams for n in s.blocks):
                 block = self._model.get_submodule(name)
@@ -146,8 +167,8 @@ class StreamRecorder:
             hidden, rest, named = _split(args, kwargs, name)
             if name == stream.blocks[0]:
                 _refuse_filled_cache(args, kwargs, name)
-                stream.inputs.append(hidden.detach())
-                stream.masks.append(self._token_masks.of(hidden))
+                assert self._token_masks is not None
+                stream.add(hidden.detach(), self._token_masks.of(hidden))
             elif (last := self._last.get(stream.blocks[0])) is None or not _is_unchanged(*last, hidden):
                 raise UnsupportedModelError(
                     f"The input of {name} is not the output of the block before it, so the blocks cannot be repaired one"
@@ -177,12 +198,16 @@ def _detached(value: Any) -> Any:
 
 @torch.no_grad()
 def _record(
-    model: nn.Module, group_sets: Sequence[GroupSet], batches: Iterable[Any], forward: Callable[[Any], Any]
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    offload: bool | None = None,
 ) -> list[_Stream]:
     """Run the batches once and note what every block is called with; check that blocks follow each other."""
     token_masks = TokenMasks(model, [s.block for s in group_sets if s.block and s.repairable])
-    recorder = StreamRecorder(model, group_sets, token_masks)
-    with token_masks, recorder.hooks():
+    recorder = StreamRecorder(model, group_sets, offload)
+    with token_masks, recorder.hooks(token_masks):
         for batch in batches:
             token_masks.start_batch(batch)
             if forward(batch) is SKIPPED:

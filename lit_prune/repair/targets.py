@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.recording import CallOutputs
 from lit_prune.repair.replay import _adds_up, _dense_pass, _run, _trace
 from lit_prune.repair.streams import _Stream
@@ -25,7 +26,7 @@ class Targets:
     """
 
     order: list[str]
-    dense: Sequence[Tensor]
+    dense: HiddenStates
     wanted: list[dict[str, Tensor]]
     residual: bool
 
@@ -40,7 +41,8 @@ class Targets:
             pruned: The hidden states that the layer reads in the model as pruned and repaired so far.
             given: What the consumers before it give there, by path.
         """
-        dense, wanted = self.dense[number], self.wanted[number]
+        dense = self.dense[number]
+        wanted = {p: t.to(dense.device, non_blocking=True) for p, t in self.wanted[number].items()}
         wide = accumulation_dtype(given[path].dtype)
         target = wanted[path].to(wide)
         if self.residual and target.shape == dense.shape:
@@ -50,34 +52,37 @@ class Targets:
                     target = target + (wanted[before].to(wide) - given[before].to(wide))
         if path == self.order[-1]:
             # nothing asks for this call again
-            wanted.clear()
+            self.wanted[number].clear()
         return target
 
 
 def _targets(
     block: nn.Module,
     paths: Sequence[str],
-    dense: Sequence[Tensor],
+    dense: HiddenStates,
     stream: _Stream,
     name: str,
     recorded: Sequence[CallOutputs] | None,
-) -> tuple[list[Tensor], Targets]:
+) -> tuple[HiddenStates, Targets]:
     """What a dense block gives for every call, and what its consumers give."""
     if recorded is None:
         following, wanted = _dense_pass(block, paths, dense, stream, name)
     else:
         _check_first(block, dense, stream, name)
-        following, wanted = [_given(call) for call in recorded], [call.consumers for call in recorded]
-    return following, Targets(list(wanted[0]), dense, wanted, _adds_up(dense[0], wanted[0], following[0]))
+        following = HiddenStates(stream.storage, map(_given, recorded))
+        wanted = [{p: stream.storage.put(t) for p, t in call.consumers.items()} for call in recorded]
+    first = dense[0]
+    consumed = {p: t.to(first.device) for p, t in wanted[0].items()}
+    return following, Targets(list(wanted[0]), dense, wanted, _adds_up(first, consumed, following[0]))
 
 
 def _following(
-    block: nn.Module, dense: Sequence[Tensor], stream: _Stream, name: str, recorded: Sequence[CallOutputs] | None
-) -> list[Tensor]:
+    block: nn.Module, dense: HiddenStates, stream: _Stream, name: str, recorded: Sequence[CallOutputs] | None
+) -> HiddenStates:
     """What a dense block gives for every call."""
     if recorded is not None:
         _check_first(block, dense, stream, name)
-        return [_given(call) for call in recorded]
+        return HiddenStates(stream.storage, map(_given, recorded))
     following = _run(block, dense, stream, name)
     stream.check_replay(name, following[0])
     return following
@@ -88,7 +93,7 @@ def _given(call: CallOutputs) -> Tensor:
     return call.output
 
 
-def _check_first(block: nn.Module, dense: Sequence[Tensor], stream: _Stream, name: str) -> None:
+def _check_first(block: nn.Module, dense: HiddenStates, stream: _Stream, name: str) -> None:
     """Run a block on the first call alone, to see that it gives what it gave in the model."""
     output, _ = _trace(block, (), dense[0], stream.calls[name][0], name)
     assert output is not None

@@ -163,9 +163,7 @@ def stale_copies(owner: Any, model: nn.Module, touched: Collection[str]) -> Iter
     yield from _stale_copies(owner, dict(model.named_parameters(remove_duplicate=False)), touched)
 
 
-def _stale_copies(
-    owner: Any, parameters: Mapping[str, Tensor], touched: Collection[str]
-) -> Iterator[tuple[str, str]]:
+def _stale_copies(owner: Any, parameters: Mapping[str, Tensor], touched: Collection[str]) -> Iterator[tuple[str, str]]:
     own = {id(p) for p in parameters.values()}
     sharded = {id(p) for p in parameters.values() if shards.is_sharded(p)}
     for attribute, value in attributes(owner):

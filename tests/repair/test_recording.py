@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from lit_prune import PruningConfig, PruningPlan, find_group_sets, find_model, p
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.ranking.registry import get_criterion
+from lit_prune.repair.hidden_states import COPIES, HiddenStates, Storage, exceeds
 from lit_prune.repair.recording import Recording
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
@@ -198,3 +200,74 @@ def test_a_layer_runs_once_in_calibration_and_at_most_once_and_a_bit_in_the_repa
     extra = 3  # in the check, to compare the layer with its replay, and to see what attention gives
     for number in range(3):
         assert calls[f"model.layers.{number}.self_attn.q_proj"] <= dense + extra + pruned
+
+
+def test_batches_that_the_choice_of_a_criterion_holds_back_are_recorded_too():
+    model = tiny("llama")
+    calls = counted(model)
+    ids = token_batches(9)
+    prune(model, ids, causal(model), PruningConfig("auto", pruning_ratio=0.1, iterations=1))
+    # the check, nine batches once, and the one that is held back for four candidates
+    assert calls["lm_head"] == 1 + 9 + 4
+    assert calls["model.layers.0.self_attn.q_proj"] >= 1 + 9 + 4 + 9
+
+
+class Alive:
+    """Counts the hidden states that are alive whenever a projection has run."""
+
+    def __init__(self, model, shape):
+        self.shape, self.most = torch.Size(shape), 0
+        for name, module in model.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                module.register_forward_hook(self.count)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def count(self, *_):
+        found = (x for x in gc.get_objects() if type(x) is torch.Tensor)
+        places = {x.untyped_storage().data_ptr() for x in found if x.shape == self.shape and x.grad_fn is None}
+        self.most = max(self.most, len(places))
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_hidden_states_are_held_in_so_many_copies_at_most(repair):
+    # what attention gives to its projection has another width
+    model = tiny("llama", head_dim=6, intermediate_size=40)
+    group_sets = find_group_sets(model)
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    ids = token_batches(12)
+    alive = Alive(model, (2, 10, SMALL["hidden_size"]))
+    if repair:
+        least_squares(model, group_sets, plan, ids, causal(model))
+    else:
+        unexplained_shares(model, group_sets, ids, causal(model))
+    copies = COPIES if repair else 2
+    # and a few within the layer that runs
+    assert alive.most <= copies * len(ids) + 6
+    assert alive.most > len(ids)
+
+
+def test_hidden_states_move_to_cpu_memory_by_their_size():
+    gigabyte = 2**30
+    # of an 8B model, 128 and 1024 sequences of 2048 tokens, on a card of 80 GB
+    per_sequence = 2048 * 4096 * 2
+    assert not exceeds(100 * per_sequence, 80 * gigabyte)
+    assert exceeds(1024 * per_sequence, 80 * gigabyte)
+    states = torch.randn(2, 3)
+    forced = Storage(offload=True)
+    held = HiddenStates(forced, [states])
+    # there is nowhere to move to from a CPU
+    assert held[0] is states
+    assert PruningConfig(offload_hidden_states=True).offload_hidden_states
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_repair_with_hidden_states_in_cpu_memory_is_the_same_on_a_gpu():
+    model = tiny("llama").cuda()
+    group_sets = find_group_sets(model)
+    plan = PruningPlan.from_kept(group_sets, uneven_kept(group_sets))
+    ids = [batch.cuda() for batch in token_batches()]
+    found = [least_squares(model, group_sets, plan, ids, causal(model), offload=o) for o in (False, True)]
+    assert_same(*found)
