@@ -3,9 +3,10 @@
 ``least_squares`` walks through the blocks of the model in order and follows two streams of hidden states: that of the
 dense model, and that of the model as pruned and repaired so far. Every consumer is refitted by ridge regression so that,
 on the pruned stream, the hidden states behind it come as near as they can to the dense ones; it thereby also makes up
-for what earlier blocks got wrong. One copy of one block and a few hidden states of the calibration tokens are held at a
-time, and a block runs about as often as in four forward passes over the calibration batches. Experts whose channels leave
-are refitted each by itself, to what it gives on the pruned stream with all its channels.
+for what earlier blocks got wrong. One copy of one block and five lists of hidden states of the calibration tokens are held
+at a time (in CPU memory, where they would take too much of a device). A block runs twice over the calibration batches, once
+as it is and once as pruned, and the former not where calibration recorded what it gives. Experts whose channels leave are
+refitted each by itself, to what it gives on the pruned stream with all its channels.
 
 Where the groups are not all in such blocks (convolutions, models found by running them), layers are refitted one after the
 other in the order in which they run, see :mod:`lit_prune.repair.module_order`.
@@ -37,7 +38,7 @@ from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.partial_runs import PartialRuns
-from lit_prune.repair.recording import Recording
+from lit_prune.repair.recording import CallOutputs, Recording
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
     _runs_when_cut,
@@ -115,7 +116,6 @@ def least_squares(
     cuts = parameter_cuts(model, plan, group_sets)
     touched = {e.key for e in plan.entries}
     gone = set(plan.removed_blocks)
-    room = count_bytes(model)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
         streams = _record(model, group_sets, batches, forward, offload) if recording is None else recording.streams
@@ -135,25 +135,57 @@ def least_squares(
                     dense = _following(block, dense, stream, name, outputs.pop(name, None))
                     continue
                 smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
-                parts = _consumers(name, members)
-                dense, targets = _targets(block, list(parts), dense, stream, name, outputs.pop(name, None))
-                with _runs_when_cut(name):
-                    runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], stream.storage, room)
-                weights |= _refit_consumers(
-                    model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce
+                dense, refitted = _refit_layer(
+                    model,
+                    name,
+                    block,
+                    smaller,
+                    members,
+                    plan,
+                    dense,
+                    pruned,
+                    outputs.pop(name, None),
+                    stream,
+                    damping,
+                    all_reduce,
                 )
-                for output in _refit_all_experts(
-                    model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
-                ):
-                    # what consumers behind the experts read is no longer what it was
-                    runs.forget()
-                    weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                with _runs_when_cut(name):
-                    for number in range(len(pruned)):
-                        pruned[number] = runs.output(number)
-                # they hold the hidden states before this layer
-                del targets, runs
+                weights |= refitted
     return weights
+
+
+def _refit_layer(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    dense: HiddenStates,
+    pruned: HiddenStates,
+    recorded: Sequence[CallOutputs] | None,
+    stream: _Stream,
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[HiddenStates, dict[str, Tensor]]:
+    """Refit one layer; what it gives in the dense model, and the new weights by parameter name.
+
+    What it gives as pruned and repaired takes the place of its inputs in ``pruned``.
+    """
+    parts = _consumers(name, members)
+    following, targets = _targets(block, list(parts), dense, stream, name, recorded)
+    with _runs_when_cut(name):
+        # as much as the gradients of a backward pass take
+        room = count_bytes(model)
+        runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], stream.storage, room)
+    weights = _refit_consumers(model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce)
+    for output in _refit_all_experts(model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce):
+        # what consumers behind the experts read is no longer what it was
+        runs.forget()
+        weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
+    with _runs_when_cut(name):
+        for number in range(len(pruned)):
+            pruned[number] = runs.output(number)
+    return following, weights
 
 
 def _smaller_copy(
