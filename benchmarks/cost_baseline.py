@@ -61,7 +61,9 @@ def measure_prune(case: str, options: argparse.Namespace) -> dict[str, Any]:
 def _model_and_batches(name: str, options: argparse.Namespace) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     count = options.tokens // LENGTH
     if options.text is None:
-        return build(name, options), make_batches(options, count, LENGTH)
+        model = build(name, options)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        return model, [ids % vocabulary for ids in make_batches(options, count, LENGTH)]
     from lit_prune.io.sources import load_model, load_tokenizer
 
     model = load_model(name).to(options.device, getattr(torch, options.dtype)).eval()
