@@ -21,10 +21,12 @@ from lit_prune.calibration.collect import collect_statistics
 from lit_prune.groups import GroupSet
 from lit_prune.ranking.registry import get_criterion
 
-# hidden size, MLP width, layers, heads, key/value heads, vocabulary; 135M is SmolLM2's shape, the large ones are Llama 3's
+# hidden size, MLP width, layers, heads, key/value heads, vocabulary; 135M is SmolLM2's shape, and 27M a fifth of its layers and
+# vocabulary; the large ones are Llama 3's
 SHAPES = {
     "100M": (768, 2048, 12, 12, 4, 32000),
     "135M": (576, 1536, 30, 9, 3, 49152),
+    "27M": (576, 1536, 6, 9, 3, 9830),
     "700M": (1536, 4608, 24, 24, 8, 32000),
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),

@@ -92,8 +92,8 @@ class StructuredPruning(Callback):
             ``"float32"``, or ``"bfloat16"`` for half the memory.
         offload_gradients: Accumulate those in CPU memory, copied there while the device computes on.
         repair: How the projections that read removed groups are corrected: ``"least_squares"`` refits them on the
-            calibration batches (two more forward passes over them, and two over each smaller layer), ``"bias"`` folds
-            the mean of the removed features into their biases, ``None`` leaves them unchanged.
+            calibration batches, ``"bias"`` folds the mean of the removed features into their biases, ``None`` leaves them.
+        offload_hidden_states: Hold those of all batches in CPU memory for that; ``None`` lets it depend on their size.
         min_groups: Smallest number of groups to keep in every attention module and every MLP.
         min_fraction: Smallest fraction of the groups to keep in every attention module and every MLP.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions searched in
@@ -159,6 +159,7 @@ class StructuredPruning(Callback):
         gradient_dtype: Literal["float32", "bfloat16"] = PruningConfig.gradient_dtype,
         offload_gradients: bool = PruningConfig.offload_gradients,
         repair: Literal["least_squares", "bias"] | None = PruningConfig.repair,
+        offload_hidden_states: bool | None = PruningConfig.offload_hidden_states,
         min_groups: int = Limits.min_groups,
         min_fraction: float = Limits.min_fraction,
         protect: Sequence[int | str] = Limits.protect,
@@ -203,6 +204,7 @@ class StructuredPruning(Callback):
             statistics=statistics,
             gradient_dtype=gradient_dtype,
             offload_gradients=offload_gradients,
+            offload_hidden_states=offload_hidden_states,
             limits=Limits(
                 min_groups=min_groups,
                 min_fraction=min_fraction,

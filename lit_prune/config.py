@@ -77,6 +77,7 @@ _RULES: dict[str, Rule] = {
     "iterations": CUTS,
     "recalibrate_batch_norm": FLAG,
     "polish_epochs": NATURAL,
+    "offload_hidden_states": optional(FLAG),
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -103,7 +104,8 @@ class PruningConfig:
         seed: Seed of the criterion ``random``.
         compensation: Whether importance takes the repair ``"least_squares"`` into account: it is multiplied by the
             square root of the fraction of the group's output that a linear regression on the other groups cannot
-            reconstruct. Costs two more forward passes over the calibration batches in each iteration.
+            reconstruct. What it needs is recorded in calibration where there is memory for it, as much as gradients would
+            take; else it costs one more run of all decoder layers in each iteration.
         iterations: Number of equal cuts in which the ratio is reached. Each cut calibrates, ranks and repairs on the
             model that the previous one produced; see :func:`prune`.
         recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
@@ -111,6 +113,9 @@ class PruningConfig:
         polish_epochs: Number of passes over the calibration batches in which, after the last cut, the layers that a repair refits
             are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
             costs about as much as one of training.
+        offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
+            those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
+            device's memory.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
@@ -129,6 +134,7 @@ class PruningConfig:
     iterations: int = 2
     recalibrate_batch_norm: bool = True
     polish_epochs: int = 0
+    offload_hidden_states: bool | None = None
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ from lit_prune.polishing import Polishing
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
-from lit_prune.repairing import repaired, unexplained
+from lit_prune.repair.recording import Recording
+from lit_prune.repairing import completed, recording_of, repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
 from lit_prune.surgery.references import suspended_hooks
@@ -74,6 +75,7 @@ def _collect(
     config: PruningConfig,
     root: nn.Module | None,
     ranks: Ranks | None,
+    recorder: Recording | None = None,
 ) -> Statistics:
     return collect_statistics(
         model,
@@ -87,6 +89,7 @@ def _collect(
         offload_gradients=config.offload_gradients,
         root=root,
         ranks=ranks,
+        recorder=recorder,
     )
 
 
@@ -214,14 +217,19 @@ def prune_with(
                 continue
             # the hooks that preparing the data registers are called
             holder = model if root is None else root
+            recording = recording_of(model, group_sets, step, dry_run=dry_run)
             with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
                 with together(ranks, "calibration"):
-                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
+                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
+            with phase(CALIBRATION):
+                recording = completed(recording, partial(data, CALIBRATION), step, holder, ranks)
 
             if step.compensates:
                 compensation = partial(data, COMPENSATION)
                 with phase(COMPENSATION):
-                    statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
+                    statistics.unexplained = unexplained(
+                        model, group_sets, compensation, root, progress, ranks, recording, step.offload_hidden_states
+                    )
 
             def measure(
                 candidate: PruningPlan, sets: Sequence[GroupSet] = group_sets, step: PruningConfig = step
@@ -248,7 +256,9 @@ def prune_with(
                             root=root,
                             progress=progress,
                             ranks=ranks,
+                            recording=recording,
                         )
+                recording = None
                 # what another process could not cut is not cut here
                 with phase(SURGERY), together(ranks, "surgery"):
                     undos.append(cut(model, plan, optimizers, weights, root=root))

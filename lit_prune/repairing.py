@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.calibration.statistics import Statistics
-from lit_prune.config import PruningConfig
+from lit_prune.config import AUTO, PruningConfig
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.distributed.sharing import shared_work
 from lit_prune.errors import UnsupportedModelError
@@ -20,6 +21,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.repair.bias import bias_fold
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
 from lit_prune.repair.module_order import refit_in_order
+from lit_prune.repair.recording import Recording
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
 from lit_prune.repair.replay import is_chain
@@ -31,6 +33,78 @@ BatchesAndForward = Callable[
 ]
 
 
+def recording_of(
+    model: nn.Module, group_sets: Sequence[GroupSet], config: PruningConfig, *, dry_run: bool = False
+) -> Recording | None:
+    """Return what records a calibration pass for the repair, so that no other pass has to be run for it.
+
+    Matrices and outputs that it keeps take no more memory than the gradients of an ordinary backward pass would.
+
+    Args:
+        model: The model.
+        group_sets: Its group sets.
+        config: The configuration.
+        dry_run: Whether nothing is going to be repaired.
+
+    Returns:
+        ``None`` where nothing is repaired layer by layer.
+    """
+    repairs = config.repair == "least_squares" and not dry_run
+    if not (repairs or config.compensates) or not is_chain(model, group_sets):
+        return None
+    # gradients that are kept take that memory
+    keeps_gradients = bool(split_mask_terms(config.terms, group_sets)[1])
+    limit = 0 if keeps_gradients else _gradient_bytes(model)
+    return Recording(
+        model, group_sets, limit, grams=config.compensates, outputs=repairs, offload=config.offload_hidden_states
+    )
+
+
+def _gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients that a backward pass leaves; of those of all parameters if none is to be trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in trained or model.parameters())
+
+
+def completed(
+    recording: Recording | None,
+    data: BatchesAndForward,
+    config: PruningConfig,
+    root: nn.Module,
+    ranks: Ranks | None,
+) -> Recording | None:
+    """Return a recording of all batches, also of those that calibration held back; ``None`` unless every process has one.
+
+    Args:
+        recording: What calibration recorded.
+        data: Gives a context with the batches and a function that runs one.
+        config: The configuration.
+        root: The module that holds the model.
+        ranks: The processes of a distributed run.
+    """
+    if recording is None:
+        return None
+    if config.importance == AUTO:
+        with data() as (batches, forward), together(ranks, "calibration"):
+            held_back = (batch for number, batch in enumerate(batches) if config.holds_back(number))
+            recording.record(held_back, forward, root)
+    recording.finish()
+    usable = recording.usable if ranks is None else ranks.all(recording.usable)
+    return recording if usable else None
+
+
+@contextlib.contextmanager
+def _data(
+    data: BatchesAndForward, recording: Recording | None
+) -> Iterator[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]:
+    """The batches, unless there is a recording of them."""
+    if recording is not None:
+        yield (), lambda _: None
+        return
+    with data() as found:
+        yield found
+
+
 def unexplained(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
@@ -38,6 +112,8 @@ def unexplained(
     root: nn.Module | None,
     progress: Callable[[Sequence[str]], Iterable[str]],
     ranks: Ranks | None,
+    recording: Recording | None = None,
+    offload: bool | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Measure what a repair by least squares could not make up for, by group set: the shares of :func:`unexplained_shares`.
 
@@ -48,6 +124,8 @@ def unexplained(
         root: The module that holds the model; ``model`` if ``None``.
         progress: Wraps the sequence of blocks.
         ranks: The processes of a distributed run, each with batches of its own.
+        recording: What calibration recorded of the batches, which are not run again then.
+        offload: The configuration's ``offload_hidden_states``.
 
     Returns:
         A share for each group, by the key of its set; nothing for a model that cannot be measured so.
@@ -57,9 +135,17 @@ def unexplained(
     scored = [s for s in group_sets if s.kind != BLOCK]
     if is_chain(model, scored):
         try:
-            with data() as (batches, forward), together(ranks, what), shared_work(ranks):
+            with _data(data, recording) as (batches, forward), together(ranks, what), shared_work(ranks):
                 return unexplained_shares(
-                    model, group_sets, batches, forward, root=root, progress=progress, all_reduce=all_reduce
+                    model,
+                    group_sets,
+                    batches,
+                    forward,
+                    root=root,
+                    progress=progress,
+                    all_reduce=all_reduce,
+                    recording=recording,
+                    offload=offload,
                 )
         except UnsupportedModelError:
             pass
@@ -121,6 +207,7 @@ def repaired(
     root: nn.Module | None,
     progress: Callable[[Sequence[str]], Iterable[str]],
     ranks: Ranks | None,
+    recording: Recording | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """What :func:`repair` does, for callers that have to prepare something every time that batches are run: in ``data``."""
     if config.repair == "bias":
@@ -130,9 +217,18 @@ def repaired(
     all_reduce = None if ranks is None else ranks.sum
     if is_chain(model, group_sets):
         try:
-            with data() as (batches, forward), together(ranks, "repair"), shared_work(ranks):
+            with _data(data, recording) as (batches, forward), together(ranks, "repair"), shared_work(ranks):
                 return plan, least_squares(
-                    model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
+                    model,
+                    group_sets,
+                    plan,
+                    batches,
+                    forward,
+                    root=root,
+                    progress=progress,
+                    all_reduce=all_reduce,
+                    recording=recording,
+                    offload=config.offload_hidden_states,
                 )
         except UnsupportedModelError as error:
             log.info(

@@ -84,6 +84,7 @@ def cases():
         ("statistics", [None, "lazy", 5]),
         ("gradient_dtype", [None, "float16", torch.float32]),
         ("offload_gradients", FLAGS),
+        ("offload_hidden_states", [flag for flag in FLAGS if flag is not None]),
         ("repair", ["glue", 5, True, ["bias"]]),
         ("seed", [*INTEGERS, "a", 2**64]),
         ("compensation", FLAGS),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.accumulator import _Accumulator
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.observers import Observers
+from lit_prune.calibration.observers import Observers, PassRecorder
 from lit_prune.calibration.statistics import (
     SKIPPED,
     Statistics,
@@ -37,6 +37,7 @@ def collect_statistics(
     offload_gradients: bool = False,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
+    recorder: PassRecorder | None = None,
 ) -> Statistics:
     """Run calibration batches and collect what the terms of a criterion need.
 
@@ -63,6 +64,7 @@ def collect_statistics(
         ranks: The processes of a distributed run, each of which calls this with its own batches. A batch is then the
             batches of all of them together, its gradient their mean, as in training; calibration ends with the first
             process that has no more. Every process gets the same statistics, or an error.
+        recorder: Records the pass as well, for a repair for instance, see :class:`lit_prune.repair.recording.Recording`.
 
     Raises:
         CalibrationError: If there is no batch or all are skipped, a loss is no scalar or does not depend on the
@@ -76,7 +78,15 @@ def collect_statistics(
     shards.reshard(root)
     accumulator = _Accumulator(getattr(torch, gradient_dtype), offload_gradients or mode == "elementwise")
     observers = Observers(
-        model, root, group_sets, terms, mode=mode, activations=activations, accumulator=accumulator, ranks=ranks
+        model,
+        root,
+        group_sets,
+        terms,
+        mode=mode,
+        activations=activations,
+        accumulator=accumulator,
+        ranks=ranks,
+        recorder=recorder,
     )
     statistics = Statistics()
     losses: list[Tensor | None] = []

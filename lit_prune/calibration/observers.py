@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,19 @@ def _is(term: Term, *kinds: type) -> bool:
     return term.statistic is not None and isinstance(get_statistic(term.statistic), kinds)
 
 
+class PassRecorder(Protocol):
+    """Records a calibration pass for what comes after it."""
+
+    def observed(self, token_masks: TokenMasks) -> contextlib.AbstractContextManager[None]:
+        """Record what happens within; the masks tell which positions are real."""
+
+    def take_batch(self) -> None:
+        """Take note of a batch that counts, between its forward and its backward pass."""
+
+    def skip_batch(self) -> None:
+        """Drop what the forward pass of a batch left that does not count."""
+
+
 class Observers:
     """Everything that observes a model for some terms; a context manager, with one method for each moment of a batch.
 
@@ -67,6 +81,7 @@ class Observers:
         activations: Whether to keep all sums of inputs that a repair may read.
         accumulator: Takes the gradients that are kept element by element.
         ranks: The processes of a distributed run.
+        recorder: Records the pass as well.
 
     Attributes:
         gradients: Whether a backward pass is needed for every batch.
@@ -83,6 +98,7 @@ class Observers:
         activations: bool,
         accumulator: _Accumulator,
         ranks: Ranks | None,
+        recorder: PassRecorder | None = None,
     ) -> None:
         terms = list(dict.fromkeys(terms))
         named = dict.fromkeys(get_statistic(t.statistic) for t in terms if t.statistic is not None)
@@ -107,6 +123,7 @@ class Observers:
         )
         self._masks = MaskCollector(model, group_sets, by_masks, ranks, self._token_masks) if by_masks else None
         self._own: dict[GroupStatistic, GroupObserver] = {s: s.observer(model, group_sets) for s in own}
+        self._recorder = recorder
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Observers:
@@ -116,6 +133,8 @@ class Observers:
             for observer in (self._inputs, self._weights, self._masks, *self._own.values()):
                 if observer is not None:
                     stack.enter_context(observer)
+            if self._recorder is not None:
+                stack.enter_context(self._recorder.observed(self._token_masks))
             self._stack = stack.pop_all()
         return self
 
@@ -128,12 +147,14 @@ class Observers:
 
     def skip_batch(self) -> None:
         """Drop what the forward pass of a batch left that does not count."""
-        for observer in (self._inputs, self._masks, *self._own.values()):
+        for observer in (self._inputs, self._masks, self._recorder, *self._own.values()):
             if observer is not None:
                 observer.skip_batch()
 
     def end_batch(self, loss: Tensor | None) -> None:
         """Run the backward pass of a batch that counts, if one is needed, and take note of what both passes left."""
+        if self._recorder is not None:
+            self._recorder.take_batch()
         if self._weights is not None:
             assert loss is not None
             self._weights.start_batch()

@@ -6,7 +6,7 @@ that multiplies with a part of that tensor can be watched, and the part's place 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def expert_equations(
     output: str,
     output_dim: int,
     kept: Tensor,
-    inputs: Sequence[Tensor],
+    inputs: Iterable[Tensor],
     calls: Sequence[BlockCall],
     masks: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ Pruning, ICCV 2017.
 
 Layers that read the same tensor share a pass over the calibration batches, and so do consecutive layers where there are more
 than :data:`STAGES` of them. The cost is one forward pass over the batches to learn the order, one for each such stage, and
-one for as many stages as what their layers should give fits in :data:`TARGET_BYTES`.
+one for as many stages as what their layers should give fits in :data:`TARGET_BYTES`; all but the first of these passes end
+behind the last layer that they are for.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ def refit_in_order(
             " only where every process holds the whole model. Use repair=None."
         )
     cuts = parameter_cuts(model, plan, group_sets)
-    passes = Passes(model, data, root)
+    # processes that run batches together may wait for each other behind the layers
+    passes = Passes(model, data, root, stops=all_reduce is None)
     layers = _in_order(_layers(model, group_sets, cuts), passes, all_reduce)
     pruned = _Pruned(model, group_sets, plan, {layer.name for layer in layers})
     # what loses inputs elsewhere may run before any of the layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -92,6 +93,25 @@ class Call:
         return UnsupportedModelError(f"{self.name} ({type(self.module).__name__}) {found}; expected a tensor.")
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the first pass of one batch was like.
+
+    Args:
+        skipped: Whether it did not count.
+        calls: How often each layer was called that was.
+        rewind: Puts random numbers where they were after it.
+    """
+
+    skipped: bool
+    calls: Mapping[str, int]
+    rewind: Callable[[], None]
+
+
+class _Over(BaseException):
+    """Ends a batch whose remaining layers nobody looks at; no error, which a training step might catch."""
+
+
 class Passes:
     """Runs the same calibration batches in every pass, with the same random numbers.
 
@@ -99,9 +119,12 @@ class Passes:
         model: The model.
         data: Gives a context with the batches and a function that runs one of them.
         root: The module that holds the model, if running a batch runs more than the model.
+        stops: Whether a batch ends once the layers of a pass were called as often as in the first pass: what comes behind them
+            is not run. Random numbers are then as if it had been.
     """
 
-    def __init__(self, model: nn.Module, data: Data, root: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module, data: Data, root: nn.Module | None, *, stops: bool = False) -> None:
+        self._stops = stops
         self._model = model
         self._root = model if root is None else root
         self._data = data
@@ -110,6 +133,8 @@ class Passes:
         self._first: str | None = None
         self._samples: list[Tensor] = []
         self._runs: int | None = None
+        # by batch run, what its first pass was like
+        self._known: list[_Run] = []
 
     def check_batches_by(self, name: str) -> None:
         """Refuse later passes with other batches, by the input of a layer that no change of the model has an effect on."""
@@ -146,6 +171,7 @@ class Passes:
         watched = {name: self._model.get_submodule(name) for name in dict.fromkeys(names)}
         masks = TokenMasks(self._model, watched)
         count, runs = 0, 0
+        first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
             given = (*args, *kwargs.values())
@@ -154,6 +180,8 @@ class Passes:
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             value = take(call(name, args, kwargs, output))
             taken.setdefault(name, []).append(value)
+            if self._stops and self._is_over(runs - 1, taken, watched):
+                raise _Over
 
         def ahead(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             assert before is not None
@@ -173,8 +201,14 @@ class Passes:
                 taken.clear()
                 sampler.clear()
                 runs += 1
-                with _rerun(runs - 1):
-                    skipped = forward(batch) is SKIPPED
+                skipped = False
+                try:
+                    with _rerun(runs - 1):
+                        skipped = forward(batch) is SKIPPED
+                except _Over:
+                    self._known[runs - 1].rewind()
+                if first:
+                    self._known.append(_Run(skipped, {n: len(v) for n, v in taken.items()}, random_state()))
                 if skipped:
                     continue
                 self._compare(count, sampler)
@@ -182,6 +216,13 @@ class Passes:
                 count += 1
         self._check_number(runs)
         return count
+
+    def _is_over(self, run: int, taken: Mapping[str, Sequence[Any]], watched: Iterable[str]) -> bool:
+        """Whether the layers of a pass were called as often as when the batch was run first, and the batch counted then."""
+        if run >= len(self._known):
+            return False
+        known = self._known[run]
+        return not known.skipped and all(0 < known.calls.get(name, 0) <= len(taken.get(name, ())) for name in watched)
 
     def _check_number(self, runs: int) -> None:
         self._runs = runs if self._runs is None else self._runs

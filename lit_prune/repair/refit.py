@@ -3,9 +3,10 @@
 ``least_squares`` walks through the blocks of the model in order and follows two streams of hidden states: that of the
 dense model, and that of the model as pruned and repaired so far. Every consumer is refitted by ridge regression so that,
 on the pruned stream, the hidden states behind it come as near as they can to the dense ones; it thereby also makes up
-for what earlier blocks got wrong. One copy of one block and a few hidden states of the calibration tokens are held at a
-time, and a block runs about as often as in four forward passes over the calibration batches. Experts whose channels leave
-are refitted each by itself, to what it gives on the pruned stream with all its channels.
+for what earlier blocks got wrong. One copy of one block and five lists of hidden states of the calibration tokens are held
+at a time (in CPU memory, where they would take too much of a device). A block runs twice over the calibration batches, once
+as it is and once as pruned, and the former not where calibration recorded what it gives. Experts whose channels leave are
+refitted each by itself, to what it gives on the pruned stream with all its channels.
 
 Where the groups are not all in such blocks (convolutions, models found by running them), layers are refitted one after the
 other in the order in which they run, see :mod:`lit_prune.repair.module_order`.
@@ -29,25 +30,23 @@ from torch import Tensor, nn
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gram import Gram, add_product, real_rows
-from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, Slice, count_bytes
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
+from lit_prune.repair.partial_runs import PartialRuns
+from lit_prune.repair.recording import CallOutputs, Recording
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
-    _adds_up,
-    _dense_pass,
-    _record,
-    _run,
     _runs_when_cut,
-    _Stream,
-    _trace,
     is_chain,
 )
 from lit_prune.repair.routed import refit_routed
+from lit_prune.repair.streams import _record, _Stream
+from lit_prune.repair.targets import Targets, _following, _targets
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.tensors import DimensionCut
@@ -72,6 +71,8 @@ def least_squares(
     root: nn.Module | None = None,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
+    recording: Recording | None = None,
+    offload: bool | None = None,
 ) -> dict[str, Tensor]:
     """Refit every consumer of the blocks that a plan touches, and of those after them. Removed blocks are skipped.
 
@@ -89,6 +90,10 @@ def least_squares(
         root: The module that holds the model, if ``forward`` runs more than the model.
         progress: Wraps the sequence of block names, for a progress bar.
         all_reduce: Sums a tensor over the processes that calibrate on batches of their own, if there are several.
+        recording: What calibration recorded of the same model on the same batches; they are not run again then, and it is
+            used up.
+        offload: Whether hidden states are held in CPU memory where the model is on another device; ``None`` lets it depend on
+            their size.
 
     Returns:
         New weights, in the shape after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
@@ -113,32 +118,74 @@ def least_squares(
     gone = set(plan.removed_blocks)
     weights: dict[str, Tensor] = {}
     with evaluation_mode(model if root is None else root):
-        for stream in _record(model, group_sets, batches, forward):
+        streams = _record(model, group_sets, batches, forward, offload) if recording is None else recording.streams
+        outputs = {} if recording is None else recording.outputs
+        for stream in streams:
             shards.reshard(model)
-            dense, pruned = stream.inputs, stream.inputs
-            started = False
+            # from here on the hidden states are held by the walk alone
+            dense, stream.inputs = stream.inputs, HiddenStates(stream.storage)
+            pruned: HiddenStates | None = None
             for name in progress(stream.blocks):
                 members = [s for s in group_sets if s.block == name]
-                started = started or name in gone or any(s.key in touched for s in members)
                 block = shards.plain_copy(model.get_submodule(name))
-                if not started or name in gone:
+                if pruned is None and (name in gone or any(s.key in touched for s in members)):
+                    pruned = dense.copy()
+                if pruned is None or name in gone:
                     # the pruned stream passes a block that leaves by, and the blocks behind it make up for that
-                    dense = _run(block, dense, stream, name)
-                    stream.check_replay(name, dense[0])
-                    pruned = pruned if started else dense
+                    dense = _following(block, dense, stream, name, outputs.pop(name, None))
                     continue
                 smaller = _smaller_copy(block, name, plan, group_sets, members, cuts)
-                following, refitted = _refit_consumers(
-                    model, name, block, smaller, members, dense, pruned, stream, damping, all_reduce
+                dense, refitted = _refit_layer(
+                    model,
+                    name,
+                    block,
+                    smaller,
+                    members,
+                    plan,
+                    dense,
+                    pruned,
+                    outputs.pop(name, None),
+                    stream,
+                    damping,
+                    all_reduce,
                 )
                 weights |= refitted
-                for output in _refit_all_experts(
-                    model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce
-                ):
-                    weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
-                with _runs_when_cut(name):
-                    dense, pruned = following, _run(smaller, pruned, stream, name)
     return weights
+
+
+def _refit_layer(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    smaller: nn.Module,
+    members: Sequence[GroupSet],
+    plan: PruningPlan,
+    dense: HiddenStates,
+    pruned: HiddenStates,
+    recorded: Sequence[CallOutputs] | None,
+    stream: _Stream,
+    damping: float,
+    all_reduce: Callable[[Tensor], Tensor] | None,
+) -> tuple[HiddenStates, dict[str, Tensor]]:
+    """Refit one layer; what it gives in the dense model, and the new weights by parameter name.
+
+    What it gives as pruned and repaired takes the place of its inputs in ``pruned``.
+    """
+    parts = _consumers(name, members)
+    following, targets = _targets(block, list(parts), dense, stream, name, recorded)
+    with _runs_when_cut(name):
+        # as much as the gradients of a backward pass take
+        room = count_bytes(model)
+        runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], stream.storage, room)
+    weights = _refit_consumers(model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce)
+    for output in _refit_all_experts(model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce):
+        # what consumers behind the experts read is no longer what it was
+        runs.forget()
+        weights[output] = _as_in(model, output, smaller.get_parameter(output.removeprefix(f"{name}.")))
+    with _runs_when_cut(name):
+        for number in range(len(pruned)):
+            pruned[number] = runs.output(number)
+    return following, weights
 
 
 def _smaller_copy(
@@ -162,33 +209,34 @@ def _solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, *, trans
     weight.copy_(solved.T if transposed else solved)
 
 
+def _consumers(name: str, members: Sequence[GroupSet]) -> dict[str, Slice]:
+    """The consumers in a layer that are refitted together, by path within it."""
+    return {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
+
+
 def _refit_consumers(
     model: nn.Module,
     name: str,
-    block: nn.Module,
     smaller: nn.Module,
-    members: Sequence[GroupSet],
-    dense: Sequence[Tensor],
-    pruned: Sequence[Tensor],
+    parts: Mapping[str, Slice],
+    targets: Targets,
+    pruned: HiddenStates,
+    runs: PartialRuns,
     stream: _Stream,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Refit the consumers of a block one after the other; what the dense block gives, and the new weights by parameter name."""
-    parts = {p.module.removeprefix(f"{name}."): p for s in members for p in s.repairable if not s.routed}
-    following, wanted = _dense_pass(block, list(parts), dense, stream, name)
-    # in the order of the calls: what repairs one consumer changes the inputs of the next
-    order = list(wanted[0])
-    residual = _adds_up(dense[0], wanted[0], following[0])
+) -> dict[str, Tensor]:
+    """Refit the consumers of a block one after the other; the new weights by parameter name."""
     refitted: dict[str, Tensor] = {}
-    for path in (p for p in order if smaller.get_parameter(f"{p}.weight").numel()):
+    # in the order of the calls: what repairs one consumer changes the inputs of the next
+    for path in (p for p in targets.order if smaller.get_parameter(f"{p}.weight").numel()):
         with _runs_when_cut(name):
-            equations = _normal_equations(smaller, order, path, residual, dense, pruned, wanted, stream, name)
+            equations = _normal_equations(smaller, path, targets, pruned, runs, stream)
         gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
         weight = smaller.get_parameter(f"{path}.weight")
         _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
         refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
-    return following, refitted
+    return refitted
 
 
 def _as_in(model: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -212,7 +260,7 @@ def _refit_all_experts(
     members: Sequence[GroupSet],
     plan: PruningPlan,
     stream: _Stream,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[str]:
@@ -234,7 +282,7 @@ def _refit_experts(
     members: Sequence[GroupSet],
     plan: PruningPlan,
     stream: _Stream,
-    pruned: Sequence[Tensor],
+    pruned: HiddenStates,
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> str:
@@ -280,14 +328,11 @@ def _with_groups_of(
 
 def _normal_equations(
     smaller: nn.Module,
-    order: Sequence[str],
     path: str,
-    residual: bool,
-    dense: Sequence[Tensor],
-    pruned: Sequence[Tensor],
-    wanted: Sequence[Mapping[str, Tensor]],
+    targets: Targets,
+    pruned: HiddenStates,
+    runs: PartialRuns,
     stream: _Stream,
-    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Gram matrix of a consumer's inputs in the pruned stream, their products with what it should give, and their number.
 
@@ -295,20 +340,14 @@ def _normal_equations(
     """
     gram: Gram | None = None
     cross = torch.empty(0)
-    tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
+    weight = smaller.get_parameter(f"{path}.weight")
+    tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
-    earlier = order[: order.index(path)]
-    for number, (x_dense, x_pruned, call, mask) in enumerate(
-        zip(dense, pruned, stream.calls[name], stream.masks, strict=True)
-    ):
-        given = _trace(smaller, order, x_pruned, call, name, until=path)[1]
+    for number, (x_pruned, mask) in enumerate(zip(pruned, stream.masks, strict=True)):
+        given = runs.until(number, path)
         inputs = given[path][0]
-        wide = accumulation_dtype(inputs.dtype)
-        target = wanted[number][path].to(wide)
-        if residual and target.shape == x_dense.shape:
-            target = target + (x_dense.to(wide) - x_pruned.to(wide))
-            for before in (p for p in earlier if given[p][1].shape == x_dense.shape):
-                target = target + (wanted[number][before].to(wide) - given[before][1].to(wide))
+        target = targets.of(number, path, x_pruned, {p: output for p, (_, output) in given.items()})
+        wide = target.dtype
         if bias is not None:
             target = target - bias.to(wide)
         a, count = real_rows(inputs, mask)

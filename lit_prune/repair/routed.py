@@ -7,7 +7,7 @@ what it gives there with all its channels; it does not make up for errors before
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def refit_routed(
     whole: nn.Module,
     smaller: nn.Module,
     plan: PruningPlan,
-    inputs: Sequence[Tensor],
+    inputs: Iterable[Tensor],
     calls: Sequence[BlockCall],
     damping: float,
     all_reduce: Callable[[Tensor], Tensor] | None = None,

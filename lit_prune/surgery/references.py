@@ -160,7 +160,10 @@ def stale_copies(owner: Any, model: nn.Module, touched: Collection[str]) -> Iter
         model: The model.
         touched: Names of the parameters that may be cut.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    yield from _stale_copies(owner, dict(model.named_parameters(remove_duplicate=False)), touched)
+
+
+def _stale_copies(owner: Any, parameters: Mapping[str, Tensor], touched: Collection[str]) -> Iterator[tuple[str, str]]:
     own = {id(p) for p in parameters.values()}
     sharded = {id(p) for p in parameters.values() if shards.is_sharded(p)}
     for attribute, value in attributes(owner):
@@ -177,8 +180,9 @@ def check_copies(root: nn.Module, model: nn.Module, touched: Collection[str]) ->
     Raises:
         ReferenceHeldError: Naming module and attribute.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, module in root.named_modules():
-        for attribute, found in stale_copies(module, model, touched):
+        for attribute, found in _stale_copies(module, parameters, touched):
             raise ReferenceHeldError(
                 f"{type(module).__name__}.{attribute} (module {path or 'at the top'!r}) holds {found}, which the cut would"
                 " leave at the old sizes. Make it after the cut, or keep it in a callback that defines"

@@ -25,7 +25,8 @@ from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.passes import Replacements
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import least_squares
-from lit_prune.repair.replay import _adds_up, _dense_pass, _record
+from lit_prune.repair.replay import _adds_up, _dense_pass
+from lit_prune.repair.streams import _record
 from lit_prune.surgery.apply import cut
 
 ROOT = Path(__file__).parents[2]
