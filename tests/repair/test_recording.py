@@ -88,12 +88,12 @@ def test_what_does_not_fit_is_computed_again(share):
     ids = token_batches()
     loss = causal(model)
     _, everything = recorded(model, ids, loss)
-    grams = sum(g.nbytes for g in everything.grams.grams.values())
+    grams = sum(g.matrix.nbytes for g in everything.grams.grams.values())
     outputs = sum(call.bytes for calls in everything.outputs.values() for call in calls)
     limit = int(share * (grams + outputs))
     _, recording = recorded(model, ids, loss, limit)
     held = sum(call.bytes for calls in recording.outputs.values() for call in calls)
-    held += sum(g.nbytes for g in recording.grams.grams.values()) if recording.grams is not None else 0
+    held += sum(g.matrix.nbytes for g in recording.grams.grams.values()) if recording.grams is not None else 0
     assert held <= limit
     assert (recording.grams is not None) == (grams <= limit)
     shares, weights = both_ways(model, ids, loss, recording)
