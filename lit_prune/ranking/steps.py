@@ -62,9 +62,10 @@ def find_steps(table: GroupTable, floor: np.ndarray, multiple: np.ndarray, *, un
     # a step takes as many rows from each of the parts of a set that have to stay equally large
     parts = np.ones_like(table.sizes) if table.equal_parts is None else table.equal_parts
     sizes = table.sizes // parts
-    order = np.lexsort((score, table.group // np.maximum(sizes, 1)[sets], sets))
     rank = np.empty(len(table), dtype=np.int64)
-    rank[order] = (np.arange(len(table)) - np.repeat(table.offsets[:-1], table.sizes)) % np.maximum(sizes, 1)[sets]
+    for start, stop, count in zip(table.offsets[:-1], table.offsets[1:], parts, strict=True):
+        order = score[start:stop].reshape(count, -1).argsort(axis=1, kind="stable")
+        np.put_along_axis(rank[start:stop].reshape(count, -1), order, np.arange(order.shape[1])[None], axis=1)
     multiple = multiple // np.gcd(multiple, parts)
     floor = -(-floor // (parts * multiple)) * multiple
     removable = np.maximum(sizes - floor, 0)
