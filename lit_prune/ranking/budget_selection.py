@@ -69,11 +69,32 @@ def select_for_budgets(
         BudgetError: If the floors do not let all limits be met; the message says what they allow, and which limits fail.
         SmallBudgetError: If the model meets all limits as it is.
     """
-    if multiple is None:
-        multiple = limits.multiples(table, original)
-    search = _Search(table, find_steps(table, limits.floor(table, original), multiple, uniform=limits.uniform), resources)
+    search = _search(table, resources, limits, original, multiple)
     search.check(limits)
     return min(search.choices(), key=lambda choice: choice.importance)
+
+
+def check_budgets(
+    table: GroupTable,
+    resources: Sequence[Resource],
+    limits: Limits,
+    original: Mapping[tuple[str, str], int] | None = None,
+    multiple: np.ndarray | None = None,
+) -> None:
+    """Check that limits can be met, whatever the importance of the groups is; arguments and errors as above."""
+    _search(table, resources, limits, original, multiple).check(limits)
+
+
+def _search(
+    table: GroupTable,
+    resources: Sequence[Resource],
+    limits: Limits,
+    original: Mapping[tuple[str, str], int] | None,
+    multiple: np.ndarray | None,
+) -> _Search:
+    multiple = limits.multiples(table, original) if multiple is None else multiple
+    steps = find_steps(table, limits.floor(table, original), multiple, uniform=limits.uniform)
+    return _Search(table, steps, resources)
 
 
 def trade_off(
@@ -82,6 +103,7 @@ def trade_off(
     others: Sequence[Resource],
     limits: Limits,
     original: Mapping[tuple[str, str], int] | None = None,
+    multiple: np.ndarray | None = None,
     points: int = 16,
 ) -> list[dict[str, float]]:
     """What every size of the cut costs in importance and saves, along the order that one quantity is cut best in.
@@ -92,13 +114,13 @@ def trade_off(
         others: Further quantities to report.
         limits: Floors, protections and rounding.
         original: Sizes of group sets before earlier cuts, by key.
+        multiple: Numbers that the kept groups of every set must be multiples of, in place of those of ``limits``.
         points: Number of points, the model as it is among them.
 
     Returns:
         For every point the values by name of the quantity, and ``"importance"``, the predicted increase of the loss.
     """
-    floor, multiple = limits.floor(table, original), limits.multiples(table, original)
-    search = _Search(table, find_steps(table, floor, multiple, uniform=limits.uniform), [resource, *others])
+    search = _search(table, [resource, *others], limits, original, multiple)
     order = search.order(search.price(np.array([1.0, *[0.0] * len(others)]), search.sizes))
     found = []
     for count in np.unique(np.linspace(0, len(order), points).round().astype(int)):
