@@ -34,7 +34,8 @@ from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.output_folder import check_replaceable
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.page import cost_table, report_table, write_report
+from lit_prune.reporting.budgets import budget_numbers
+from lit_prune.reporting.page import report_tables, write_report
 from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.text_escape import for_console
 
@@ -225,7 +226,7 @@ class PruningReport(Callback):
             flat |= {
                 f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self._state.value.lost.items()
             }
-        flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
+        flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()} | budget_numbers(pruning.plan)
         parameters = [values["parameters"] for values in self.metrics.values()]
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
         for logger in trainer.loggers:
@@ -364,9 +365,8 @@ class PruningReport(Callback):
     @rank_zero_only
     def _print(self, trainer: pl.Trainer) -> None:
         console = Console()
-        console.print(report_table(self.metrics))
-        if self._pruning is not None and self._pruning.costs:
-            console.print(cost_table(self._pruning.costs))
+        for table in report_tables(self.metrics, self._pruning and self._pruning.plan, getattr(self._pruning, "costs", {})):
+            console.print(table)
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)
         console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)

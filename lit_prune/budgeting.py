@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from lit_prune.budgets.budget import PARAMS
+from lit_prune.budgets.budget import MEMORY, PARAMS, Budget
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.resources import Resource
 from lit_prune.budgets.sizes import SizeModel, SizeSum
+from lit_prune.budgets.workloads import takes_tokens
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.distributed.ranks import Ranks
@@ -51,12 +52,31 @@ def find_goals(
     if config.budget is None:
         return None
 
-    def example() -> Tensor | None:
+    @contextlib.contextmanager
+    def example() -> Iterator[Callable[[], Tensor | None]]:
         with data() as (batches, loss):
-            return loss(next(iter(batches)))
+            batch = next(iter(batches))
+            yield lambda: loss(batch)
 
     check_distributed(config, ranks)
     return config.goals(model, group_sets, example)
+
+
+def check_before_fit(
+    model: nn.Module, group_sets: Sequence[GroupSet], config: PruningConfig, ranks: Ranks | None
+) -> None:
+    """Check at the start of a fit that the ratio or budget can be reached.
+
+    A budget of FLOPs or latency of a model that takes no token ids needs a calibration batch; it is checked where there is
+    one, at the stage, before its calibration.
+
+    Raises:
+        BudgetError: If it cannot.
+    """
+    check_distributed(config, ranks)
+    budget = None if config.budget is None else Budget.of(config.budget)
+    if budget is None or takes_tokens(model) or {*budget.asked} <= {PARAMS, MEMORY}:
+        config.check(model, group_sets)
 
 
 def check_distributed(config: PruningConfig, ranks: Ranks | None) -> None:
@@ -65,8 +85,8 @@ def check_distributed(config: PruningConfig, ranks: Ranks | None) -> None:
     Raises:
         BudgetError: If the configuration asks for that.
     """
-    budget = config.budget
-    if ranks is not None and budget is not None and not isinstance(budget, str):
+    if ranks is not None and config.budget is not None:
+        budget = Budget.of(config.budget)
         if budget.phases and budget.latency_table is None:
             raise BudgetError(
                 "A budget of latency in a distributed run needs budget.latency_table, as its processes would measure different"
@@ -132,4 +152,3 @@ def with_trade_offs(
         others = [r for r in resources if r is not resource]
         found[resource.name] = trade_off(table, resource, others, config.limits, original_sizes(model), multiple)
     return replace(table, trade_offs=found)
-

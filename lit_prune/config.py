@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.arguments import (
     CUTS,
@@ -31,6 +31,7 @@ from lit_prune.arguments import (
 from lit_prune.budgets.budget import Budget
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.resources import Resource
+from lit_prune.budgets.workloads import Example
 from lit_prune.calibration.statistics import GRADIENT_DTYPES, MODES
 from lit_prune.calibration.terms import Term
 from lit_prune.errors import ArgumentValueError
@@ -186,15 +187,14 @@ class PruningConfig:
         """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
         return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
 
-    def goals(
-        self, model: nn.Module, group_sets: Sequence[GroupSet], example: Callable[[], Tensor | None] | None = None
-    ) -> Goals | None:
+    def goals(self, model: nn.Module, group_sets: Sequence[GroupSet], example: Example | None = None) -> Goals | None:
         """What the budget is of this model, measured where it has to be; ``None`` if there is none.
 
         Args:
             model: The model, before any cut; it is run for budgets of FLOPs, caches and times.
             group_sets: Its group sets.
-            example: Runs one calibration batch and returns its loss, for models that take no token ids.
+            example: Runs a calibration batch where the model takes no token ids, see
+                :class:`lit_prune.budgets.workloads.Workload`.
 
         Raises:
             BudgetError: If the budget asks for something that the model does not have.

@@ -19,7 +19,6 @@ from lit_prune.budgets.workloads import Workload
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
 from lit_prune.torch_internals import DispatchMode
 
-
 # up to here a model is run as it is; beyond, attention as matrix products would take too much memory
 _LONGEST = 1024
 
@@ -181,4 +180,3 @@ def _hooked(module: nn.Module, name: str, inside: list[str]) -> Iterator[None]:
 
 def _drop_last(inside: list[str]) -> None:
     inside.pop()
-

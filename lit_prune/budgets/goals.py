@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Goals:
         model: The model, as it is before any cut. It is run, and the same afterwards.
         group_sets: Its group sets.
         budget: The budget.
-        example: Runs one calibration batch and returns its loss, for models that take no token ids.
+        example: Runs a calibration batch where the model takes no token ids, see :class:`Workload`.
 
     Attributes:
         dense: What the model takes, by name of the limit.
@@ -77,7 +78,7 @@ class Goals:
 
     def _holder(self, model: nn.Module) -> Workload:
         """A workload for memory, which takes no example: a model without token ids has no cache."""
-        return Workload(model, self.budget.batch, self.budget.length, self._example or (lambda: None))
+        return Workload(model, self.budget.batch, self.budget.length, self._example or _no_example)
 
     def _table(self, model: nn.Module, phase: str) -> Any:
         budget = self.budget
@@ -172,6 +173,10 @@ class Goals:
             }
             for name, asked in self.budget.asked.items()
         ]
+
+
+def _no_example() -> contextlib.AbstractContextManager[Callable[[], None]]:
+    return contextlib.nullcontext(lambda: None)
 
 
 def _original(model: nn.Module, group_set: GroupSet) -> GroupSet:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.arguments import COUNT, choice, sequence_of
 from lit_prune.budgets.budget import PHASES, PREFILL
 from lit_prune.budgets.latency_table import (
@@ -23,7 +24,6 @@ from lit_prune.budgets.latency_table import (
     setting_of,
 )
 from lit_prune.budgets.workloads import Example, Workload
-from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.distributed import shards
 from lit_prune.errors import PruningError, UnsupportedStrategyError
 from lit_prune.groups import BLOCK, GroupSet, stack_of

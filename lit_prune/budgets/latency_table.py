@@ -1,4 +1,4 @@
-"""Times of a model over the number of heads, channels and blocks that it keeps, as data: cached, and carried to other machines."""
+"""Times of a model over the number of heads, channels and blocks that it keeps: cached, and carried to other machines."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ class LatencyTable:
         except (KeyError, TypeError, ValueError) as error:
             raise PruningError(f"A latency table is malformed: {type(error).__name__}: {error}.") from error
         if not table.seconds > 0 or any(len(t.kept) != len(t.saved) or not t.kept for t in times):
-            raise PruningError("A latency table is malformed: expected seconds above 0, and as many savings as numbers of groups.")
+            raise PruningError(
+                "A latency table is malformed: expected seconds above 0, and a saving for every number of groups."
+            )
         return table
 
 
@@ -167,9 +169,11 @@ def find_table(path: str, setting: Mapping[str, Any]) -> LatencyTable:
             return table
     shapes = [t for t in tables if t.setting.get("shapes") == setting["shapes"]]
     held = [{k: t.setting.get(k) for k in wanted} for t in shapes]
-    reason = f"for a model of these shapes it holds {held}" if shapes else "none of its tables is of a model of these shapes"
+    reason = (
+        f"for a model of these shapes it holds {held}" if shapes else "none of its tables is of a model of these shapes"
+    )
     raise ArgumentValueError(
-        f"budget.latency_table must hold times of {({k: setting[k] for k in wanted})} for this model; in {path} {reason}."
+        f"budget.latency_table must hold times of { ({k: setting[k] for k in wanted}) } for this model; in {path} {reason}."
         " Measure them with lit_prune.measure_latency."
     )
 

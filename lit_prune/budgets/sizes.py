@@ -147,7 +147,5 @@ class SizeSum:
         """What one more group of each set saves, float array of shape ``(sets,)``."""
         saved = self.sizes.saved(self.weight, kept) + self.per_group
         inside = self.sizes.block >= 0
-        saved += np.bincount(
-            self.sizes.block[inside], weights=(self.per_group * kept)[inside], minlength=len(saved)
-        )
+        saved += np.bincount(self.sizes.block[inside], weights=(self.per_group * kept)[inside], minlength=len(saved))
         return saved

@@ -14,7 +14,8 @@ from lit_prune.budgets.budget import DECODE, PREFILL, TRAIN
 from lit_prune.calibration.evaluation import evaluation_mode, unobserved
 from lit_prune.errors import BudgetError
 
-Example = Callable[[], Tensor | None]
+# a context that gives a function which runs one calibration batch and returns its loss
+Example = Callable[[], contextlib.AbstractContextManager[Callable[[], Tensor | None]]]
 
 
 def takes_tokens(model: nn.Module) -> bool:
@@ -37,7 +38,8 @@ class Workload:
         model: The model.
         batch: Sequences.
         length: Tokens of each.
-        example: Runs one calibration batch and returns its loss, for models that take no token ids.
+        example: A context that gives a function which runs one calibration batch and returns its loss, for models that take
+            no token ids.
 
     Raises:
         BudgetError: If the model takes no token ids, and there is no example.
@@ -64,7 +66,8 @@ class Workload:
         with self._evaluating():
             if not self.tokens:
                 assert self._example is not None
-                self._example()
+                with self._example() as run:
+                    run()
             else:
                 ids = token_ids(self.model, self.batch, length or self.length)
                 self.model(input_ids=ids, **self._supported(use_cache=False))
@@ -82,7 +85,9 @@ class Workload:
         elif not self.tokens:
             if phase == DECODE:
                 raise BudgetError(f"{type(self.model).__name__} is not called with token ids, so it decodes none.")
-            yield self.forward
+            assert self._example is not None
+            with self._example() as run, self._evaluating():
+                yield lambda: _without_result(run)
         else:
             with self._evaluating():
                 yield self._prefill if phase == PREFILL else self._decoding()
@@ -130,6 +135,7 @@ class Workload:
         gradients = [p.grad for p in parameters]
         modes = [(m, m.training) for m in self.model.modules()]
         devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
+        run: Callable[[], Tensor | None] | None = None
 
         def train() -> None:
             if self.tokens:
@@ -138,8 +144,8 @@ class Workload:
                 output = self.model(input_ids=ids, **supported)
                 loss = output.loss if "labels" in supported else next(iter(output.values())).float().mean()
             else:
-                assert self._example is not None
-                loss = self._example()
+                assert run is not None
+                loss = run()
             assert loss is not None
             loss.backward()
             for parameter in parameters:
@@ -147,7 +153,9 @@ class Workload:
 
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         try:
-            with torch.random.fork_rng(devices), unobserved(), torch.enable_grad():
+            with contextlib.ExitStack() as around, torch.random.fork_rng(devices), unobserved(), torch.enable_grad():
+                if not self.tokens and self._example is not None:
+                    run = around.enter_context(self._example())
                 for parameter in parameters:
                     parameter.grad = None
                 self.model.train()
@@ -160,3 +168,7 @@ class Workload:
                 module.training = training
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+
+def _without_result(run: Callable[[], Tensor | None]) -> None:
+    run()

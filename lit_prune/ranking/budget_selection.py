@@ -151,7 +151,8 @@ class _Search:
         """Refuse limits that are met already, or never."""
         lowest = self.values(np.ones(len(self.steps), dtype=bool))
         if not self.need.any():
-            met = ", ".join(f"{r.name} {r.shown(v)} of {r.shown(r.target)}" for r, v in zip(self.resources, self.dense, strict=True))
+            pairs = zip(self.resources, self.dense, strict=True)
+            met = ", ".join(f"{r.name} {r.shown(v)} of {r.shown(r.target)}" for r, v in pairs)
             raise SmallBudgetError(f"The model meets the budget as it is ({met}); nothing would be removed.")
         missed = [i for i in range(len(self.resources)) if lowest[i] > self.target[i]]
         if missed:
