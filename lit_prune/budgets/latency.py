@@ -31,6 +31,8 @@ from lit_prune.plan import PruningPlan
 from lit_prune.surgery.apply import cut
 from lit_prune.surgery.kept_groups import with_kept_groups
 
+Clock = Callable[[], float]
+
 # seconds to spend on the repetitions, after the first two
 _PATIENCE = 40.0
 _FRACTIONS = (0.75, 0.5, 0.25)
@@ -93,8 +95,21 @@ def latency_table(
     return table
 
 
-def measure_table(workload: Workload, group_sets: Sequence[GroupSet], phase: str) -> LatencyTable:
+def measure_table(
+    workload: Workload,
+    group_sets: Sequence[GroupSet],
+    phase: str,
+    patience: float = _PATIENCE,
+    clock: Clock = time.perf_counter,
+) -> LatencyTable:
     """Measure what the sets of each kind and size save at several numbers of groups, all of them cut alike at a time.
+
+    Args:
+        workload: The model, the same after as before.
+        group_sets: Its group sets.
+        phase: The phase.
+        patience: Seconds after which no further round of all the cuts begins; there are two at least.
+        clock: As for :func:`time_plans`.
 
     Raises:
         UnsupportedStrategyError: If the model is sharded.
@@ -107,7 +122,7 @@ def measure_table(workload: Workload, group_sets: Sequence[GroupSet], phase: str
         )
     variants = list(_variants(group_sets))
     plans = {(v.kind, v.size, v.kept): v.plan(model, group_sets) for v in variants}
-    seconds = time_plans(workload, phase, {None: None, **plans})
+    seconds = time_plans(workload, phase, {None: None, **plans}, patience, clock=clock)
     dense = min(seconds[None])
     noise = _spread(seconds[None]) / dense
     times = []
@@ -130,6 +145,7 @@ def time_plans(
     plans: Mapping[object, PruningPlan | None],
     patience: float = _PATIENCE,
     rounds: int = 12,
+    clock: Clock = time.perf_counter,
 ) -> dict[object, list[float]]:
     """Seconds of a phase with each of several cuts, which take turns so that all meet the same disturbances.
 
@@ -139,6 +155,7 @@ def time_plans(
         plans: The cuts by any key; ``None`` for the model as it is.
         patience: Seconds after which no further round begins; there are two at least.
         rounds: Most rounds.
+        clock: ``time.process_time`` for CPU time, on a machine that others use; with one thread only.
 
     Returns:
         By key one number for every round.
@@ -150,7 +167,7 @@ def time_plans(
             break
         for key, plan in plans.items():
             with _cut(workload.model, plan), workload.step(phase) as step:
-                seconds[key].append(_time(step, next(workload.model.parameters()).device))
+                seconds[key].append(_time(step, next(workload.model.parameters()).device, clock))
     return seconds
 
 
@@ -163,20 +180,20 @@ def _cut(model: nn.Module, plan: PruningPlan | None) -> Iterator[None]:
         undo()
 
 
-def _time(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step: the least of several after one that warms up, for 0.1 seconds or three steps."""
+def _time(step: Callable[[], None], device: torch.device, clock: Clock) -> float:
+    """Seconds of one step: the least of several after one that warms up, of one only if it is long."""
     best, spent = np.inf, 0.0
     for number in range(30):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took = time.perf_counter() - start
+        took = clock() - start
         if number:
             best, spent = min(best, took), spent + took
-        if number > 2 and spent > 0.1:
+        if (number > 2 and spent > 0.1) or spent > 0.5:
             break
     return float(best)
 
