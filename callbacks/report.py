@@ -267,9 +267,8 @@ class PruningReport(Callback):
         model = self._pruning.model(pl_module)
         if not self._pruning.dry_run:
             self.metrics["recovered"] = {**_size(model), **self._state.value.validated}
-            if self._dense is not None:
-                with warn_instead("The speed was not measured", _ANYTHING):
-                    self._measure(model)
+            with warn_instead("The speed was not measured", _ANYTHING):
+                self._measure(model)
             recovered = {f"pruning/recovered/{n}": v for n, v in self.metrics["recovered"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics(recovered, step=trainer.global_step)
@@ -307,7 +306,8 @@ class PruningReport(Callback):
         )
 
     def _measure(self, model: nn.Module) -> None:
-        assert self._dense is not None
+        if self._dense is None:
+            return
         device = next(model.parameters()).device
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = torch.randint(0, vocabulary, (1, self.speed_tokens), generator=torch.Generator().manual_seed(0)).to(
@@ -364,8 +364,8 @@ class PruningReport(Callback):
 
     @rank_zero_only
     def _print(self, trainer: pl.Trainer) -> None:
-        console = Console()
-        for table in report_tables(self.metrics, self._pruning and self._pruning.plan, getattr(self._pruning, "costs", {})):
+        console, pruning = Console(), self._pruning
+        for table in report_tables(self.metrics, pruning and pruning.plan, pruning.costs if pruning else {}):
             console.print(table)
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)

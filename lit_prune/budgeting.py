@@ -106,6 +106,8 @@ def correct_goals(
         config: The configuration of the run.
         goals: The goals.
     """
+    if not goals.measures_here:
+        return
     name = next(iter(config.candidates))
     weights = config.candidates[name]
     whole = replace(config, importance=dict(weights), budget_share=1.0)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapp
 from lit_prune.budgets.sizes import SizeModel, SizeSum
 from lit_prune.budgets.workloads import Workload
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
-from lit_prune.torch_internals import DispatchMode
+from lit_prune.torch_internals import GROUPED_PRODUCTS, DispatchMode, packet_of
 
 # up to here a model is run as it is; beyond, attention as matrix products would take too much memory
 _LONGEST = 1024
@@ -30,7 +30,7 @@ def _grouped_products(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any)
 
 
 # what torch's registry lacks
-_MORE = {torch.ops.aten._grouped_mm: _grouped_products}
+_MORE = {GROUPED_PRODUCTS: _grouped_products}
 
 
 def count_flops(workload: Workload) -> int:
@@ -132,7 +132,7 @@ class _Products(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func._overloadpacket
+        packet = packet_of(func)
         formula = shape_wrapper(_MORE[packet]) if packet in _MORE else flop_registry.get(packet)
         if formula is None and packet is not torch.ops.prim.device:
             # what torch.utils.flop_counter does: products inside composite operators count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from lit_prune.budgets.budget import FLOPS, LATENCY, MEMORY, PARAMS, Budget
 from lit_prune.budgets.flops import count_flops, flops_model
-from lit_prune.budgets.latency import latency_table, time_plans
+from lit_prune.budgets.latency import Clock, latency_table, time_plans
 from lit_prune.budgets.latency_model import LatencyModel
 from lit_prune.budgets.latency_table import find_table, setting_of
 from lit_prune.budgets.memory import count_memory, memory_model
@@ -118,15 +119,21 @@ class Goals:
     def _place(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> np.ndarray:
         return np.array([self._keys[_original(model, s).key] for s in group_sets], dtype=np.int64)
 
-    def correct(self, model: nn.Module, propose: Callable[[], tuple[PruningPlan, Mapping[str, float]]]) -> None:
+    def correct(
+        self,
+        model: nn.Module,
+        propose: Callable[[], tuple[PruningPlan, Mapping[str, float]]],
+        patience: float = _TRIAL_SECONDS,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         """Correct predicted times by cuts like the one asked for, which are timed in turn with the model and undone.
 
         Args:
             model: The model as it was given.
             propose: Makes a plan that reaches the limits, with what it is predicted to take.
+            patience: Seconds of a trial, see :func:`lit_prune.budgets.latency.time_plans`.
+            clock: As for that function.
         """
-        if not self.measures_here:
-            return
         workload = self._workload(model)
         for _ in range(_TRIALS):
             plan, predicted = propose()
@@ -134,7 +141,8 @@ class Goals:
             for name, quantity in self.quantities.items():
                 if not isinstance(quantity, LatencyModel):
                     continue
-                seconds = time_plans(workload, name.partition(".")[2], {"dense": None, "cut": plan}, _TRIAL_SECONDS)
+                phase = name.partition(".")[2]
+                seconds = time_plans(workload, phase, {"dense": None, "cut": plan}, patience, clock=clock)
                 # both met the same disturbances, the table's times others
                 ratio = min(seconds["cut"]) / min(seconds["dense"])
                 expected = predicted[name] / self.dense[name]

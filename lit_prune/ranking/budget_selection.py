@@ -26,6 +26,8 @@ from lit_prune.ranking.table import GroupTable
 _ROUNDS = 8
 # a choice may end below a limit by this part of what has to go; one further below tries other steps, so many times
 _NEAR, _SKIPPED = 0.005, 6
+# limits bind that a choice ends as near to as to the nearest one, to this part of what has to go
+_BINDS = 0.01
 # how far a limit that ends at half of its target moves its multiplier
 _RATE = 4.0
 
@@ -39,7 +41,7 @@ class Choice:
         price: What each row saves, weighted over the limits, float array of shape ``(rows,)``; 1 is all that has to go.
         importance: The importance that is lost.
         values: What the model takes afterwards, by name of the resource.
-        binding: The limits that the choice is just below.
+        binding: The limits that the choice is nearest to.
     """
 
     kept: np.ndarray
@@ -213,7 +215,9 @@ class _Search:
         slack = np.divide(self.target - values, self.need, out=np.zeros_like(values), where=self.need > 0)
         removed = np.append(chosen, False)
         by_name = {r.name: float(v) for r, v in zip(self.resources, values, strict=True)}
-        binding = tuple(r.name for r, s, n in zip(self.resources, slack, self.need, strict=True) if n > 0 and s < 0.01)
+        asked = self.need > 0
+        tight = asked & (slack <= slack[asked].min() + _BINDS)
+        binding = tuple(r.name for r, binds in zip(self.resources, tight, strict=True) if binds)
         keeps = ~(removed[self.steps.of_row] | removed[self._block_step])
         return Choice(keeps, price[self.table.set_of_row], lost, by_name, binding), slack
 

@@ -48,7 +48,7 @@ def test_amounts_are_fractions_of_dense_or_absolute(given, units, limit):
     ],
 )
 def test_what_cannot_be_an_amount_is_refused_by_name(given, units):
-    with pytest.raises(ArgumentValueError, match="budget.x must be"):
+    with pytest.raises(ArgumentValueError, match=r"budget\.x must be"):
         parse_amount("budget.x", given, units)
 
 

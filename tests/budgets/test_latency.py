@@ -147,9 +147,9 @@ def _limits(blocks):
 
 def test_savings_of_shared_weights_do_not_add_up():
     """Time in proportion to FLOPs, channels that every layer gives and the next reads: predicted as the FLOPs are."""
-    from test_quantities import Convolutions
-
     import contextlib
+
+    from test_quantities import Convolutions
 
     from lit_prune import trace
 
