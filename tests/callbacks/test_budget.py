@@ -22,7 +22,7 @@ def test_a_fit_meets_its_budget_and_reports_it(tmp_path, capsys):
     out = tmp_path / "out"
     budget = "flops=1.3x,memory=0.8,length=32,batch=2"
     callback = pruning(pruning_ratio=0.2, budget=budget, epoch=1)
-    trainer, module = fit(tmp_path, callback, PruningReport(out, save_model=False), logger=CSVLogger(tmp_path))
+    _, module = fit(tmp_path, callback, PruningReport(out, save_model=False), logger=CSVLogger(tmp_path))
     model = module.inner["lm"]
     limits = {row["name"]: row for row in json.loads((out / "budgets.json").read_text())}
     assert set(limits) == {"flops", "memory"}
