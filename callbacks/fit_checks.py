@@ -6,8 +6,10 @@ import lightning.pytorch as pl
 
 from lit_prune.architectures.registry import find_group_sets, has_groups
 from lit_prune.architectures.weight_checks import check_parameters
+from lit_prune.budgeting import check_before_fit
 from lit_prune.callbacks.output import check_output
 from lit_prune.callbacks.protocol import Pruning
+from lit_prune.callbacks.ranks import ranks_of
 from lit_prune.detection import check_traceable
 from lit_prune.distributed import shards
 
@@ -33,4 +35,4 @@ def check_fit(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModu
     group_sets = find_group_sets(model, blocks=pruning.config.limits.blocks)
     shards.check_layout(model, group_sets)
     check_parameters(model, group_sets, pl_module)
-    pruning.stage_config().check(model, group_sets)
+    check_before_fit(model, group_sets, pruning.stage_config(), ranks_of(trainer))

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_prune.architectures.registry import has_groups
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
+from lit_prune.budgets.budget import Budget
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage
 from lit_prune.callbacks.detection import model_in
@@ -29,12 +30,13 @@ from lit_prune.callbacks.schedule import (
     begin_epoch_anew,
     check_reachable,
     check_stages,
+    check_timing,
     due_stage,
     skips_epoch_start,
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
 from lit_prune.config import PruningConfig
-from lit_prune.errors import ArgumentValueError, UnsupportedModelError
+from lit_prune.errors import UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
@@ -118,6 +120,8 @@ class StructuredPruning(Callback):
             batches after every cut.
         polish_epochs: Number of passes over the calibration batches in which, after the last cut of a stage, the layers that a
             repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
+        budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`lit_prune.Budget`, or text
+            like ``"latency=1.5x,memory=6GB"``.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -175,12 +179,10 @@ class StructuredPruning(Callback):
         iterations: int = PruningConfig.iterations,
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
         polish_epochs: int = PruningConfig.polish_epochs,
+        budget: Budget | str | None = None,
     ) -> None:
         super().__init__()
-        if schedule is not None and (epoch is not None or step is not None):
-            raise ArgumentValueError(
-                f"Give a schedule, or epoch or step; found {schedule}, epoch={epoch} and step={step}."
-            )
+        check_timing(schedule, epoch, step, budget)
         pruning_ratio = RATIO.check("pruning_ratio", pruning_ratio)
         if isinstance(schedule, CubicSchedule):
             self.stages = schedule.resolve(pruning_ratio)
@@ -219,6 +221,7 @@ class StructuredPruning(Callback):
             iterations=iterations,
             recalibrate_batch_norm=recalibrate_batch_norm,
             polish_epochs=polish_epochs,
+            budget=budget,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)

@@ -34,7 +34,8 @@ from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.output_folder import check_replaceable
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.page import cost_table, report_table, write_report
+from lit_prune.reporting.budgets import budget_numbers
+from lit_prune.reporting.page import report_tables, write_report
 from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.text_escape import for_console
 
@@ -225,7 +226,7 @@ class PruningReport(Callback):
             flat |= {
                 f"pruning/removed_groups/{k}": lost["groups"] / lost["of"] for k, lost in self._state.value.lost.items()
             }
-        flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()}
+        flat |= {f"pruning/{name}": value for name, value in pruning.costs.items()} | budget_numbers(pruning.plan)
         parameters = [values["parameters"] for values in self.metrics.values()]
         flat["pruning/ratio"] = 1 - parameters[-1] / parameters[0]
         for logger in trainer.loggers:
@@ -266,9 +267,8 @@ class PruningReport(Callback):
         model = self._pruning.model(pl_module)
         if not self._pruning.dry_run:
             self.metrics["recovered"] = {**_size(model), **self._state.value.validated}
-            if self._dense is not None:
-                with warn_instead("The speed was not measured", _ANYTHING):
-                    self._measure(model)
+            with warn_instead("The speed was not measured", _ANYTHING):
+                self._measure(model)
             recovered = {f"pruning/recovered/{n}": v for n, v in self.metrics["recovered"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics(recovered, step=trainer.global_step)
@@ -306,7 +306,8 @@ class PruningReport(Callback):
         )
 
     def _measure(self, model: nn.Module) -> None:
-        assert self._dense is not None
+        if self._dense is None:
+            return
         device = next(model.parameters()).device
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = torch.randint(0, vocabulary, (1, self.speed_tokens), generator=torch.Generator().manual_seed(0)).to(
@@ -363,10 +364,9 @@ class PruningReport(Callback):
 
     @rank_zero_only
     def _print(self, trainer: pl.Trainer) -> None:
-        console = Console()
-        console.print(report_table(self.metrics))
-        if self._pruning is not None and self._pruning.costs:
-            console.print(cost_table(self._pruning.costs))
+        console, pruning = Console(), self._pruning
+        for table in report_tables(self.metrics, pruning and pruning.plan, pruning.costs if pruning else {}):
+            console.print(table)
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)
         console.print(for_console(f"Written to {self._folder(trainer)}"), soft_wrap=True)

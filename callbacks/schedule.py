@@ -109,6 +109,18 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return stages
 
 
+def check_timing(schedule: object, epoch: int | None, step: int | None, budget: object) -> None:
+    """Refuse a schedule beside an epoch, a step or a budget, which is reached at one point.
+
+    Raises:
+        ArgumentValueError: If there is one.
+    """
+    if schedule is not None and (epoch is not None or step is not None):
+        raise ArgumentValueError(f"Give a schedule, or epoch or step; found {schedule}, epoch={epoch} and step={step}.")
+    if schedule is not None and budget is not None:
+        raise ArgumentValueError(f"A budget is reached at one epoch or step; found {schedule} and the budget {budget}.")
+
+
 def due_stage(stages: Sequence[Stage], done: int, *, epoch: int | None = None, step: int | None = None) -> int | None:
     """Return the index of the last stage that is due and not done, or ``None``.
 

@@ -16,6 +16,8 @@ from lit_prune.architectures import (
     register_architecture,
 )
 from lit_prune.architectures.tracing import TracedGroups
+from lit_prune.budgets.budget import Budget
+from lit_prune.budgets.latency import measure_latency
 from lit_prune.calibration.statistic_registry import (
     GradientStatistic,
     GroupStatistic,
@@ -50,6 +52,7 @@ __all__ = [
     "MLP",
     "Architecture",
     "Attention",
+    "Budget",
     "BudgetError",
     "CalibrationError",
     "Criterion",
@@ -82,6 +85,7 @@ __all__ = [
     "get_plan",
     "load_pruned",
     "make_plan",
+    "measure_latency",
     "prune",
     "rebuild_from_checkpoint",
     "register_architecture",

@@ -7,6 +7,7 @@ import json
 import re
 import statistics as numbers
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.ranking.registry import criteria
 from lit_prune.ranking.table import GroupTable
-from lit_prune.reporting.page import cost_table, report_table, write_report
+from lit_prune.reporting.page import report_table, report_tables, write_report
 from lit_prune.reporting.throughput import tokens_per_second
 from lit_prune.session import Calibration, Session
 from lit_prune.text_escape import for_console
@@ -60,6 +61,7 @@ def plan(
     output: Path,
     calibration: Calibration = DEFAULT_CALIBRATION,
     pruning: PruningConfig = DEFAULT_PRUNING,
+    budget: str | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -71,17 +73,20 @@ def plan(
         output: Folder to write to.
         calibration: The calibration text.
         pruning: Options of a pruning: criterion, ratio, limits and repair.
+        budget: What the pruned model may take at most, in place of a ratio, as text; short for --pruning.budget. For instance
+            latency=1.5x,memory=6GB,length=2048.
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
     """
     check_writable(output)
+    pruning = _with_budget(pruning, budget)
     session = Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
     dense = session.metrics()
     table, made = session.prune(pruning)
     metrics = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
     costs = session.costs.numbers()
     write_report(output, metrics, made, table, costs=costs)
-    _print(metrics, output, costs)
+    _print(metrics, made, output, costs)
 
 
 def apply(
@@ -90,6 +95,7 @@ def apply(
     plan: Path | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
     pruning: PruningConfig = DEFAULT_PRUNING,
+    budget: str | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
     self_contained: bool = False,
@@ -104,12 +110,15 @@ def apply(
             in either case; --pruning.repair null skips it.
         calibration: The calibration text.
         pruning: How to prune; with a plan, only repair counts.
+        budget: What the pruned model may take at most, in place of a ratio, as text; short for --pruning.budget. For instance
+            latency=1.5x,memory=6GB,length=2048.
         device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
         dtype: Data type of the weights; auto takes that of the files.
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
     """
     check_replaceable(output, [model])
+    pruning = _with_budget(pruning, budget)
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
     session = Session(model, calibration, device, dtype, blocks=blocks)
@@ -129,7 +138,7 @@ def apply(
     with replacing_folder(output, [model]) as temporary:
         write_pruned(whole, temporary, session.tokenizer, metrics=metrics, self_contained=self_contained)
         write_report(temporary / REPORT, metrics, cut, table, costs=costs)
-    _print(metrics, output, costs)
+    _print(metrics, cut, output, costs)
 
 
 def convert(
@@ -214,7 +223,7 @@ def report(folder: Path) -> None:
         with reading(f"The costs {str(file)!r}"):
             costs = _COSTS.check(str(file), json.loads(file.read_text(encoding="utf-8")))
     write_report(folder, metrics, made, table, costs=costs)
-    _print(metrics, folder, costs)
+    _print(metrics, made, folder, costs)
 
 
 def compare(
@@ -255,11 +264,13 @@ def compare(
         write_text(output, json.dumps(metrics, indent=1) + "\n")
 
 
-def _print(metrics: dict[str, dict[str, float]], folder: Path, costs: dict[str, float]) -> None:
-    if metrics:
-        Console().print(report_table(metrics))
-    if costs:
-        Console().print(cost_table(costs))
+def _with_budget(pruning: PruningConfig, budget: str | None) -> PruningConfig:
+    return pruning if budget is None else replace(pruning, budget=budget)
+
+
+def _print(metrics: dict[str, dict[str, float]], plan: PruningPlan, folder: Path, costs: dict[str, float]) -> None:
+    for table in report_tables(metrics, plan, costs):
+        Console().print(table)
     _say(f"Written to {folder}")
 
 
@@ -298,7 +309,7 @@ def _parser() -> ArgumentParser:
         sub.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True, skip=skipped)
         if "pruning" in inspect.signature(function).parameters:
             # stages of a schedule are the callback's
-            sub.add_class_arguments(PruningConfig, "pruning", skip={"reference"}, sub_configs=True)
+            sub.add_class_arguments(PruningConfig, "pruning", skip={"reference", "budget_share"}, sub_configs=True)
         for action in sub._actions:
             action.help = _MARKUP.sub(r"\1", action.help or "")
         commands.add_subcommand(name, sub, help=summary)

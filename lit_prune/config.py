@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -27,10 +28,15 @@ from lit_prune.arguments import (
     pair,
     shown,
 )
+from lit_prune.budgets.budget import Budget
+from lit_prune.budgets.goals import Goals
+from lit_prune.budgets.resources import Resource
+from lit_prune.budgets.workloads import Example
 from lit_prune.calibration.statistics import GRADIENT_DTYPES, MODES
 from lit_prune.calibration.terms import Term
 from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import GroupSet
+from lit_prune.ranking.budget_selection import check_budgets
 from lit_prune.ranking.model_table import group_table, model_size, original_sizes
 from lit_prune.ranking.registry import NORMALIZATIONS, criteria, get_criterion
 from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget, select
@@ -79,6 +85,7 @@ _RULES: dict[str, Rule] = {
     "polish_epochs": NATURAL,
     "offload_hidden_states": optional(FLAG),
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
+    "budget_share": Rule("a number above 0, up to 1", Annotated[float, Field(gt=0, le=1)]),
 }
 
 
@@ -118,6 +125,9 @@ class PruningConfig:
             device's memory.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
+        budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`Budget`, a mapping of its
+            fields, or text like ``"latency=1.5x,memory=6GB"``.
+        budget_share: How far to go towards the budget: 0.5 is half of what has to be saved. Set by :meth:`steps`.
     """
 
     importance: str | Mapping[str, float] = "fisher"
@@ -136,6 +146,8 @@ class PruningConfig:
     polish_epochs: int = 0
     offload_hidden_states: bool | None = None
     reference: tuple[int, int] | None = None
+    budget: Budget | str | None = None
+    budget_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model.
@@ -145,6 +157,13 @@ class PruningConfig:
             ArgumentValueError: If a value is unknown or out of its range.
         """
         check_fields(self, _RULES)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
+            if self.pruning_ratio != PruningConfig.pruning_ratio or self.ratio_of != "all":
+                raise ArgumentValueError(
+                    f"Give pruning_ratio or budget; found pruning_ratio={self.pruning_ratio},"
+                    f" ratio_of={self.ratio_of!r} and {self.budget}."
+                )
         for weights in self.candidates.values():
             for name in weights:
                 if name not in criteria():
@@ -179,18 +198,52 @@ class PruningConfig:
         """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
         return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
 
-    def check(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
-        """Check against a model that the ratio can be reached, before any calibration.
+    def goals(self, model: nn.Module, group_sets: Sequence[GroupSet], example: Example | None = None) -> Goals | None:
+        """What the budget is of this model, measured where it has to be; ``None`` if there is none.
+
+        Args:
+            model: The model, before any cut; it is run for budgets of FLOPs, caches and times.
+            group_sets: Its group sets.
+            example: Runs a calibration batch where the model takes no token ids, see
+                :class:`lit_prune.budgets.workloads.Workload`.
+
+        Raises:
+            BudgetError: If the budget asks for something that the model does not have.
+        """
+        return None if self.budget is None else Goals(model, group_sets, Budget.of(self.budget), example)
+
+    def check(self, model: nn.Module, group_sets: Sequence[GroupSet], goals: Goals | None = None) -> None:
+        """Check against a model that the ratio or the budget can be reached, before any calibration.
+
+        Args:
+            model: The model.
+            group_sets: Its group sets.
+            goals: What :meth:`goals` found of the model that the budget is of; of this one if ``None``.
 
         Raises:
             BudgetError: If it cannot.
             ValueError: If the limits name something the model does not have.
         """
         table = group_table(model, group_sets, [torch.zeros(s.size, dtype=torch.float32) for s in group_sets])
-        select(table, self.budget(model, group_sets), self.limits, original_sizes(model))
+        goals = goals or self.goals(model, group_sets)
+        if goals is not None:
+            resources, multiple = self.resources(model, group_sets, goals)
+            check_budgets(table, resources, self.limits, original_sizes(model), multiple)
+            return
+        select(table, self.budget_of_parameters(model, group_sets), self.limits, original_sizes(model))
+
+    def resources(
+        self, model: nn.Module, group_sets: Sequence[GroupSet], goals: Goals
+    ) -> tuple[list[Resource], np.ndarray | None]:
+        """The limits for what is left of a model, and the steps of its measured times, unless ``limits`` say something else."""
+        multiple = goals.multiples(model, group_sets) if self.limits.multiple_of is None else None
+        return goals.resources(model, group_sets, self.budget_share), multiple
 
     def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
         """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
+        if self.budget is not None:
+            shares = [(k + 1) / self.iterations * self.budget_share for k in range(self.iterations)]
+            return [replace(self, budget_share=share, iterations=1) for share in shares]
         size = model_size(model, group_sets)
         reference = self.reference or size
         gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
@@ -200,7 +253,7 @@ class PruningConfig:
             replace(self, pruning_ratio=r, reference=reference, iterations=1) for r in (*ratios, self.pruning_ratio)
         ]
 
-    def budget(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
+    def budget_of_parameters(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:
         """Parameters to remove from the model.
 
         The ratio is of the model as it is, or, with ``reference``, of what it was, less what is gone already.

@@ -17,6 +17,8 @@ from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.architectures.registry import has_groups
 from lit_prune.architectures.weight_checks import check_parameters
 from lit_prune.arguments import BATCHES
+from lit_prune.budgeting import correct_goals, find_goals, with_measured, with_trade_offs
+from lit_prune.budgets.goals import Goals
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
 from lit_prune.calibration.statistics import Statistics
@@ -196,7 +198,7 @@ def prune_with(
     costs = Costs() if costs is None else costs
     phase = partial(costs.phase, device=next(model.parameters()).device)
     with phase(CHECK):
-        _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
+        goals = _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     epochs = 0 if dry_run else config.polish_epochs
@@ -210,7 +212,7 @@ def prune_with(
         for number, step in enumerate(steps[-1:] if dry_run else steps):
             group_sets = find_group_sets(model, blocks=blocks)
             try:
-                step.check(model, group_sets)
+                step.check(model, group_sets, goals)
             except SmallBudgetError:
                 if made is None and step is steps[-1]:
                     raise
@@ -239,7 +241,10 @@ def prune_with(
                 return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
             with phase(PLANNING):
-                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+                if goals is not None and made is None:
+                    correct_goals(model, group_sets, statistics, config, goals)
+                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure, goals=goals)
+                ranked = with_trade_offs(model, group_sets, ranked, step, goals) if made is None else ranked
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:
@@ -277,6 +282,8 @@ def prune_with(
                 info, undo = polishing.polish(find_group_sets(model, blocks=blocks), progress)
             undos.append(undo)
             made = replace(made, info={**made.info, **info})
+        with phase(CHECK):
+            made = with_measured(model, made, goals, cut=not dry_run)
         with together(ranks, "taking over the result"):
             if (forget := record(table, made)) is not None:
                 undos.append(forget)
@@ -293,9 +300,10 @@ def _check_before(
     ranks: Ranks | None,
     *,
     cuts: bool,
-) -> None:
-    """Refuse, before any work is done, what could not be carried out later."""
-    config.check(model, group_sets)
+) -> Goals | None:
+    """Refuse, before any work is done, what could not be carried out later; return the goals of the budget, if there is one."""
+    goals = find_goals(model, group_sets, config, partial(data, CHECK), ranks)
+    config.check(model, group_sets, goals)
     check_layout(model, group_sets)
     check_parameters(model, group_sets, root)
     if cuts:
@@ -308,6 +316,7 @@ def _check_before(
         check_holders(model, holder, optimizers, touched, adds_biases=biases, repaired=refitted)
     with data(CHECK) as (batches, loss), together(ranks, "calibration"):
         check_computation(model, group_sets, batches, loss, root=root, ranks=ranks, kinds=config.limits.kinds)
+    return goals
 
 
 @contextlib.contextmanager

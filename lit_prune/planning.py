@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.budgets.goals import Goals
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import DEFAULT, PruningConfig
 from lit_prune.distributed import shards
 from lit_prune.errors import (
     ArgumentValueError,
 )
-from lit_prune.groups import GroupSet, check_names, count_parameters
+from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
 from lit_prune.plan import PruningPlan
+from lit_prune.ranking.budget_selection import select_for_budgets
 from lit_prune.ranking.importance import group_importance, mixed_importance
-from lit_prune.ranking.model_table import group_table, select_in_model
+from lit_prune.ranking.model_table import group_table, original_sizes, select_in_model
 from lit_prune.ranking.registry import get_criterion
 from lit_prune.ranking.table import GroupTable
 from lit_prune.surgery.kept_groups import with_kept_groups
@@ -29,6 +32,7 @@ def make_plan(
     config: PruningConfig,
     *,
     measure: Callable[[PruningPlan], float] | None = None,
+    goals: Goals | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """Score, rank and select the groups; gives the global table and the plan.
 
@@ -39,15 +43,18 @@ def make_plan(
         config: The configuration.
         measure: What a plan costs, its masked loss for instance (:func:`lit_prune.ranking.candidates.masked_loss`); asked
             only where there are several candidates.
+        goals: What ``config.goals`` found of the model before any cut, if the configuration has a budget; found of this model
+            if ``None``.
 
     Raises:
-        BudgetError: If the ratio cannot be reached under the limits.
+        BudgetError: If the ratio or budget cannot be reached under the limits.
         CalibrationError: If an importance is not finite.
         UnsupportedModelError: If the group sets are of another model.
         ValueError: If there are several candidates and no ``measure``.
     """
     shards.reshard(model)
     check_names(model, group_sets)
+    goals = goals or config.goals(model, group_sets)
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     before = count_parameters(model)
     results: list[tuple[GroupTable, PruningPlan]] = []
@@ -69,14 +76,14 @@ def make_plan(
         if statistics is not None and statistics.unexplained:
             total = _discounted(total, group_sets, statistics.unexplained)
         table = group_table(model, group_sets, total)
-        removed = select_in_model(model, group_sets, table, config.budget(model, group_sets), config.limits)
+        reached = _select(model, group_sets, table, config, goals)
+        removed = count_removed(model, group_sets, table.removed_groups())
         info = {
             "importance": label,
             "weights": dict(weights),
             "normalize": config.normalize,
             "repair": config.repair,
-            "pruning_ratio": config.pruning_ratio,
-            "ratio_of": config.ratio_of,
+            **reached,
             "calibration_batches": statistics.batches if statistics is not None else 0,
             **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
             "parameters_before": before,
@@ -91,6 +98,28 @@ def make_plan(
     best = min(measured, key=measured.__getitem__)
     table, plan = results[list(measured).index(best)]
     return table, replace(plan, info={**plan.info, "candidates": measured})
+
+
+def _select(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    table: GroupTable,
+    config: PruningConfig,
+    goals: Goals | None,
+) -> dict[str, Any]:
+    """Mark in the table which groups stay, and say for the plan's info what was asked for and is reached."""
+    if goals is None:
+        select_in_model(model, group_sets, table, config.budget_of_parameters(model, group_sets), config.limits)
+        return {"pruning_ratio": config.pruning_ratio, "ratio_of": config.ratio_of}
+    resources, multiple = config.resources(model, group_sets, goals)
+    choice = select_for_budgets(table, resources, config.limits, original_sizes(model), multiple)
+    table.kept, table.price = choice.kept, choice.price
+    return {
+        "budget": {name: str(asked) for name, asked in goals.budget.asked.items()},
+        "budget_share": config.budget_share,
+        "binding": list(choice.binding),
+        "predicted": choice.values,
+    }
 
 
 def _discounted(

@@ -38,6 +38,9 @@ AnyTransposedConvolution = _ConvTransposeNd
 AnyBatchNorm = _BatchNorm
 AnyRunningNorm = _NormBase
 
+# multiplies rows with one matrix each, out of several
+GROUPED_PRODUCTS = torch.ops.aten._grouped_mm
+
 # the attribute of what torch.compile makes of a module that holds the module
 COMPILED_FROM = "_orig_mod"
 
@@ -88,6 +91,11 @@ def written_arguments(operation: Any) -> list[tuple[int, str]]:
     """Return position and name of the arguments that an operation of the dispatcher writes into."""
     arguments = enumerate(operation._schema.arguments)
     return [(n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def packet_of(operation: Any) -> Any:
+    """Return the operation of which this is one overload, as torch's registry of FLOP formulas lists it."""
+    return operation._overloadpacket
 
 
 def overload_name(operation: Any) -> str:

@@ -129,6 +129,19 @@ def test_new_iterators_of_persistent_workers():
     assert iter(loader) is first
 
 
+def test_operations_that_overloads_are_of():
+    assert torch_internals.packet_of(torch.ops.aten.mm.default) is torch.ops.aten.mm
+    rows, matrices = torch.randn(16, 16), torch.randn(2, 16, 8)
+    offsets = torch.tensor([4, 16], dtype=torch.int32)
+    try:
+        products = torch_internals.GROUPED_PRODUCTS(rows.bfloat16(), matrices.bfloat16(), offsets)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"no grouped products on this processor: {error}")
+    assert products.shape == (16, 8)
+    expected = torch.cat([rows[:4] @ matrices[0], rows[4:] @ matrices[1]])
+    assert torch.allclose(products.float(), expected, atol=0.2, rtol=0.05)
+
+
 def test_operations_by_overload_and_in_simpler_ones():
     aten = torch.ops.aten
     assert torch_internals.overload_name(aten.view.dtype) == "dtype"

@@ -118,7 +118,9 @@ def test_a_uniform_plan_keeps_one_width_and_fits_a_stock_config(multiple, batche
     assert all(len(w) == 1 for w in widths.values())
     (heads,), (channels,) = widths["attention"], widths["mlp"]
     assert channels % multiple == 0
-    assert 0 <= config.budget(model, group_sets) - table.removed_cost < 3 * max(s.cost for s in group_sets)
+    assert (
+        0 <= config.budget_of_parameters(model, group_sets) - table.removed_cost < 3 * max(s.cost for s in group_sets)
+    )
     apply_plan(model, plan)
     stock = tiny(
         "llama", num_key_value_heads=heads, num_attention_heads=2 * heads, intermediate_size=channels, head_dim=4

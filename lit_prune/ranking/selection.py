@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from lit_prune.arguments import (
 )
 from lit_prune.errors import ArgumentValueError, BudgetError, SmallBudgetError
 from lit_prune.groups import BLOCK, stack_of
+from lit_prune.ranking.steps import StepCosts, find_steps
 from lit_prune.ranking.table import GroupTable
 
 # other widths are slower to multiply (docs/cost.md), and formats of quantised weights have blocks of 32;
@@ -199,8 +199,9 @@ def select(
         BudgetError: If the limits do not let so many parameters leave, or the budget is smaller than one step.
     """
     limits = limits or Limits()
-    step_of_row, step_score, step_cost = _steps(table, limits, original)
-    cost_of = _Cost(table, step_of_row, step_cost)
+    steps = find_steps(table, limits.floor(table, original), limits.multiples(table, original), uniform=limits.uniform)
+    step_of_row, step_cost = steps.of_row, steps.cost(table.cost)
+    cost_of = StepCosts(table, step_of_row, step_cost)
     available = int(cost_of(np.arange(len(step_cost))).sum())
     if budget > available:
         total = int(table.cost[table.block_of_row < 0].sum())
@@ -215,132 +216,13 @@ def select(
         raise SmallBudgetError(
             f"The budget of {budget:,} parameters is less than the smallest removable group ({smallest})."
         )
-    set_of_step = table.set_of_row[_first_row(step_of_row, len(step_cost))]
-    if limits.uniform:
-        set_of_step = _uniform_units(table)[set_of_step]
-    chosen = _fill(step_score, cost_of, set_of_step, budget)
+    chosen = _fill(steps.score(step_cost), cost_of, steps.unit, budget)
     # a step more for the rows that are in none
     removed = np.append(chosen, False)[step_of_row]
     return ~(removed | np.append(chosen, False)[cost_of.block_step])
 
 
-def _first_row(step_of_row: np.ndarray, steps: int) -> np.ndarray:
-    first = np.empty(steps, dtype=np.int64)
-    rows = np.flatnonzero(step_of_row >= 0)[::-1]
-    first[step_of_row[rows]] = rows
-    return first
-
-
-def _steps(
-    table: GroupTable, limits: Limits, original: Mapping[tuple[str, str], int] | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group the rows that may leave into steps that leave together (single rows unless widths are rounded).
-
-    Returns:
-        The step of every row (-1 for rows that stay), and the score and cost of every step. The steps of a set are
-        numbered in the order in which they must leave.
-    """
-    sets, score = table.set_of_row, table.score
-    # a step takes as many rows from each of the parts of a set that have to stay equally large
-    parts = np.ones_like(table.sizes) if table.equal_parts is None else table.equal_parts
-    sizes = table.sizes // parts
-    order = np.lexsort((score, table.group // np.maximum(sizes, 1)[sets], sets))
-    rank = np.empty(len(table), dtype=np.int64)
-    rank[order] = (np.arange(len(table)) - np.repeat(table.offsets[:-1], table.sizes)) % np.maximum(sizes, 1)[sets]
-    multiple = limits.multiples(table, original)
-    multiple = multiple // np.gcd(multiple, parts)
-    floor = -(-limits.floor(table, original) // (parts * multiple)) * multiple
-    removable = np.maximum(sizes - floor, 0)
-    # the first step takes what is over the last whole multiple, so that every later state is a whole multiple
-    surplus = sizes % multiple
-    in_set = np.where(rank < surplus[sets], 0, (rank - surplus[sets]) // multiple[sets] + (surplus[sets] > 0))
-    steps_per_set = np.where(removable > 0, (removable - surplus) // multiple + (surplus > 0), 0)
-    starts = np.concatenate([[0], steps_per_set.cumsum()])
-    step_of_row = np.where(rank < removable[sets], starts[:-1][sets] + in_set, -1)
-    if limits.uniform:
-        step_of_row, starts = _merge_uniform(table, step_of_row, starts)
-    inside = step_of_row >= 0
-    cost = np.bincount(step_of_row[inside], weights=table.cost[inside], minlength=starts[-1]).astype(np.int64)
-    importance = np.bincount(step_of_row[inside], weights=table.importance[inside], minlength=starts[-1])
-    step_score = importance / np.maximum(cost, 1)
-    for start, stop in pairwise(starts):
-        # means of ascending scores ascend but for rounding, and the order of leaving must not depend on that
-        np.maximum.accumulate(step_score[start:stop], out=step_score[start:stop])
-    return step_of_row, step_score, cost
-
-
-class _Cost:
-    """What steps cost, given what leaves before them: a block is charged what is still there, what is in it nothing after it.
-
-    Args:
-        table: The group table.
-        step_of_row: The step of every row, -1 for rows that stay.
-        step_cost: The cost of every step by itself.
-    """
-
-    def __init__(self, table: GroupTable, step_of_row: np.ndarray, step_cost: np.ndarray) -> None:
-        # the step with which the block around a row leaves, -1 if it has none or that stays
-        self.block_step = np.append(step_of_row, -1)[table.block_of_row]
-        self._nested = self.block_step >= 0
-        self._step, self._block = step_of_row[self._nested], self.block_step[self._nested]
-        self._row_cost, self._step_cost = table.cost[self._nested], step_cost
-
-    def __call__(self, steps: np.ndarray, gone: np.ndarray | None = None, *, in_turn: bool = True) -> np.ndarray:
-        """The cost of every one of some steps, after those marked in ``gone`` and, if in turn, those before it."""
-        cost, never = self._step_cost, len(self._step_cost)
-        if len(self._row_cost):
-            when = np.full(never + 1, never)
-            if in_turn:
-                when[steps] = np.arange(len(steps))
-            if gone is not None:
-                when[:-1][gone] = -1
-            by_itself, by_block = when[self._step], when[self._block]
-            free = (by_block < by_itself) & (self._step >= 0)
-            paid = by_itself < by_block
-            cost = cost - np.bincount(self._step[free], self._row_cost[free], never).astype(np.int64)
-            cost -= np.bincount(self._block[paid], self._row_cost[paid], never).astype(np.int64)
-            cost = np.maximum(cost, 0)
-        return cost[steps]
-
-
-def _uniform_units(table: GroupTable) -> np.ndarray:
-    """For every set the number of those that keep the same width: sets of a kind, but every block by itself.
-
-    Where the sets of a kind differ in size (experts beside dense MLPs), it is those at the same place of their layers.
-    """
-    sizes: dict[str, set[int]] = {}
-    for (_, kind), size in zip(table.keys, table.sizes.tolist(), strict=True):
-        sizes.setdefault(kind, set()).add(size)
-    units: dict[tuple[str, str], int] = {}
-    found = []
-    for name, kind in table.keys:
-        place = re.sub(r"\d+", "*", name) if len(sizes[kind]) > 1 else ""
-        found.append(units.setdefault((name if kind == BLOCK else place, kind), len(units)))
-    return np.array(found)
-
-
-def _merge_uniform(table: GroupTable, step_of_row: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Let the n-th steps of all group sets of a kind leave together.
-
-    Raises:
-        BudgetError: If the sets of a kind that may lose groups differ in size, or in what the limits let leave.
-    """
-    unit_of_set = _uniform_units(table)
-    steps, offset = np.diff(starts), [0]
-    for number in range(unit_of_set.max() + 1):
-        members = unit_of_set == number
-        kind = table.keys[int(np.argmax(members))][1]
-        if steps[members].any() and (len(set(table.sizes[members])) > 1 or len(set(steps[members])) > 1):
-            raise BudgetError(
-                f"A uniform plan needs {kind} group sets of one size and with the same limits; found sizes"
-                f" {sorted(set(table.sizes[members].tolist()))} and removable steps {sorted(set(steps[members].tolist()))}."
-            )
-        offset.append(offset[-1] + int(steps[members][0]))
-    merged = np.array(offset[:-1])[unit_of_set][table.set_of_row] + step_of_row - starts[:-1][table.set_of_row]
-    return np.where(step_of_row >= 0, merged, -1), np.array(offset)
-
-
-def _fill(score: np.ndarray, cost_of: _Cost, sets: np.ndarray, budget: int) -> np.ndarray:
+def _fill(score: np.ndarray, cost_of: StepCosts, sets: np.ndarray, budget: int) -> np.ndarray:
     """Take steps by ascending score; skip those that overshoot, and with one of them the later steps of its set."""
     chosen = np.zeros(len(score), dtype=bool)
     order = np.argsort(score, kind="stable")

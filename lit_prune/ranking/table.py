@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,10 @@ class GroupTable:
             ``(sets,)``; 1 for all if ``None``. Not written to files.
         members: Names of the modules that every set holds parameters of, by which it can be protected, too. Not written to
             files.
+        price: What the removal of each group saves, weighted over the limits of a budget, float array of shape ``(rows,)``;
+            scores are importance / price then. ``None`` if the budget is one of parameters. Not written to files.
+        trade_offs: By quantity of a budget, what cuts of rising size cost in importance and save; see
+            :func:`lit_prune.ranking.budget_selection.trade_off`. Not written to files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -63,6 +67,8 @@ class GroupTable:
     equal_parts: np.ndarray | None = None
     multiple_of: np.ndarray | None = None
     members: tuple[tuple[str, ...], ...] | None = None
+    price: np.ndarray | None = None
+    trade_offs: Mapping[str, Sequence[Mapping[str, float]]] | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -119,8 +125,10 @@ class GroupTable:
 
     @property
     def score(self) -> np.ndarray:
-        """Importance / cost of every row; the rows with the lowest scores are removed first."""
-        return self.importance / self.cost
+        """Importance / cost of every row, or / price; the rows with the lowest scores are removed first."""
+        if self.price is None:
+            return self.importance / self.cost
+        return np.divide(self.importance, self.price, out=np.full(len(self), np.inf), where=self.price > 0)
 
     @property
     def block_of_set(self) -> np.ndarray:
@@ -163,6 +171,9 @@ class GroupTable:
         result = replace(self, importance=self.importance.copy(), cost=self.cost.copy(), kept=np.zeros_like(self.kept))
         for column in ("importance", "cost", "kept"):
             getattr(result, column)[stays] = getattr(later, column)
+        if self.price is not None and later.price is not None:
+            result.price = self.price.copy()
+            result.price[stays] = later.price
         return result
 
     def kept_groups(self) -> list[np.ndarray]:

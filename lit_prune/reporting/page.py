@@ -16,6 +16,7 @@ from lit_prune._files import replacing_files, write_text
 from lit_prune.costs import cost_rows
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+from lit_prune.reporting.budgets import budget_rows, budgets_of
 from lit_prune.reporting.metrics import metric_rows
 from lit_prune.reporting.plots import (
     PALE,
@@ -34,6 +35,20 @@ def cost_table(costs: Mapping[str, float]) -> Table:
     return _console_table("What pruning took", cost_rows(costs))
 
 
+def budget_table(rows: Sequence[Sequence[str]]) -> Table:
+    """What was asked, predicted and measured of a budget (see :func:`lit_prune.reporting.budgets.budget_rows`)."""
+    return _console_table("Budget", rows)
+
+
+def report_tables(
+    metrics: Mapping[str, Mapping[str, float]], plan: PruningPlan | None, costs: Mapping[str, float]
+) -> list[Table]:
+    """The tables of a report for the console: metrics, the budget if there is one, and what pruning took."""
+    limits = budget_rows(plan)
+    found = [report_table(metrics)] if metrics else []
+    return found + ([budget_table(limits)] if limits else []) + ([cost_table(costs)] if costs else [])
+
+
 def _console_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for position, heading in enumerate(rows[0]):
@@ -48,6 +63,7 @@ _TITLES = {
     "importance": "Importance",
     "scores": "Where the cut came",
     "timeline": "Across the cut",
+    "trade_off": "What other budgets would cost",
 }
 
 
@@ -73,6 +89,7 @@ def html_report(
         f"<tr><td>{for_html(k)}</td><td>{for_html(v if isinstance(v, str) else json.dumps(v))}</td></tr>"
         for k, v in plan.info.items()
     )
+    limits = budget_rows(plan)
     sections = "".join(
         f"<section><h2>{for_html(_TITLES.get(name, name))}</h2>"
         f'<img alt="{for_html(name)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>'
@@ -97,6 +114,7 @@ img {{ width: 100%; height: auto; }}
 <h1>{for_html(title)}</h1>
 {_html_table("metrics", metric_rows(metrics))}
 <p>{for_html(note)}</p>
+{f"<h2>Budget</h2>{_html_table('budgets', limits)}" if limits else ""}
 {sections}
 {f"<h2>What pruning took</h2>{_html_table('costs', cost_rows(costs))}" if costs else ""}
 <h2>How the plan came about</h2>
@@ -123,7 +141,7 @@ def write_report(
 ) -> dict[str, Figure]:
     """Write ``report.json``, ``plan.json``, ``group_table.csv``, the pictures as PNG, and ``report.html``: all or none.
 
-    With costs ``costs.json``, too.
+    With costs ``costs.json``, with a budget ``budgets.json``, and with what other budgets would cost ``trade_offs.json``, too.
 
     Args:
         folder: Where to write.
@@ -146,6 +164,10 @@ def write_report(
         for name, image in images.items():
             (temporary / f"{name}.png").write_bytes(image)
         write_text(temporary / "report.html", html_report(metrics, plan, images, note=note, costs=costs))
+        if limits := budgets_of(plan):
+            write_text(temporary / "budgets.json", json.dumps(limits, indent=1) + "\n")
+        if table is not None and table.trade_offs:
+            write_text(temporary / "trade_offs.json", json.dumps(table.trade_offs, indent=1) + "\n")
         if costs:
             write_text(temporary / "costs.json", json.dumps(dict(costs), indent=1) + "\n")
         write_text(temporary / "report.json", json.dumps(dict(metrics), indent=1) + "\n")

@@ -71,7 +71,7 @@ def importance_figure(table: GroupTable, columns: int = 64) -> Figure:
     """
     kinds = list(dict.fromkeys(kind for _, kind in table.keys))
     scores, kept = table.score, table.kept
-    positive = scores[scores > 0]
+    positive = scores[(scores > 0) & np.isfinite(scores)]
     low, high = np.quantile(positive, [0.01, 0.999]) if len(positive) else (1.0, 2.0)
     norm = LogNorm(float(low), float(max(high, low * 1.01)), clip=True)
     figure = Figure(figsize=(9, 3.2 * len(kinds)), layout="constrained")
@@ -108,7 +108,8 @@ def score_figure(table: GroupTable) -> Figure:
     """
     kinds = list(dict.fromkeys(kind for _, kind in table.keys))
     scores, kept = table.score, table.kept
-    positive = scores > 0
+    # what saves nothing of the budget has no score
+    positive = (scores > 0) & np.isfinite(scores)
     shown = np.log10(np.where(positive, scores, scores[positive].min() if positive.any() else 1.0))
     low, high = float(shown.min()), max(float(shown.max()), float(shown.min()) + 1e-3)
     cut = float(shown[table.leaving].max()) if table.leaving.any() else None
@@ -128,7 +129,9 @@ def score_figure(table: GroupTable) -> Figure:
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
-    axis.set_xlabel("score: importance / parameter")
+    axis.set_xlabel(
+        "score: importance / parameter" if table.price is None else "score: importance / part of the budget"
+    )
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
 
@@ -166,6 +169,40 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
     return figure
 
 
+_PALETTE = (KEPT, REMOVED, "#7a9e3f", "#8a6fa8")
+
+
+def trade_off_figure(table: GroupTable) -> Figure:
+    """What other budgets would cost: the predicted increase of the loss over each quantity, a curve for each order of cutting.
+
+    Args:
+        table: A group table with ``trade_offs``: for each quantity that can be limited, the cuts that are best for it.
+    """
+    curves = dict(table.trade_offs or {})
+    names = list(curves)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for (order, points), colour in zip(curves.items(), _PALETTE * len(curves), strict=False):
+            dense = points[0][name]
+            best = order == name
+            axis.plot(
+                [p[name] / dense for p in points],
+                [p["importance"] for p in points],
+                color=colour,
+                marker="o" if best else None,
+                markersize=3,
+                linewidth=1.6 if best else 0.9,
+                label=f"cut for {for_plot(order)}",
+            )
+        axis.set_xlabel(f"{for_plot(name)} / dense")
+        axis.invert_xaxis()
+        axis.set_yscale("symlog", linthresh=max(1e-12, points[-1]["importance"] / 1e4))
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.supylabel("predicted increase of the loss", fontsize=9)
+    return figure
+
+
 def pictures(
     plan: PruningPlan, table: GroupTable | None, timeline: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Figure]:
@@ -181,6 +218,8 @@ def pictures(
         figures["kept"] = kept_figure(plan, table)
         figures["importance"] = importance_figure(table)
         figures["scores"] = score_figure(table)
+        if table.trade_offs:
+            figures["trade_off"] = trade_off_figure(table)
     if len(timeline) > 1:
         names = [n for n in timeline[0] if n not in ("step", "stage")]
         preferred = [n for n in names if "perplexity" in n] or names

@@ -242,7 +242,7 @@ def test_what_leaves_with_two_sets_is_counted_once():
     removed = before - sum(p.numel() for p in model.parameters())
     assert {e.kind for e in plan.entries} >= {"mlp", "expert"}
     assert table.removed_cost > removed
-    assert 0 <= config.budget(CASE["Mixtral"].build(), group_sets) - removed < max(table.cost)
+    assert 0 <= config.budget_of_parameters(CASE["Mixtral"].build(), group_sets) - removed < max(table.cost)
 
 
 # layers without heads

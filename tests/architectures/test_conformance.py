@@ -98,7 +98,7 @@ def test_counts(case):
     group_sets = find_group_sets(dense)
     config = PruningConfig("magnitude", 0.2, ratio_of="prunable", limits=Limits(min_fraction=0))
     inner = find_model(dense)[1]
-    before, budget = count(inner), config.budget(inner, group_sets)
+    before, budget = count(inner), config.budget_of_parameters(inner, group_sets)
     _, plan = make_plan(inner, group_sets, None, config)
     apply_plan(dense, plan)
     assert plan.info["parameters_before"] == before

@@ -377,7 +377,7 @@ def test_the_budget_counts_what_leaves_with_a_block_once(name, ratio, batches, l
     )
     config.check(model, sets)
     table, plan = make_plan(model, sets, calibrate(model, sets, batches, loss_of(model), config), config)
-    budget, before = config.budget(model, sets), count_parameters(model)
+    budget, before = config.budget_of_parameters(model, sets), count_parameters(model)
     assert plan.removed_blocks
     oracle = copy.deepcopy(model)
     apply_plan(model, plan)

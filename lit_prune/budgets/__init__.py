@@ -1,0 +1,1 @@
+"""What a pruned model may cost: parameters, FLOPs, memory and time, measured and predicted."""

@@ -1,0 +1,193 @@
+"""Tables of measured times: what they hold, where they are kept, and plans made from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny
+from lit_prune import Budget, BudgetError, PruningConfig, find_group_sets, get_plan, prune
+from lit_prune.budgets.flops import flops_model
+from lit_prune.budgets.latency import latency_table, measure_table
+from lit_prune.budgets.latency_model import LatencyModel
+from lit_prune.budgets.latency_table import (
+    LatencyTable,
+    Times,
+    cache_file,
+    find_table,
+    load_tables,
+    save_tables,
+    setting_of,
+)
+from lit_prune.budgets.workloads import Workload
+from lit_prune.errors import ArgumentValueError, PruningError
+
+
+def linear_table(model, group_sets, phase="prefill", length=32, *, share=0.8, multiple=1) -> LatencyTable:
+    """A table of another machine, on which sets take ``share`` of 1 second together, and each in proportion to its groups."""
+    times = []
+    for kind, size in dict.fromkeys((s.kind, s.size) for s in group_sets):
+        names = tuple(s.name for s in group_sets if (s.kind, s.size) == (kind, size))
+        step = multiple if kind == "mlp" else 1
+        times.append(Times(kind, size, names, (0, size), (share / len(group_sets), 0.0), step))
+    setting = {**setting_of(model, group_sets, phase, 1, length), "device": "another machine"}
+    return LatencyTable(setting, 1.0, tuple(times))
+
+
+def loss_of(model):
+    return lambda batch: model(input_ids=batch, labels=batch).loss
+
+
+BATCHES = list(torch.randint(0, 64, (3, 2, 16), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "train"])
+def test_measuring_leaves_the_model_bit_for_bit(phase):
+    model = tiny(attention_dropout=0.5)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    next(model.parameters()).grad = gradient = torch.ones_like(next(model.parameters()))
+    state = torch.get_rng_state()
+    group_sets = find_group_sets(model)
+    table = measure_table(Workload(model, 2, 16), group_sets, phase, patience=0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert next(model.parameters()).grad is gradient and not model.training
+    assert torch.equal(torch.get_rng_state(), state) and get_plan(model) is None
+    assert [s.key for s in find_group_sets(model)] == [s.key for s in group_sets]
+    assert table.seconds > 0 and {t.kind for t in table.times} == {"attention", "mlp"}
+    for times in table.times:
+        assert times.kept[-1] == times.size and times.saved[-1] == 0 and len(times.sets) == 3
+        # fewer groups never take longer, whatever was measured
+        assert all(a >= b for a, b in zip(times.saved, times.saved[1:], strict=False))
+
+
+def test_blocks_are_measured_where_they_may_leave():
+    model = tiny()
+    table = measure_table(Workload(model, 1, 16), find_group_sets(model, blocks=True), "prefill", patience=0)
+    (block,) = (t for t in table.times if t.kind == "block")
+    # a block of three takes much, and less than all
+    assert 0.05 * table.seconds < block.saved[0] < 0.6 * table.seconds
+
+
+def test_times_are_interpolated_and_extrapolated():
+    times = Times("mlp", 100, ("a",), (25, 50, 100), (6.0, 4.0, 0.0))
+    assert times.at(np.array([100, 75, 50, 40, 25, 0])) == pytest.approx([0, 2, 4, 4.8, 6, 8])
+
+
+def test_tables_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_PRUNE_CACHE", str(tmp_path))
+    model = tiny()
+    group_sets = find_group_sets(model)
+    table = linear_table(model, group_sets)
+    file = cache_file(setting_of(model, group_sets, "prefill", 1, 32))
+    file.parent.mkdir(parents=True)
+    save_tables(file, [table])
+    assert latency_table(model, group_sets, "prefill", 1, 32, None) == table
+    others = [
+        setting_of(model, group_sets, "decode", 1, 32),
+        setting_of(model, group_sets, "prefill", 2, 32),
+        setting_of(tiny(intermediate_size=32), group_sets, "prefill", 1, 32),
+        setting_of(model.double(), group_sets, "prefill", 1, 32),
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    others.append(setting_of(model, group_sets, "prefill", 1, 32))
+    torch.set_num_threads(threads)
+    assert len({file, *map(cache_file, others)}) == 1 + len(others)
+
+
+def test_tables_of_other_models_and_settings_are_refused(tmp_path):
+    model, path = tiny(), tmp_path / "times.json"
+    group_sets = find_group_sets(model)
+    save_tables(path, [linear_table(model, group_sets)])
+    assert find_table(str(path), setting_of(model, group_sets, "prefill", 1, 32)) == load_tables(path)[0]
+    with pytest.raises(ArgumentValueError, match="'length': 32"):
+        find_table(str(path), setting_of(model, group_sets, "prefill", 1, 64))
+    other = tiny(intermediate_size=32)
+    with pytest.raises(ArgumentValueError, match="none of its tables"):
+        find_table(str(path), setting_of(other, find_group_sets(other), "prefill", 1, 32))
+    for broken in ("", "[]", "{}", json.dumps({**json.loads(path.read_text()), "tables": [{}]})):
+        path.write_text(broken)
+        with pytest.raises(PruningError, match="no file of latency tables"):
+            load_tables(path)
+    with pytest.raises(FileNotFoundError):
+        PruningConfig(budget=Budget(latency=0.8, latency_table=tmp_path / "none", length=32)).goals(model, group_sets)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_one_machine_prunes_for_another(tmp_path, blocks):
+    """The times of the other machine are linear, so that the time of the cut model has a closed form."""
+    model, path = tiny(), tmp_path / "times.json"
+    group_sets = find_group_sets(model, blocks=blocks)
+    save_tables(path, [linear_table(model, group_sets, multiple=4)])
+    budget = Budget(latency="1.3x", memory=0.9, latency_table=path, length=32)
+    config = PruningConfig(budget=budget, limits=_limits(blocks), importance="magnitude")
+    table, plan = prune(model, BATCHES, loss_of(model), config)
+    gone = {e.key: 1 - len(e.kept) / e.size for e in plan.group_entries}
+    each = 0.8 / len(group_sets)
+    removed = plan.removed_blocks
+    inside = sum(share for (name, _), share in gone.items() if not any(name.startswith(f"{b}.") for b in removed))
+    (latency,) = (row for row in plan.info["budgets"] if row["name"] == "latency.prefill")
+    assert latency["predicted"] == pytest.approx(1 - each * (inside + len(removed)))
+    assert latency["predicted"] <= latency["target"] == pytest.approx(1 / 1.3)
+    # the times are of another machine
+    assert "measured" not in latency
+    assert all(len(e.kept) % 4 == 0 for e in plan.group_entries if e.kind == "mlp")
+    assert set(table.trade_offs) == {"latency.prefill", "memory"}
+
+
+def _limits(blocks):
+    from lit_prune import Limits
+
+    return Limits(kinds=("attention", "mlp", "block") if blocks else None, min_fraction=0.2)
+
+
+def test_savings_of_shared_weights_do_not_add_up():
+    """Time in proportion to FLOPs, channels that every layer gives and the next reads: predicted as the FLOPs are."""
+    import contextlib
+
+    from test_quantities import Convolutions
+
+    from lit_prune import trace
+
+    model, images = Convolutions().eval(), torch.randn(2, 3, 12, 12)
+    trace(model, [images], lambda batch: model(batch).square().mean())
+    group_sets = find_group_sets(model)
+    flops = flops_model(Workload(model, 1, 1, lambda: contextlib.nullcontext(lambda: model(images))), group_sets)
+    sizes = np.array([s.size for s in group_sets])
+    dense, rate = flops.value(sizes), flops.saved(sizes)
+    times = tuple(
+        Times(s.kind, s.size, (s.name,), (0, s.size), (r * s.size / dense, 0.0))
+        for s, r in zip(group_sets, rate, strict=True)
+    )
+    predicted = LatencyModel(LatencyTable({}, 1.0, times), group_sets, flops)
+    for fraction in (0.75, 0.5):
+        kept = (sizes * fraction).astype(int)
+        assert predicted.value(kept) == pytest.approx(flops.value(kept) / dense, abs=0.01)
+        added = 1 - (rate * (sizes - kept)).sum() / dense
+        assert added < flops.value(kept) / dense - 0.03
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_any_batch_is_read(tmp_path):
+    model, path = tiny(), tmp_path / "times.json"
+    save_tables(path, [linear_table(model, find_group_sets(model))])
+    read = []
+
+    class Batches(list):
+        def __iter__(self):
+            read.append(True)
+            return super().__iter__()
+
+    budget = Budget(latency="4x", memory=0.9, latency_table=path, length=32)
+    with pytest.raises(BudgetError, match=r"latency.prefill is .* the floors allow .*What binds is latency.prefill,"):
+        prune(model, Batches(BATCHES), loss_of(model), PruningConfig(budget=budget))
+    assert not read
+
+
+def test_the_cache_is_under_the_home_of_the_user(monkeypatch):
+    monkeypatch.delenv("LIT_PRUNE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_file({"phase": "prefill"}).is_relative_to(Path("/somewhere/lit_prune/latency"))

@@ -1,0 +1,143 @@
+"""Predicted FLOPs and memory are those of the cut model: torch's counter and the tensors that generate holds say so."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny
+from lit_prune import apply_plan, find_group_sets, trace
+from lit_prune.budgets.flops import count_flops, flops_model
+from lit_prune.budgets.memory import memory_model
+from lit_prune.budgets.workloads import Workload, token_ids
+from lit_prune.errors import BudgetError
+from lit_prune.groups import BLOCK
+from lit_prune.plan import PruningPlan
+
+MODELS = {
+    "llama": {},
+    "gpt2": {},
+    "gemma2": {"sliding_window": 8, "attn": "eager"},
+    "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},
+}
+
+
+def build(name: str) -> nn.Module:
+    options = dict(MODELS[name])
+    implementation = options.pop("experts_implementation", None)
+    model = tiny(name, options.pop("attn", "sdpa"), **options)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    return model
+
+
+def uneven(group_sets, seed: int) -> tuple[np.ndarray, PruningPlan]:
+    """Numbers of kept groups that differ from set to set, one block removed, and the plan."""
+    generator = np.random.default_rng(seed)
+    kept, blocks = [], [s.name for s in group_sets if s.kind == BLOCK]
+    for group_set in group_sets:
+        if group_set.kind == BLOCK:
+            kept.append(int(group_set.name != blocks[0]))
+        else:
+            kept.append(max(group_set.minimum, 1, int(group_set.size * generator.choice([0.5, 0.75, 1.0]))))
+    plan = PruningPlan.from_kept(group_sets, [np.arange(k) for k in kept])
+    return np.array(kept), plan
+
+
+def counted(model: nn.Module, batch: int, length: int) -> int:
+    """FLOPs by torch's own counter; it has no formula of the fused attention of CPUs."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=token_ids(model, batch, length), use_cache=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_flops_are_those_of_the_cut_model(name, blocks):
+    if blocks and name == "mixtral":
+        pytest.skip("the experts of a removed block are covered by the others")
+    model = build(name)
+    group_sets = find_group_sets(model, blocks=blocks)
+    flops = flops_model(Workload(model, 2, 20), group_sets)
+    dense = np.array([s.size for s in group_sets])
+    assert flops.value(dense) == counted(model, 2, 20)
+    kept, plan = uneven(group_sets, seed=3)
+    apply_plan(model, plan)
+    assert flops.value(kept) == pytest.approx(counted(model, 2, 20), rel=1e-9)
+    assert flops.value(kept) < 0.95 * flops.value(dense)
+
+
+def test_flops_of_long_sequences_follow_from_short_ones():
+    model = tiny("llama", max_position_embeddings=4096)
+    group_sets = find_group_sets(model)
+    flops = flops_model(Workload(model, 1, 1100), group_sets)
+    dense = np.array([s.size for s in group_sets])
+    whole = counted(model, 1, 1100)
+    assert flops.value(dense) == pytest.approx(whole, rel=1e-9) and count_flops(Workload(model, 1, 1100)) == whole
+    # attention takes the square of the length
+    assert whole > 1.2 * 11 * counted(model, 1, 100)
+
+
+class Convolutions(nn.Module):
+    """Every convolution gives what the next one reads, so that both of its dimensions shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.second = nn.Conv2d(16, 24, 3, stride=2)
+        self.third = nn.Conv2d(24, 12, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.depthwise(self.first(x).relu())).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+def test_flops_of_convolutions_are_products_of_both_widths():
+    torch.manual_seed(0)
+    model, images = Convolutions().eval(), torch.randn(2, 3, 12, 12)
+    trace(model, [images], lambda batch: model(batch).square().mean())
+    group_sets = find_group_sets(model)
+
+    example = lambda: contextlib.nullcontext(lambda: model(images))  # noqa: E731
+    flops = flops_model(Workload(model, 1, 1, example), group_sets)
+    kept, plan = uneven(group_sets, seed=0)
+    assert len(set(kept / [s.size for s in group_sets])) > 1
+    apply_plan(model, plan)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    assert flops.value(kept) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_memory_is_what_generate_holds_to_the_byte(name):
+    model = build(name)
+    blocks = name != "mixtral"
+    group_sets = find_group_sets(model, blocks=blocks)
+    memory = memory_model(Workload(model, 2, 20), group_sets)
+    half = memory_model(Workload(model, 2, 20), group_sets, torch.float16)
+    kept, plan = uneven(group_sets, seed=1)
+    apply_plan(model, plan)
+    prompt = token_ids(model, 2, 9)
+    out = model.generate(prompt, min_new_tokens=12, max_new_tokens=12, return_dict_in_generate=True, pad_token_id=0)
+    # the last token is not fed to the model
+    assert out.sequences.shape == (2, 21)
+    held = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    bytes_held = sum(t.numel() * t.element_size() for t in [*held, *model.parameters()])
+    assert memory.value(kept) == bytes_held
+    assert half.value(kept) == bytes_held // 2
+
+
+def test_what_cannot_be_run_is_said():
+    model = tiny("gpt2")
+    with pytest.raises(BudgetError, match="positions"):
+        Workload(model, 1, 10**6)
+    with pytest.raises(BudgetError, match="calibration batch"):
+        Workload(Convolutions(), 1, 1)
