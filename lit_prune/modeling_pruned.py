@@ -404,7 +404,7 @@ def build_layers(model: nn.Module, stated: Mapping[str, Mapping[int, Mapping[str
     """
     configs = dict(named_configs(model.config))
     for path, overrides in stated.items():
-        plain = configs.get(path)
+        plain: Any = configs.get(path)
         stacks = [
             child
             for module in model.modules()

@@ -20,7 +20,7 @@ _OF_AUTO_CLASSES = ("trust_remote_code", "code_revision")
 
 def install() -> None:
     """Let ``AutoConfig.from_pretrained``, and with it every Auto class, give our config class for such folders alone."""
-    stock = AutoConfig.from_pretrained.__func__
+    stock = AutoConfig.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(stock, "knows_pruned_layers", False):
         return
 

@@ -41,4 +41,4 @@ def install() -> None:
         return result
 
     push_to_hub.knows_pruned_models = True  # type: ignore[attr-defined]
-    PreTrainedModel.push_to_hub = push_to_hub  # type: ignore[method-assign]
+    PreTrainedModel.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]
