@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,8 @@ class _SavePretrained:
             return None
         if not _described(model):
             contained = bool(getattr(model.config, "auto_map", None))
+            if to_pretrained is None:
+                importlib.import_module("lit_prune.io.huggingface")
             assert to_pretrained is not None
             model = to_pretrained(model, self_contained=contained, state_dict=kwargs.pop("state_dict", None))
         return getattr(type(model), _METHOD)(model, *args, **kwargs)
