@@ -37,6 +37,7 @@ from lit_prune.planning import make_plan
 from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
+from lit_prune.ratios import RatioPlan, plan_ratios
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
@@ -64,6 +65,7 @@ __all__ = [
     "PruningConfig",
     "PruningError",
     "PruningPlan",
+    "RatioPlan",
     "SequenceMixer",
     "Statistics",
     "Term",
@@ -79,6 +81,7 @@ __all__ = [
     "get_plan",
     "load_pruned",
     "make_plan",
+    "plan_ratios",
     "prune",
     "rebuild_from_checkpoint",
     "register_architecture",
