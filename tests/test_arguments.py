@@ -24,7 +24,7 @@ from lit_prune.callbacks import (
     Stage,
     StructuredPruning,
 )
-from lit_prune.cli import Calibration
+from lit_prune.calibration_input import Calibration
 from lit_prune.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, PruningError
 from lit_prune.training import CausalLMModule, TextDataModule
 from lit_prune.training.classification import LabelledTextDataModule, TextClassifierModule
