@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -76,6 +78,24 @@ def _configuration() -> type[Any]:
     return importlib.import_module("lit_prune.config").PruningConfig
 
 
+@contextlib.contextmanager
+def _one_bar() -> Iterator[None]:
+    """Keep the bars of transformers and datasets from being shown beside that of the command."""
+    logging = importlib.import_module("transformers.utils.logging")
+    datasets = importlib.import_module("datasets") if "datasets" in sys.modules else None
+    before = logging.is_progress_bar_enabled(), datasets is not None and datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if datasets is not None:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before[0]:
+            logging.enable_progress_bar()
+        if datasets is not None and not before[1]:
+            datasets.enable_progress_bars()
+
+
 def run(name: str, arguments: list[str], *, debug: bool) -> None:
     """Run a command.
 
@@ -95,4 +115,5 @@ def run(name: str, arguments: list[str], *, debug: bool) -> None:
         options = parser.instantiate(parsed)
         for option in ("config", "debug"):
             options.pop(option, None)
-        function_of(name)(**vars(options))
+        with _one_bar():
+            function_of(name)(**vars(options))
