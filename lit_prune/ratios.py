@@ -44,7 +44,24 @@ class RatioPlan:
         return float(importance[~self.table.kept].sum() / max(float(importance.sum()), 1e-300))
 
 
-RATIOS = sequence_of("ratios, each strictly between 0 and 1", RATIO, empty=False)
+RATIOS = sequence_of("at least one number, each strictly between 0 and 1", RATIO, empty=False)
+
+
+def checked_ratios(
+    model: nn.Module, group_sets: Sequence[GroupSet], config: PruningConfig, ratios: Sequence[float]
+) -> list[PruningConfig]:
+    """A configuration for each different ratio, the smallest first, of which each can be reached.
+
+    Raises:
+        BudgetError: If a ratio cannot be reached.
+        ArgumentTypeError: If a ratio is no number.
+        ArgumentValueError: If one is out of its range, or there is none.
+    """
+    checked = sorted(set(RATIOS.check("ratios", ratios)))
+    configs = [replace(config, pruning_ratio=ratio, iterations=1) for ratio in checked]
+    for each in configs:
+        each.check(model, group_sets)
+    return configs
 
 
 def plan_ratios(
@@ -78,10 +95,7 @@ def plan_ratios(
         ArgumentTypeError: If a ratio is no number.
         ArgumentValueError: If one is out of its range, or there is none.
     """
-    checked = sorted(set(RATIOS.check("ratios", ratios)))
-    configs = [replace(config, pruning_ratio=ratio, iterations=1) for ratio in checked]
-    for each in configs:
-        each.check(model, group_sets)
+    configs = checked_ratios(model, group_sets, config, ratios)
     made = []
     for each in configs:
         table, plan = make_plan(model, group_sets, statistics, each, measure=measure)

@@ -105,7 +105,9 @@ def test_what_the_command_refuses_before_the_harness_starts(given, monkeypatch, 
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--tasks", "chains"])
     assert ended.value.code == 2 and "MODEL, before the options" in capsys.readouterr().err
-    main(["evaluate", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--help"])
+    assert ended.value.code == 0
     assert "lit-prune evaluate MODEL --tasks" in capsys.readouterr().out
 
 

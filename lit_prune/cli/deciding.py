@@ -13,7 +13,7 @@ from lit_prune.calibration_input import Calibration
 from lit_prune.cli.printing import print_report, say
 from lit_prune.config import PruningConfig
 from lit_prune.progress import Work
-from lit_prune.ratios import RATIOS, plan_ratios
+from lit_prune.ratios import RATIOS, checked_ratios, plan_ratios
 from lit_prune.reporting.page import write_report
 from lit_prune.reporting.ratios import ratio_table, write_ratios
 from lit_prune.session import COMPARING, Session
@@ -71,6 +71,7 @@ def _plan_ratios(
     session: Session, output: Path, pruning: PruningConfig, ratios: list[float], file: Path | None, *, save: bool
 ) -> None:
     """Plan for every ratio from statistics that are on disk, or collected once."""
+    checked_ratios(session.model, session.group_sets, pruning, ratios)
     measure: Any = session.masked_loss if session.held_out else None
     count = len(session.held_out) * (len(set(ratios)) + 1)
     work = [] if file is not None else [*session.calibrating(pruning), *[Work(COMPARING, count, count)] * bool(count)]

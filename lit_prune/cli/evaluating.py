@@ -36,7 +36,7 @@ def evaluate(arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(USAGE)
-        return
+        raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         raise ArgumentValueError("the following arguments are required: MODEL, before the options of the harness")
     run_harness(arguments[0], arguments[1:])
