@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_prune.arguments import BIGGEST, COUNT, INTEGER, NATURAL, TEXT, check_fields, count, either, optional, sequence_of
+from lit_prune.arguments import (
+    BIGGEST,
+    COUNT,
+    INTEGER,
+    NATURAL,
+    TEXT,
+    check_fields,
+    count,
+    either,
+    optional,
+    sequence_of,
+)
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.io.images import image_files, read_images
 from lit_prune.io.sources import CAUSAL, HEADLESS, IMAGES, MASKED, SEQUENCES
@@ -91,7 +102,9 @@ def calibration_inputs(
             " --calibration.text."
         )
     if auto_class != HEADLESS and model.main_input_name != "input_ids":
-        raise ArgumentValueError(f"A {type(model).__name__} reads {model.main_input_name}; expected a model of text or images.")
+        raise ArgumentValueError(
+            f"A {type(model).__name__} reads {model.main_input_name}; expected a model of text or images."
+        )
     if auto_class == CAUSAL:
         return _blocks(model, processor, options)
     return _documents(model, auto_class, processor, options)

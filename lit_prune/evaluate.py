@@ -32,7 +32,9 @@ def run_harness(model: str, options: Sequence[str]) -> None:
         raise PruningError(f"{model} holds no config.json; expected a folder that apply, convert or save_pruned wrote.")
     given, rest = _taken(options, MODEL_ARGS)
     if any(part.strip().startswith("pretrained=") for part in given.split(",")):
-        raise ArgumentValueError(f"--model_args names a model by pretrained=, and {model!r} is named before it. Leave one out.")
+        raise ArgumentValueError(
+            f"--model_args names a model by pretrained=, and {model!r} is named before it. Leave one out."
+        )
     harness, rest = _taken(rest, MODEL)
     arguments = ["--model", harness or "hf", "--model_args", ",".join(filter(None, [f"pretrained={model}", given]))]
     main(["run", *arguments, *rest])

@@ -77,7 +77,9 @@ def _counts(outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions are no padding, a mask of shape ``(batch,)`` or ``(batch, tokens)``."""
     mask = batch.get("attention_mask")
     shape = outputs.shape[:-1]
-    return torch.ones(shape, dtype=torch.bool, device=outputs.device) if mask is None or mask.shape != shape else mask > 0
+    return (
+        torch.ones(shape, dtype=torch.bool, device=outputs.device) if mask is None or mask.shape != shape else mask > 0
+    )
 
 
 def masked_tokens(batch: Batch, special: Sequence[int], mask_id: int, generator: torch.Generator) -> Batch:
@@ -118,7 +120,11 @@ def with_drawn_targets(model: Any, batch: Batch, generator: torch.Generator) -> 
 
 def _classifies(model: Any, outputs: Tensor) -> bool:
     """Whether outputs are the logits of classes."""
-    return outputs.shape[-1] > 1 and outputs.shape[-1] == getattr(model.config, "num_labels", None) and "For" in type(model).__name__
+    return (
+        outputs.shape[-1] > 1
+        and outputs.shape[-1] == getattr(model.config, "num_labels", None)
+        and "For" in type(model).__name__
+    )
 
 
 @torch.inference_mode()

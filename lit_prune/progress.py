@@ -45,7 +45,7 @@ class Work:
 
 
 def terminal_bar(total: int, description: str) -> Bar:
-    """tqdm's bar on the standard error, if that is a terminal; nothing otherwise."""
+    """Tqdm's bar on the standard error, if that is a terminal; nothing otherwise."""
     return tqdm(
         total=total, desc=description, unit="pass", leave=False, dynamic_ncols=True, file=sys.stderr, disable=None
     )

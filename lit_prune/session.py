@@ -19,7 +19,15 @@ from lit_prune.detection import find_or_trace
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.io.sources import CAUSAL, MASKED, auto_class_of, gguf_file, load_image_processor, load_model, load_tokenizer
+from lit_prune.io.sources import (
+    CAUSAL,
+    MASKED,
+    auto_class_of,
+    gguf_file,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
 from lit_prune.objectives import LABELS, Batch, causal_loss, loss, measure, with_drawn_targets
 from lit_prune.phases import CALIBRATION, COMPENSATION, REPAIR, SURGERY, expected_statistics, expected_work
 from lit_prune.pipeline import calibrate, prune_with

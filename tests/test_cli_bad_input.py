@@ -11,7 +11,12 @@ from local_assets import chains, write_model, write_text
 
 from lit_prune.cli import main
 
-SMALL = ["--calibration.text=text.txt", "--calibration.batches=2", "--calibration.block_size=16", "--calibration.held_out=2"]
+SMALL = [
+    "--calibration.text=text.txt",
+    "--calibration.batches=2",
+    "--calibration.block_size=16",
+    "--calibration.held_out=2",
+]
 
 
 def config_of(folder: Path, **changes: object) -> None:

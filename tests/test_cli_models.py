@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import unsettled
 from local_assets import chains, write_text
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from conftest import unsettled
 from lit_prune import PruningPlan, load_pruned
 from lit_prune.cli import main
 from lit_prune.objectives import IGNORED, masked_tokens
@@ -95,7 +95,12 @@ def inputs(tmp_path) -> dict[str, str]:
     }
 
 
-SMALL = ["--calibration.batches=3", "--calibration.batch_size=2", "--calibration.held_out=4", "--calibration.block_size=16"]
+SMALL = [
+    "--calibration.batches=3",
+    "--calibration.batch_size=2",
+    "--calibration.held_out=4",
+    "--calibration.block_size=16",
+]
 
 
 def run(*arguments: object) -> None:
@@ -126,7 +131,9 @@ def test_apply_prunes_saves_and_measures(name, inputs, tmp_path):
 def test_labels_of_folders_and_of_columns_are_used(tmp_path, capsys):
     model = write_case(tmp_path / "vit", "ViTForImageClassification")
     write_images(tmp_path / "classes", ["0", "1", "LABEL_2"], 6)
-    run("compare", model, model, f"--calibration.images={tmp_path / 'classes'}", *SMALL, "--output", tmp_path / "c.json")
+    run(
+        "compare", model, model, f"--calibration.images={tmp_path / 'classes'}", *SMALL, "--output", tmp_path / "c.json"
+    )
     measured = json.loads((tmp_path / "c.json").read_text())[str(model)]
     assert {"loss", "accuracy", "forward_ms", "forward_ms_spread", "peak_memory"} <= measured.keys()
     bert = write_case(tmp_path / "bert", "BertForSequenceClassification")
@@ -139,7 +146,9 @@ def test_labels_of_folders_and_of_columns_are_used(tmp_path, capsys):
 
 def test_a_pruned_encoder_is_compared_with_what_the_dense_one_predicts(inputs, tmp_path):
     model = write_case(tmp_path / "model", "BertForSequenceClassification")
-    run("apply", model, tmp_path / "out", inputs["text"], *SMALL, "--pruning.pruning_ratio=0.3", "--pruning.repair=null")
+    run(
+        "apply", model, tmp_path / "out", inputs["text"], *SMALL, "--pruning.pruning_ratio=0.3", "--pruning.repair=null"
+    )
     run("compare", model, tmp_path / "out", inputs["text"], *SMALL, "--speed_tokens=0", "--output", tmp_path / "c.json")
     compared = json.loads((tmp_path / "c.json").read_text())
     report = json.loads((tmp_path / "out" / "pruning" / "report.json").read_text())
@@ -155,7 +164,9 @@ def test_masked_tokens_are_a_share_of_those_that_are_not_special():
     masked = batch["input_ids"] == 4
     assert masked.sum(dim=1).tolist() == [6, 6, 1]
     assert torch.equal(batch["labels"] != IGNORED, masked)
-    assert torch.equal(batch["labels"][masked], ids[masked]) and not torch.isin(ids[masked], torch.tensor([0, 2, 3])).any()
+    assert (
+        torch.equal(batch["labels"][masked], ids[masked]) and not torch.isin(ids[masked], torch.tensor([0, 2, 3])).any()
+    )
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -180,7 +191,9 @@ def test_inputs_that_do_not_suit_the_model(inputs, tmp_path, capsys):
     for number in range(12):
         (tmp_path / "bad" / f"{number}.png").write_bytes(b"no image")
     assert "cannot be read" in refused(capsys, "plan", vit, out, f"--calibration.images={tmp_path / 'bad'}", *SMALL)
-    assert "holds 12 images; expected" in refused(capsys, "plan", vit, out, inputs["images"], "--calibration.batches=50")
+    assert "holds 12 images; expected" in refused(
+        capsys, "plan", vit, out, inputs["images"], "--calibration.batches=50"
+    )
     (vit / "preprocessor_config.json").unlink()
     assert "no preprocessor_config.json" in refused(capsys, "plan", vit, out, inputs["images"], *SMALL)
     long = [*SMALL[:3], "--calibration.block_size=64", f"--calibration.text={tmp_path / 'long.txt'}"]
@@ -192,5 +205,7 @@ def test_inputs_that_do_not_suit_the_model(inputs, tmp_path, capsys):
     assert "must hold classes of the model" in said
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "architectures": ["BertForQuestionAnswering"]}))
-    assert "is a BertForQuestionAnswering; expected a language model" in refused(capsys, "plan", bert, out, inputs["text"])
+    assert "is a BertForQuestionAnswering; expected a language model" in refused(
+        capsys, "plan", bert, out, inputs["text"]
+    )
     assert not out.exists()

@@ -79,8 +79,17 @@ def expected_accuracy(given: Path) -> float:
 )
 def test_the_harness_runs_on_a_pruned_folder(given, command, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'lit_prune[eval]'")
-    offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS")}
-    options = ["--tasks", "chains", "--include_path", "tasks", "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS"), "1")
+    options = [
+        "--tasks",
+        "chains",
+        "--include_path",
+        "tasks",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(
         [sys.executable, *command, *options],
         cwd=given,

@@ -196,7 +196,9 @@ PRIVATE_ELSEWHERE = {
     },
     "lit_prune.calibration.mask_shapes": {"_asdict": "documented of named tuples"},
     "lit_prune.callbacks.pruning": {"_generate_state_key": "Lightning documents it for a callback's state_key"},
-    "lit_prune.cli.running": {"_actions": "of jsonargparse, which has no other way to the options' help; see test_internals"},
+    "lit_prune.cli.running": {
+        "_actions": "of jsonargparse, which has no other way to the options' help; see test_internals"
+    },
 }
 
 

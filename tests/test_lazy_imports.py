@@ -15,7 +15,18 @@ from lit_prune import _api, _auto_classes, modeling_pruned
 from lit_prune.cli import COMMANDS
 from lit_prune.cli.running import function_of
 
-HEAVY = ("torch", "transformers", "lightning", "datasets", "matplotlib", "numpy", "pydantic", "jsonargparse", "rich", "tqdm")
+HEAVY = (
+    "torch",
+    "transformers",
+    "lightning",
+    "datasets",
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "jsonargparse",
+    "rich",
+    "tqdm",
+)
 
 
 def run(code: str) -> list[str]:
@@ -35,7 +46,11 @@ COMMAND = "from lit_prune.cli import main\ntry: main({})\nexcept SystemExit: pas
 
 
 @pytest.mark.parametrize(
-    "code", ["import lit_prune; lit_prune.__version__", *(COMMAND.format(a) for a in (["--help"], ["--version"], ["nope"], []))]
+    "code",
+    [
+        "import lit_prune; lit_prune.__version__",
+        *(COMMAND.format(a) for a in (["--help"], ["--version"], ["nope"], [])),
+    ],
 )
 def test_help_and_import_need_nothing_heavy(code):
     assert imported(code) == []

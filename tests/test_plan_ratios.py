@@ -51,8 +51,14 @@ def test_plans_for_several_ratios_and_more_from_the_statistics(tmp_path, capsys)
         ([other, more, "--statistics", out / "statistics.safetensors"], "the model has 4"),
         ([model, more, "--statistics", out / "ratios.png"], "is damaged"),
         ([model, more, "--statistics", tmp_path / "absent"], "There is no file"),
-        ([model, more, "--statistics", out / "statistics.safetensors", "--pruning.importance=wanda"], "holds nothing for"),
-        ([model, more, *small, "--ratios", "0.1", "2"], "ratios must be at least one number, each strictly between 0 and 1"),
+        (
+            [model, more, "--statistics", out / "statistics.safetensors", "--pruning.importance=wanda"],
+            "holds nothing for",
+        ),
+        (
+            [model, more, *small, "--ratios", "0.1", "2"],
+            "ratios must be at least one number, each strictly between 0 and 1",
+        ),
         ([model, more, *small, "--ratios", "many"], "ratios"),
         ([model, more, *small, "--ratios", "0.1", "0.99"], "The budget asks"),
     ):

@@ -6,10 +6,10 @@ import contextlib
 import re
 
 import pytest
-from conftest import tiny
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from test_pruning import fit, pruning
 
+from conftest import tiny
 from lit_prune import PruningConfig, find_group_sets
 from lit_prune.costs import Costs
 from lit_prune.phases import expected_work
@@ -59,7 +59,9 @@ def sampled(model, batches, loss, config):
     return bar
 
 
-@pytest.mark.parametrize("options", [{}, {"importance": "wanda", "repair": "bias"}, {"importance": "auto", "iterations": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance": "wanda", "repair": "bias"}, {"importance": "auto", "iterations": 1}]
+)
 def test_the_bar_ends_at_its_total_and_moves_within_every_phase(options, batches, loss_of):
     model = tiny()
     config = PruningConfig(**options)

@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lit_prune.arguments import PATH
 from lit_prune.architectures.features import spread_features
+from lit_prune.arguments import PATH
 from lit_prune.calibration.activations import ActivationStatistics, observed_modules
 from lit_prune.calibration.statistic_registry import InputStatistic, get_statistic
 from lit_prune.calibration.statistics_file import check_model, described, read, term_label, write
@@ -89,9 +89,7 @@ class Statistics:
             UnsupportedModelError: If the model is sharded.
         """
         tensors: dict[str, Tensor] = {}
-        fields: dict[str, Any] = {
-            name: [] for name in ("elementwise", "reduced", "activations", "unexplained")
-        }
+        fields: dict[str, Any] = {name: [] for name in ("elementwise", "reduced", "activations", "unexplained")}
 
         def add(kind: str, key: list[Any], **values: Tensor) -> None:
             number = len(fields[kind])

@@ -55,9 +55,7 @@ def described(model: nn.Module, group_sets: Sequence[GroupSet]) -> list[list[Any
     known: dict[str, list[Any]] = {}
     for name in dict.fromkeys(part.parameter for s in group_sets for part in s.slices):
         known[name] = [list(parameters[name].shape), _fingerprint(parameters[name])]
-    return [
-        [s.name, s.kind, s.size, {part.parameter: known[part.parameter] for part in s.slices}] for s in group_sets
-    ]
+    return [[s.name, s.kind, s.size, {part.parameter: known[part.parameter] for part in s.slices}] for s in group_sets]
 
 
 def _fingerprint(parameter: Tensor) -> str:

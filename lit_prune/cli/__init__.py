@@ -13,12 +13,18 @@ PROGRAM = "lit-prune"
 DEBUG = "--debug"
 # by command, the module of its function and what --help says of it; a test compares this with the functions' docstrings
 COMMANDS = {
-    "plan": ("deciding", "Decide what to cut, and save no model: writes the plan, the group table, pictures and a page to look at."),
+    "plan": (
+        "deciding",
+        "Decide what to cut, and save no model: writes the plan, the group table, pictures and a page to look at.",
+    ),
     "apply": ("pruning", "Prune a model in one shot and save it, with its tokenizer, a card and a report."),
     "convert": ("files", "Turn a Lightning checkpoint of a run that pruned into a folder that transformers loads."),
     "export": ("files", "Write a pruned model as a GGUF file for llama.cpp."),
     "report": ("files", "Draw the pictures and the page of a report anew from the files in its folder."),
-    "compare": ("comparing", "Measure models side by side, taking turns: parameters, size, quality on held-out inputs, speed and memory."),
+    "compare": (
+        "comparing",
+        "Measure models side by side, taking turns: parameters, size, quality on held-out inputs, speed and memory.",
+    ),
     "evaluate": ("evaluating", "Run lm-evaluation-harness on a pruned model."),
 }
 

@@ -75,8 +75,5 @@ def _speed(
         size = min(model.get_input_embeddings().num_embeddings for model in models.values())
         ids = torch.randint(0, size, (1, speed_tokens), generator=generator).to(first.device)
         return generation_costs(models, ids, done=progress.batch_done)
-    inputs = {
-        name: forward_inputs((session.held_out or session.batches)[0])
-        for name, session in sessions.items()
-    }
+    inputs = {name: forward_inputs((session.held_out or session.batches)[0]) for name, session in sessions.items()}
     return run_costs(models, inputs, done=progress.batch_done)

@@ -49,7 +49,9 @@ def parser_of(name: str) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     if name == "compare":
-        parser.add_argument("models", nargs="+", type=str, help="Two or more models; the last is compared with the first.")
+        parser.add_argument(
+            "models", nargs="+", type=str, help="Two or more models; the last is compared with the first."
+        )
     for option, kind in _LISTS.get(name, {}).items():
         parser.add_argument(f"--{option}", nargs="+", type=kind, help=_described(function, option))
     skipped: set[str | int] = {"models", "pruning", *_LISTS.get(name, ())}

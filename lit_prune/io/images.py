@@ -31,7 +31,9 @@ def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, str | None]]
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(folder)!r}; expected one of images, or of a folder for each class.")
+        raise FileNotFoundError(
+            f"There is no folder {str(folder)!r}; expected one of images, or of a folder for each class."
+        )
     found = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not found:
         raise ArgumentValueError(f"{str(folder)!r} holds no image; expected files that end in {', '.join(SUFFIXES)}.")

@@ -113,7 +113,7 @@ def _summary(times: Mapping[str, list[float]]) -> dict[str, float]:
     return found
 
 
-class _evaluating:  # noqa: N801
+class _evaluating:
     """The models in eval mode, and back at the end."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:

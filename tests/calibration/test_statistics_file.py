@@ -6,8 +6,8 @@ import struct
 
 import pytest
 import torch
-from conftest import tiny
 
+from conftest import tiny
 from lit_prune import (
     PruningConfig,
     Statistics,
