@@ -48,7 +48,8 @@ def convert(
         model: The model that the run began with: a directory in Hugging Face format, a hub name, a GGUF file, or
             package:NAME for a GGUF file inside an installed package.
         output: Folder to write to.
-        tokenizer: Where its tokenizer, or image processor, comes from; where the model comes from if not given, and none if that has none.
+        tokenizer: Where its tokenizer, or image processor, comes from; where the model comes from if not given, and none if
+            that has none.
         name: Name of the model within the LightningModule; found by the names of the weights if not given.
         self_contained: Write the modelling code beside the weights, so that transformers loads the model with
             trust_remote_code=True where lit_prune is not installed.
