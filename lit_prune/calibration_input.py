@@ -181,7 +181,7 @@ def _documents(model: Any, auto_class: str, tokenizer: Any, options: Calibration
             f"The column {_LABEL_COLUMN!r} of {options.text} must hold classes of the model, numbers below"
             f" {model.config.num_labels} or names out of {sorted(model.config.label2id)[:10]}."
         )
-    mask_id = getattr(tokenizer, "mask_token_id", None)
+    mask_id: Any = getattr(tokenizer, "mask_token_id", None)
     if auto_class == MASKED and mask_id is None:
         raise ArgumentValueError("The tokenizer has no mask token, which a masked language model is calibrated with.")
     if tokenizer.pad_token_id is None:

@@ -112,7 +112,7 @@ def run(name: str, arguments: list[str], *, debug: bool) -> None:
             function_of(name)(arguments)
             return
         parser = parser_of(name)
-        parsed = parser.parse_args(arguments)
+        parsed: Any = parser.parse_args(arguments)
         check_groups(parsed, "calibration", "pruning", "pruning.limits")
         options = parser.instantiate(parsed)
         for option in ("config", "debug"):

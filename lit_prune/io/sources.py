@@ -24,7 +24,7 @@ T = TypeVar("T")
 PACKAGE = "package:"
 CAUSAL, MASKED, IMAGES = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"
 SEQUENCES, TOKENS, HEADLESS = "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModel"
-_CLASS_NAMES = {
+_CLASS_NAMES: dict[str, Any] = {
     CAUSAL: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MASKED: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     SEQUENCES: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def generation_costs(
                     for kind, value in zip(times[name], found, strict=True):
                         times[name][kind].append(value)
                 done()
-        peaks = {name: _peak(model, input_ids.device, lambda m=model: run(m)) for name, model in models.items()}
+        peaks = {name: _peak(model, input_ids.device, partial(run, model)) for name, model in models.items()}
     result = {}
     for name, by_kind in times.items():
         result[name] = _summary(by_kind)
@@ -99,14 +100,14 @@ def run_costs(
                     times[name]["forward_ms"].append(1e3 * (_now(some) - start))
                 done()
         peaks = {
-            name: _peak(model, next(iter(inputs[name].values())).device, lambda n=name, m=model: m(**inputs[n]))
+            name: _peak(model, next(iter(inputs[name].values())).device, partial(model, **inputs[name]))
             for name, model in models.items()
         }
     return {name: {**_summary(by_kind), "peak_memory": peaks[name] / 1e6} for name, by_kind in times.items()}
 
 
 def _summary(times: Mapping[str, list[float]]) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for kind, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         found |= {kind: middle, f"{kind}_spread": (high - low) / 2}
