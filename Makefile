@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 # import of everything that finds it installed
 MODELS := $(VENV)/models
 
-.PHONY: demo test slow oldest gpu check format clean
+.PHONY: demo test slow oldest gpu evaluate check format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -21,6 +21,11 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n logical
+
+# lm-evaluation-harness on pruned folders; apart, as it brings scikit-learn and others that nothing else here needs
+evaluate: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_evaluate.py
 
 # the core of the tests with the oldest versions that pyproject.toml allows
 oldest: $(OLDEST)/.installed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from lit_prune._moved import moved_names
 from lit_prune.calibration.precision import scaled_loss
@@ -34,6 +33,7 @@ from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, name
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import shards
 from lit_prune.errors import CalibrationError
+from lit_prune.progress import Progress
 from lit_prune.torch_internals import is_dynamo_loaded, new_iterator
 
 __getattr__ = moved_names("lit_prune.callbacks.calibration")
@@ -43,7 +43,11 @@ _TRACES: weakref.WeakKeyDictionary[pl.Trainer, set[str]] = weakref.WeakKeyDictio
 
 @contextlib.contextmanager
 def calibration(
-    trainer: pl.Trainer, model: nn.Module, dataloader: Iterable[Any] | None, limit: int
+    trainer: pl.Trainer,
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    limit: int,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Iterator[Any], TrainingStep]]:
     """Batches for calibration and the module's training step, to be run within this context without leaving a trace.
 
@@ -55,6 +59,7 @@ def calibration(
         model: The model that is calibrated, inside the LightningModule.
         dataloader: A dataloader for calibration, or ``None`` for the train dataloaders.
         limit: Number of batches at most.
+        progress: A bar that the batches move.
     """
     module = trainer.lightning_module
     with contextlib.ExitStack() as stack:
@@ -74,9 +79,10 @@ def calibration(
         loader.flattened = [_Fresh(item) for item in loader.flattened]
         sized = all(_sized(item) for item in loader.flattened)
         total = min(limit, max(len(item) for item in loader.flattened)) if sized and loader.flattened else limit
-        bar = stack.enter_context(_bar(trainer, "Calibration", total=total))
+        if progress is not None:
+            progress.known(total)
         try:
-            yield step.batches(loader, limit, bar.update), step
+            yield step.batches(loader, limit, nothing if progress is None else progress.batch_done), step
         finally:
             guard.restore()
             snapshot.lost += guard.changed()
@@ -119,16 +125,6 @@ def _train_dataloader(trainer: pl.Trainer) -> Any:
     if is_a(source.instance, pl.LightningDataModule):
         set_up_datamodule(trainer)
     return apply_to_collection(source.dataloader(), DataLoader, partial(prepared_train_dataloader, trainer))
-
-
-def progress_bar(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """A function that shows how far an iteration has come: on rank zero, and only if the trainer shows progress at all."""
-    return lambda items: _bar(trainer, description, iterable=items)
-
-
-def _bar(trainer: pl.Trainer, description: str, **arguments: Any) -> tqdm:
-    silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    return tqdm(desc=description, leave=False, dynamic_ncols=True, disable=silent, **arguments)
 
 
 class _Fresh:

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_prune.architectures.adaptations import nothing_to_undo
-from lit_prune.callbacks.calibration import calibration, progress_bar
+from lit_prune.callbacks.calibration import calibration
 from lit_prune.callbacks.compatibility import (
     check_references,
     optimizers_of,
@@ -23,6 +23,7 @@ from lit_prune.callbacks.compatibility import (
 )
 from lit_prune.callbacks.detection import find_groups
 from lit_prune.callbacks.output import warn_instead
+from lit_prune.callbacks.progress import progress_of
 from lit_prune.callbacks.protocol import Pruning
 from lit_prune.callbacks.ranks import check_same_on_all_ranks, ranks_of
 from lit_prune.callbacks.strategies import renew_wrapper
@@ -31,6 +32,7 @@ from lit_prune.costs import Costs, cost_rows
 from lit_prune.io.lightning_checkpoint import plan_digest
 from lit_prune.pipeline import prune_with
 from lit_prune.plan import PruningPlan
+from lit_prune.progress import Progress
 from lit_prune.ranking.selection import parameter_budget
 from lit_prune.ranking.table import GroupTable
 from lit_prune.text_escape import one_line
@@ -45,20 +47,22 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
     if pruning.stages_done == 0:
         _measure(pruning, trainer, "dense")
     pruning.costs.clear()
-    costs = Costs()
-    _, plan = prune_with(
-        model,
-        lambda _: _batches(pruning, trainer),
-        pruning.stage_config(stage),
-        trainer.optimizers if trainer.state.fn == TrainerFn.FITTING else optimizers_of(trainer, pl_module),
-        root=pl_module,
-        ranks=ranks_of(trainer),
-        agree=lambda plan: check_same_on_all_ranks(trainer, plan),
-        progress=progress_bar(trainer, "Blocks"),
-        record=lambda table, plan: _record(pruning, trainer, model, stage, table, plan),
-        dry_run=pruning.dry_run,
-        costs=costs,
-    )
+    config = pruning.stage_config(stage)
+    with progress_of(trainer, model, config, dry_run=pruning.dry_run) as bar:
+        costs = Costs(bar.phase)
+        _, plan = prune_with(
+            model,
+            lambda _: _batches(pruning, trainer, bar),
+            config,
+            trainer.optimizers if trainer.state.fn == TrainerFn.FITTING else optimizers_of(trainer, pl_module),
+            root=pl_module,
+            ranks=ranks_of(trainer),
+            agree=lambda plan: check_same_on_all_ranks(trainer, plan),
+            progress=bar.layers,
+            record=lambda table, plan: _record(pruning, trainer, model, stage, table, plan),
+            dry_run=pruning.dry_run,
+            costs=costs,
+        )
     pruning.costs.update(costs.numbers())
     before, after = plan.info["parameters_before"], plan.info["parameters_after"]
     skipped = plan.info.get("skipped_batches", 0)
@@ -150,8 +154,10 @@ def _write(pruning: Pruning) -> None:
 
 
 @contextlib.contextmanager
-def _batches(pruning: Pruning, trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
+def _batches(
+    pruning: Pruning, trainer: pl.Trainer, bar: Progress
+) -> Iterator[tuple[Iterator[Any], Callable[[Any], Any]]]:
     """The calibration batches and the loss on one; the same batches every time, as random numbers are put back."""
     model = pruning.model(trainer.lightning_module)
-    with calibration(trainer, model, pruning.calibration_dataloader, pruning.calibration_batches) as run:
+    with calibration(trainer, model, pruning.calibration_dataloader, pruning.calibration_batches, bar) as run:
         yield run

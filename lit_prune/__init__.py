@@ -1,53 +1,25 @@
-"""Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too."""
+"""Structured pruning that happens inside a normal PyTorch Lightning run. The engine works without Lightning, too.
 
+``import lit_prune`` imports neither torch nor transformers: the public names are imported when the first of them is used.
+"""
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lit_prune._auto_classes import register_config
 from lit_prune._moved import install
-from lit_prune.architectures import (
-    MLP,
-    Architecture,
-    Attention,
-    ExpertChannels,
-    Experts,
-    LatentAttention,
-    MultiheadAttention,
-    SequenceMixer,
-    Traced,
-    find_group_sets,
-    find_model,
-    register_architecture,
-)
-from lit_prune.architectures.tracing import TracedGroups
-from lit_prune.budgets.budget import Budget
-from lit_prune.budgets.latency import measure_latency
-from lit_prune.calibration.statistic_registry import (
-    GradientStatistic,
-    GroupStatistic,
-    InputStatistic,
-    register_statistic,
-    statistic_names,
-)
-from lit_prune.calibration.statistics import Statistics
-from lit_prune.calibration.terms import Term
-from lit_prune.config import PruningConfig
-from lit_prune.detection import trace
-from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
-from lit_prune.groups import GroupSet
-from lit_prune.io.huggingface import save_pruned
-from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
-from lit_prune.io.loading import load_pruned
-from lit_prune.pipeline import calibrate, prune
-from lit_prune.plan import PruningPlan, get_plan
-from lit_prune.planning import make_plan
-from lit_prune.ranking.registry import Criterion, criteria, register_criterion
-from lit_prune.ranking.selection import Limits
-from lit_prune.ranking.table import GroupTable
-from lit_prune.repair.redundancy import unexplained_shares
-from lit_prune.repairing import repair
-from lit_prune.surgery.apply import apply_plan
-from lit_prune.verify import verify_architecture
 from lit_prune.version import __version__
 
-install()
+if TYPE_CHECKING:
+    from lit_prune._api import *  # noqa: F403
 
+install()
+register_config()
+
+# those of lit_prune._api, which a test compares
 __all__ = [
     "MLP",
     "Architecture",
@@ -70,6 +42,7 @@ __all__ = [
     "PruningConfig",
     "PruningError",
     "PruningPlan",
+    "RatioPlan",
     "SequenceMixer",
     "Statistics",
     "Term",
@@ -86,6 +59,7 @@ __all__ = [
     "load_pruned",
     "make_plan",
     "measure_latency",
+    "plan_ratios",
     "prune",
     "rebuild_from_checkpoint",
     "register_architecture",
@@ -98,3 +72,31 @@ __all__ = [
     "unexplained_shares",
     "verify_architecture",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lit_prune._api"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package, in which ``repair`` is the function although there is a folder of that name, too."""
+
+    @property
+    def repair(self) -> Any:
+        """The function :func:`lit_prune.repair`."""
+        return __getattr__("repair")
+
+    @repair.setter
+    def repair(self, folder: ModuleType) -> None:
+        """Ignore the folder, which the import system sets as an attribute once it is imported."""
+
+
+sys.modules[__name__].__class__ = _Package

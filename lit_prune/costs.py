@@ -6,8 +6,9 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,12 +32,16 @@ class Costs:
 
     As counters only rise, the first phase that shows a peak is the one that needed it.
 
+    Args:
+        watch: Gives a context for a phase of that name, in which it is done; that of a progress bar, for instance.
+
     Attributes:
         phases: By name, in the order in which they began, what each took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
         self.phases: dict[str, PhaseCost] = {}
+        self._watch = watch
 
     @contextlib.contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
@@ -49,7 +54,8 @@ class Costs:
         cost = self.phases.setdefault(name, PhaseCost())
         start = time.perf_counter()
         try:
-            yield
+            with self._watch(name):
+                yield
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         finally:

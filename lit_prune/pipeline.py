@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -30,9 +31,22 @@ from lit_prune.distributed.shards import check_layout
 from lit_prune.errors import SmallBudgetError
 from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
+from lit_prune.phases import (
+    CALIBRATION,
+    CHECK,
+    COMPARISON,
+    COMPENSATION,
+    PLANNING,
+    POLISH,
+    RECALIBRATION,
+    REPAIR,
+    SURGERY,
+    expected_work,
+)
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
 from lit_prune.polishing import Polishing
+from lit_prune.progress import Progress, Work, terminal_bar
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
@@ -101,6 +115,8 @@ def prune(
     loss_fn: Callable[[Any], Tensor | None],
     config: PruningConfig,
     optimizers: Iterable[Optimizer] = (),
+    *,
+    progress: bool = False,
 ) -> tuple[GroupTable, PruningPlan]:
     """Prune a model: calibrate, plan, repair and cut, ``config.iterations`` times.
 
@@ -115,6 +131,7 @@ def prune(
         loss_fn: Runs one batch through the model and returns its loss.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
+        progress: Show a bar over all phases with the time left, if the standard error is a terminal.
 
     Returns:
         The group table of the model before the first cut, and the plan for that model. A group's importance is that of
@@ -140,16 +157,22 @@ def prune(
         if (found := find_or_trace(eager, batches, loss_fn)) is not None:
             keep_group_sets(eager, found)
         inner = find_model(model)[1]
-        return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
 
+        def work(count: int) -> Sequence[Work]:
+            return expected_work(inner, find_group_sets(inner, blocks=config.limits.blocks), config, count)
 
-CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
-RECALIBRATION = "recalibration"
-POLISH = "polish"
-
-
-# what no batches are run for
-PLANNING, SURGERY = "planning", "surgery"
+        with Progress(work, terminal_bar if progress else None) as bar:
+            if progress and (count := length_hint(batches)):
+                bar.known(count)
+            return prune_with(
+                inner,
+                lambda _: contextlib.nullcontext((bar.batches(batches) if progress else batches, loss_fn)),
+                config,
+                optimizers,
+                root=model,
+                progress=bar.layers,
+                costs=Costs(bar.phase),
+            )
 
 
 Data = Callable[[str], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]]
@@ -279,7 +302,7 @@ def prune_with(
         assert made is not None
         if epochs:
             with phase(POLISH):
-                info, undo = polishing.polish(find_group_sets(model, blocks=blocks), progress)
+                info, undo = polishing.polish(find_group_sets(model, blocks=blocks))
             undos.append(undo)
             made = replace(made, info={**made.info, **info})
         with phase(CHECK):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,14 +41,11 @@ class Polishing:
             with suspended_hooks(self._holder), together(self._ranks, "polishing"):
                 self._dense = record_outputs(self._model, self._data, self._root, self._ranks)
 
-    def polish(
-        self, group_sets: Sequence[GroupSet], progress: Callable[[Sequence[Any]], Iterable[Any]]
-    ) -> tuple[dict[str, Any], Callable[[], None]]:
+    def polish(self, group_sets: Sequence[GroupSet]) -> tuple[dict[str, Any], Callable[[], None]]:
         """Polish the model, which is pruned by now. One that cannot be polished gets a warning.
 
         Args:
             group_sets: The group sets that it has now.
-            progress: Wraps the passes.
 
         Returns:
             What the plan says of it: ``"polish"``, the difference from the dense outputs on held-back batches before the first
@@ -66,7 +63,6 @@ class Polishing:
                     self._epochs,
                     root=self._root,
                     ranks=self._ranks,
-                    progress=progress,
                 )
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was polished: {error}", stacklevel=3)

@@ -1,116 +1,180 @@
-"""What every command of ``lit-prune`` begins with: a model, its tokenizer, a calibration text, and a device."""
+"""What every command of ``lit-prune`` begins with: a model, its tokenizer, calibration inputs, and a device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from lit_prune.architectures import find_group_sets
-from lit_prune.arguments import BIGGEST, COUNT, INTEGER, NATURAL, TEXT, check_fields, count, either, sequence_of
 from lit_prune.calibration.statistics import Statistics
+from lit_prune.calibration_input import Calibration, calibration_inputs, reads_images
 from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
+from lit_prune.detection import find_or_trace
 from lit_prune.errors import ArgumentValueError, PruningError
+from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import count_bytes, count_parameters
-from lit_prune.pipeline import CALIBRATION, REPAIR, SURGERY, calibrate, prune_with
+from lit_prune.io.sources import (
+    CAUSAL,
+    MASKED,
+    auto_class_of,
+    gguf_file,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+)
+from lit_prune.objectives import LABELS, Batch, causal_loss, loss, measure, with_drawn_targets
+from lit_prune.phases import CALIBRATION, COMPENSATION, REPAIR, SURGERY, expected_statistics, expected_work
+from lit_prune.pipeline import calibrate, prune_with
 from lit_prune.plan import PruningPlan
+from lit_prune.progress import Progress, Work
+from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
-from lit_prune.repairing import repair
+from lit_prune.repairing import repair, unexplained
 from lit_prune.surgery.apply import apply_plan
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that calibration runs on, and how much of it.
-
-    Args:
-        text: A text, JSON, CSV or Parquet file, or several as a list; python-docs for the documentation that every Python
-            ships.
-        batches: Number of calibration batches.
-        batch_size: Sequences of a batch.
-        block_size: Tokens of a sequence.
-        held_out: Sequences from the end of the text to measure perplexity on, before and after; 0 measures nothing.
-        seed: Seed of the choice of calibration sequences.
-    """
-
-    text: str | list[str] = "python-docs"
-    batches: int = 32
-    batch_size: int = 1
-    block_size: int = 128
-    held_out: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ArgumentTypeError: If one is of another type.
-            ArgumentValueError: If one is out of its range.
-        """
-        files = either("a path or name, or a list of at least one path", TEXT, sequence_of("paths", TEXT, empty=False))
-        counts = {"batches": COUNT, "batch_size": COUNT, "block_size": count(2, BIGGEST), "held_out": NATURAL}
-        check_fields(self, {"text": files, **counts, "seed": INTEGER})
+MEASURING, COMPARING = "measuring", "comparing ratios"
 
 
 class Session:
-    """A model, its tokenizer and text: what every command begins with."""
+    """A model, its tokenizer or image processor, and calibration inputs: what every command begins with.
 
-    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
-        from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
+    Args:
+        source: The model, see :func:`lit_prune.io.sources.load_model`.
+        calibration: What it is calibrated and measured on; ``None`` if nothing is run.
+        device: Where to compute.
+        dtype: Data type of the weights.
+        blocks: Whether whole decoder layers are groups.
+        like: A session whose held-out inputs are used, drawn labels included, if it is of the same sort.
+    """
 
+    def __init__(
+        self,
+        source: str,
+        calibration: Calibration | None,
+        device: str,
+        dtype: str,
+        *,
+        blocks: bool = False,
+        like: Session | None = None,
+    ) -> None:
         self.device = _device(device)
+        self.auto_class = auto_class_of(source)
         wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
         if dtype == "auto" and gguf_file(source) is not None:
             wanted = torch.float32
-        self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
-        self.tokenizer = load_tokenizer(source)
+        self.model: Any = load_model(source, dtype=wanted, auto_class=self.auto_class).eval().to(self.device)
+        images = reads_images(self.model, self.auto_class)
+        self.processor: Any = load_image_processor(source) if images else load_tokenizer(source)
+        self.blocks = blocks
+        self.progress = Progress(lambda _: [], None)
+        self.costs = Costs(lambda name: self.progress.phase(name))
+        self.batches: list[Batch] = []
+        self.held_out: list[Batch] = []
+        if calibration is not None:
+            self._take_inputs(calibration, like)
         self.group_sets = find_group_sets(self.model, blocks=blocks)
-        self.calibration = calibration
-        self.batches, self.held_out = self._text()
-        self.costs = Costs()
 
-    def _text(self) -> tuple[list[Tensor], list[Tensor]]:
-        from lit_prune.training.data import load_texts, pack
+    def _take_inputs(self, calibration: Calibration, like: Session | None) -> None:
+        batches, held_out = (
+            [self._on_device(b) for b in part]
+            for part in calibration_inputs(self.model, self.auto_class, self.processor, calibration)
+        )
+        self._check_run((batches or held_out)[0])
+        generator = torch.Generator().manual_seed(calibration.seed)
+        self.batches = [self._with_targets(b, generator) for b in batches]
+        shared = like is not None and like.auto_class == self.auto_class and self.auto_class != CAUSAL
+        self.held_out = like.held_out if shared and like else [self._with_targets(b, generator) for b in held_out]
+        if (found := find_or_trace(self.model, self.batches, self.loss)) is not None:
+            keep_group_sets(self.model, found)
 
-        options = self.calibration
-        loaded = load_texts(options.text)
-        documents = loaded.get("train") or next(iter(loaded.values()))
-        blocks: Tensor = pack(documents, self.tokenizer, "text", options.block_size)[:]["input_ids"]
-        needed = options.batches * options.batch_size
-        if len(blocks) < needed + options.held_out:
+    def _on_device(self, batch: Batch) -> Batch:
+        floating = self.model.dtype
+        return {n: v.to(self.device, floating if v.is_floating_point() else None) for n, v in batch.items()}
+
+    def _check_run(self, batch: Batch) -> None:
+        """Run the model once, so that one which cannot run is refused before any work.
+
+        Raises:
+            PruningError: With what the model raised.
+        """
+        inputs = {name: value for name, value in batch.items() if name != LABELS}
+        try:
+            with torch.inference_mode():
+                self.model(**inputs)
+        except Exception as error:
+            # whatever the code of a model raises
             raise PruningError(
-                f"{options.text} makes {len(blocks)} sequences of {options.block_size} tokens; expected"
-                f" {needed} for calibration and {options.held_out} held out. Bring more text, or lower them."
-            )
-        usable = len(blocks) - options.held_out
-        chosen = torch.randperm(usable, generator=torch.Generator().manual_seed(options.seed))[:needed]
-        batches = blocks[chosen].to(self.device).split(options.batch_size)
-        held_out = blocks[usable:].to(self.device).split(1) if options.held_out else ()
-        return list(batches), list(held_out)
+                f"The {type(self.model).__name__} cannot run a calibration batch with {', '.join(inputs)}:"
+                f" {type(error).__name__}: {error}"
+            ) from error
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """The causal loss of token ids of shape ``(batch, tokens)``."""
-        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+    def _with_targets(self, batch: Batch, generator: torch.Generator) -> Batch:
+        own = self.auto_class != CAUSAL and LABELS not in batch
+        return with_drawn_targets(self.model, batch, generator) if own else batch
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, see :mod:`lit_prune.objectives`."""
+        return causal_loss(self.model, batch) if self.auto_class == CAUSAL else loss(self.model, batch)
+
+    @contextlib.contextmanager
+    def tracked(self, *work: Work, title: str = "Pruning") -> Iterator[None]:
+        """Show one progress bar over some work, all of which is done within."""
+        with Progress(lambda _: work, title=title) as self.progress:
+            self.progress.known(len(self.batches))
+            yield
+
+    @property
+    def measuring(self) -> Work:
+        """What :meth:`metrics` is expected to take."""
+        return Work(MEASURING, len(self.held_out), len(self.held_out))
+
+    def pruning(self, config: PruningConfig) -> list[Work]:
+        """What :meth:`prune` is expected to take."""
+        return expected_work(self.model, self.group_sets, config, len(self.batches))
+
+    def calibrating(self, config: PruningConfig) -> list[Work]:
+        """What :meth:`statistics` is expected to take."""
+        return expected_statistics(self.model, self.group_sets, config, len(self.batches))
+
+    def cutting(self, config: PruningConfig) -> list[Work]:
+        """What :meth:`cut` is expected to take."""
+        return [w for w in self.pruning(config)[1:] if w.phase == REPAIR or (w.phase == CALIBRATION and _folds(config))]
 
     def prune(self, config: PruningConfig) -> tuple[GroupTable, PruningPlan]:
         """Calibrate, plan, repair and cut, as the callback does."""
-        return prune_with(self.model, self._data, config, progress=partial(progress, what="Blocks"), costs=self.costs)
+        return prune_with(self.model, self._data, config, progress=self.progress.layers, costs=self.costs)
+
+    def statistics(self, config: PruningConfig) -> Statistics:
+        """Calibrate once, and measure what the repair could make up for."""
+        config.check(self.model, self.group_sets)
+        with self.costs.phase(CALIBRATION, self.device), self._data(CALIBRATION) as (batches, loss_fn):
+            statistics = calibrate(self.model, self.group_sets, batches, loss_fn, config)
+        if config.compensates:
+            with self.costs.phase(COMPENSATION, self.device):
+                data = partial(self._data, COMPENSATION)
+                statistics.unexplained = unexplained(
+                    self.model, self.group_sets, data, None, self.progress.layers, None
+                )
+        return statistics
+
+    def masked_loss(self, made: PruningPlan) -> float:
+        """The loss on the held-out inputs with what a plan removes masked."""
+        with self.progress.phase(COMPARING):
+            batches = self.progress.batches(self.held_out)
+            return masked_loss(self.model, self.group_sets, made, batches, self.loss, lambda _: False)
 
     def cut(self, made: PruningPlan, config: PruningConfig) -> None:
         """Repair and cut by a plan that is there already."""
         statistics = Statistics()
-        if config.repair == "bias":
-            with self.costs.phase(CALIBRATION, self.device), self._data(CALIBRATION) as (batches, loss):
-                statistics = calibrate(self.model, self.group_sets, batches, loss, config)
+        if _folds(config):
+            with self.costs.phase(CALIBRATION, self.device), self._data(CALIBRATION) as (batches, loss_fn):
+                statistics = calibrate(self.model, self.group_sets, batches, loss_fn, config)
         with self.costs.phase(REPAIR, self.device):
             made, weights = repair(
                 self.model,
@@ -120,23 +184,27 @@ class Session:
                 self.batches,
                 self.loss,
                 config,
-                progress=partial(progress, what="Repair"),
+                progress=self.progress.layers,
             )
         with self.costs.phase(SURGERY, self.device):
             apply_plan(self.model, made, weights=weights)
 
-    def _data(self, purpose: str) -> AbstractContextManager[tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]]:
-        shown = progress(self.batches, purpose.capitalize()) if purpose == CALIBRATION else self.batches
-        return nullcontext((shown, self.loss))
+    def _data(self, _: str) -> contextlib.AbstractContextManager[tuple[Iterable[Batch], Callable[[Batch], Tensor]]]:
+        return contextlib.nullcontext((self.progress.batches(self.batches), self.loss))
 
-    @torch.inference_mode()
     def metrics(self) -> dict[str, float]:
-        """Parameters, megabytes, and perplexity on the held-out text."""
+        """Parameters, megabytes, and what is measured on the held-out inputs."""
         metrics = {"parameters": float(count_parameters(self.model)), "megabytes": count_bytes(self.model) / 1e6}
         if self.held_out:
-            losses = [float(self.loss(batch)) for batch in progress(self.held_out, "Perplexity")]
-            metrics["perplexity"] = math.exp(sum(losses) / len(losses))
+            with self.progress.phase(MEASURING):
+                shown: Any = self.progress.batches(self.held_out)
+                causal, masked = self.auto_class == CAUSAL, self.auto_class == MASKED
+                metrics |= measure(self.model, shown, causal=causal, masked=masked)
         return metrics
+
+
+def _folds(config: PruningConfig) -> bool:
+    return config.repair == "bias"
 
 
 def _device(name: str) -> torch.device:
@@ -158,9 +226,3 @@ def _device(name: str) -> torch.device:
             f"There is no device {name!r} to compute on: {str(error).partition(chr(10))[0].partition('. ')[0]}"
         ) from error
     return device
-
-
-def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """The items, with a bar in a terminal."""
-    console = Console(stderr=True)
-    return track(items, what, transient=True, console=console, disable=not console.is_terminal)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lit_prune import Limits, PruningConfig, prune
 from lit_prune.arguments import COUNT, FLAG, PATH, RATIO, plain, shown
+from lit_prune.calibration_input import Calibration
 from lit_prune.callbacks import (
     CubicSchedule,
     Distillation,
@@ -24,7 +25,6 @@ from lit_prune.callbacks import (
     Stage,
     StructuredPruning,
 )
-from lit_prune.cli import Calibration
 from lit_prune.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, PruningError
 from lit_prune.training import CausalLMModule, TextDataModule
 from lit_prune.training.classification import LabelledTextDataModule, TextClassifierModule

@@ -135,7 +135,7 @@ def test_options_that_cannot_be(given, option, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "subcommand"),
+        ([], 2, "COMMAND"),
         (["nothing"], 2, "invalid choice: 'nothing'"),
         (["plan"], 2, "arguments are required"),
         (["plan", "junk", "out"], 2, "The model 'junk' cannot be read"),

@@ -26,6 +26,7 @@ from conftest import tiny
 from lit_prune import cli
 from lit_prune.architectures import architectures, register_architecture
 from lit_prune.callbacks import PruningReport, StructuredPruning
+from lit_prune.cli.running import parser_of
 from lit_prune.training import CausalLMModule, TextDataModule, classification
 from lit_prune.training.command_line import run
 
@@ -253,8 +254,10 @@ def check_command(words: list[str]) -> None:
             arguments.append("--help")
         if "--help" in arguments:
             parsed(cli.main, arguments)
+        elif arguments[0] == "evaluate":
+            assert not arguments[1].startswith("-")
         else:
-            cli._parser().parse_args(arguments)
+            parser_of(arguments[0]).parse_args(arguments[1:])
     elif program == "python" and arguments[0] == "train.py":
         shown = [] if "--help" in arguments or len(arguments) == 1 else ["--print_config"]
         parsed(_train, [*(arguments[1:] or ["--help"]), *shown])
@@ -266,6 +269,8 @@ def check_command(words: list[str]) -> None:
         script = ROOT / arguments[0]
         source = "".join(p.read_text(encoding="utf-8") for p in (script, *script.parent.glob("*.py")))
         assert all(f'"{option}"' in source for option in arguments if option.startswith("--"))
+    elif program == "lm-eval":
+        assert "--model_args" in arguments and any("pretrained=" in word for word in arguments)
     elif program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":

@@ -18,6 +18,7 @@ LAYERS = [
     "version",
     "_moved",
     "_renamed",
+    "_auto_classes",
     "errors",
     "torch_internals",
     "transformers_internals",
@@ -25,6 +26,7 @@ LAYERS = [
     "text_escape",
     "_files",
     "costs",
+    "progress",
     "modeling_pruned",
     "user_errors",
     "groups",
@@ -42,15 +44,21 @@ LAYERS = [
     "config",
     "planning",
     "budgeting",
+    "ratios",
     "repairing",
     "polishing",
     "detection",
+    "phases",
     "pipeline",
     "reporting",
     "io",
+    "_api",
     "callbacks",
     "training",
+    "objectives",
+    "calibration_input",
     "session",
+    "evaluate",
     "cli",
 ]
 
@@ -121,7 +129,8 @@ def test_there_is_no_circle():
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+# the root names for type checkers what it imports on demand
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"lit_prune"}))
 def test_no_import_of_ours_hides_behind_type_checking(module):
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -190,7 +199,9 @@ PRIVATE_ELSEWHERE = {
     },
     "lit_prune.calibration.mask_shapes": {"_asdict": "documented of named tuples"},
     "lit_prune.callbacks.pruning": {"_generate_state_key": "Lightning documents it for a callback's state_key"},
-    "lit_prune.cli": {"_actions": "of jsonargparse, which has no other way to the options' help; see test_internals"},
+    "lit_prune.cli.running": {
+        "_actions": "of jsonargparse, which has no other way to the options' help; see test_internals"
+    },
 }
 
 

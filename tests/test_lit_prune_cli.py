@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_prune import GroupTable, PruningConfig, PruningPlan, find_group_sets, get_plan, load_pruned, prune
 from lit_prune.cli import main
 from lit_prune.io.sources import load_tokenizer
-from lit_prune.training.data import load_texts, pack
+from lit_prune.io.text import load_texts, pack
 
 
 @pytest.fixture

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_prune.architectures.features import spread_features
-from lit_prune.calibration.activations import ActivationStatistics
+from lit_prune.arguments import PATH
+from lit_prune.calibration.activations import ActivationStatistics, observed_modules
 from lit_prune.calibration.statistic_registry import InputStatistic, get_statistic
+from lit_prune.calibration.statistics_file import check_model, described, read, term_label, write
 from lit_prune.calibration.terms import Term
 from lit_prune.distributed.ranks import Ranks
-from lit_prune.groups import Slice
+from lit_prune.errors import CalibrationError, PruningError
+from lit_prune.groups import GroupSet, Slice
 
 MODES = ("streaming", "elementwise")
 
@@ -71,6 +76,77 @@ class Statistics:
             activation.count = int(ranks.sum(torch.tensor(activation.count)))
             activation.sums = {key: ranks.sum(value) for key, value in activation.sums.items()}
 
+    def save(self, path: str | os.PathLike[str], model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+        """Write a safetensors file, whole or not at all, from which plans for any ratio can be made later.
+
+        Args:
+            path: The file.
+            model: The model that was calibrated.
+            group_sets: Its group sets.
+
+        Raises:
+            PruningError: If it cannot be written.
+            UnsupportedModelError: If the model is sharded.
+        """
+        tensors: dict[str, Tensor] = {}
+        fields: dict[str, Any] = {name: [] for name in ("elementwise", "reduced", "activations", "unexplained")}
+
+        def add(kind: str, key: list[Any], **values: Tensor) -> None:
+            number = len(fields[kind])
+            fields[kind].append(key)
+            tensors.update({f"{kind}.{number}{name and '.'}{name}": value for name, value in values.items()})
+
+        for statistic, by_parameter in self.elementwise.items():
+            for parameter, value in by_parameter.items():
+                add("elementwise", [statistic, parameter], **{"": value})
+        for (term, key, position), value in self.reduced.items():
+            add("reduced", [term_label(term), *key, position], **{"": value})
+        for module, activation in self.activations.items():
+            add("activations", [module, activation.count, sorted(activation.sums)], **activation.sums)
+        for key, value in self.unexplained.items():
+            add("unexplained", list(key), **{"": value})
+        counts = {"batches": self.batches, "skipped": self.skipped, "loss": self.loss}
+        write(PATH.check("path", path), tensors, {"model": described(model, group_sets), **counts, **fields})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        group_sets: Sequence[GroupSet],
+        terms: Iterable[Term],
+    ) -> Statistics:
+        """Read what :meth:`save` wrote, on the device of the model.
+
+        Args:
+            path: The file.
+            model: The model, with the weights that it was calibrated with.
+            group_sets: Its group sets.
+            terms: The terms that are needed, :attr:`PruningConfig.terms` for instance.
+
+        Raises:
+            CalibrationError: If the statistics of a term are not in the file.
+            FileNotFoundError: If there is no file.
+            PlanError: If the file is of another model, or of other weights of it.
+            PruningError: If it is damaged, or holds something else.
+        """
+        path = PATH.check("path", path)
+        tensors, found = read(path)
+        check_model(path, found.get("model"), model, group_sets)
+        device = next(model.parameters()).device
+        terms = list(terms)
+        try:
+            statistics = _loaded(found, {name: tensor.to(device) for name, tensor in tensors.items()}, terms)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PruningError(f"{path} is damaged: {error!r} is missing or malformed. Calibrate again.") from error
+        lacking = [term_label(term) for term in terms if _lacks(statistics, term, group_sets)]
+        if lacking:
+            raise CalibrationError(
+                f"{path} holds nothing for {lacking[0]!r}, which the importance needs. Calibrate with the importance that the"
+                " plan is to be made with."
+            )
+        return statistics
+
     def activation_of(self, part: Slice, statistic: str, weight: Tensor) -> Tensor:
         """A statistic of the input features that a slice's parameter multiplies, broadcastable against the parameter.
 
@@ -96,6 +172,34 @@ class Statistics:
         if not part.observable or part.input_dim is None or module is None:
             return 1
         return max(1, module.features // max(1, weight.shape[part.input_dim]))
+
+
+def _loaded(found: dict[str, Any], tensors: dict[str, Tensor], terms: Sequence[Term]) -> Statistics:
+    by_label = {term_label(term): term for term in terms}
+    statistics = Statistics(found["batches"], found["skipped"], loss=found["loss"])
+    for number, (statistic, parameter) in enumerate(found["elementwise"]):
+        statistics.elementwise.setdefault(statistic, {})[parameter] = tensors[f"elementwise.{number}"]
+    for number, (label, name, kind, position) in enumerate(found["reduced"]):
+        if label in by_label:
+            statistics.reduced[by_label[label], (name, kind), position] = tensors[f"reduced.{number}"]
+    for number, (module, count, sums) in enumerate(found["activations"]):
+        values = {name: tensors[f"activations.{number}.{name}"] for name in sums}
+        statistics.activations[module] = ActivationStatistics(count, values)
+    for number, (name, kind) in enumerate(found["unexplained"]):
+        statistics.unexplained[name, kind] = tensors[f"unexplained.{number}"]
+    return statistics
+
+
+def _lacks(statistics: Statistics, term: Term, group_sets: Sequence[GroupSet]) -> bool:
+    """Whether nothing was collected for a term."""
+    if term.statistic is None:
+        return False
+    known = get_statistic(term.statistic)
+    if isinstance(known, InputStatistic):
+        if not statistics.activations:
+            return bool(observed_modules(group_sets))
+        return not all(known.sums.keys() <= a.sums.keys() for a in statistics.activations.values())
+    return term.statistic not in statistics.elementwise and all(key[0] != term for key in statistics.reduced)
 
 
 def check_gathering(mode: str, gradient_dtype: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ def polish(
     *,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
-    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
     rate: float = RATE,
 ) -> tuple[list[float], Callable[[], None]]:
     """Train the consumers of groups towards the outputs of the dense model; in place.
@@ -57,7 +56,6 @@ def polish(
         epochs: Number of passes.
         root: The module that holds the model, if the function runs more than the model.
         ranks: The processes of a distributed run, each with batches of its own.
-        progress: Wraps the passes.
         rate: Learning rate, as a share of the root mean square of each weight.
 
     Returns:
@@ -81,7 +79,7 @@ def polish(
     run = _Run(model, trained, data, dense, root, ranks)
     try:
         with _only_trained(model if root is None else root, trained):
-            return run.train(epochs, rate, progress), undo
+            return run.train(epochs, rate), undo
     except BaseException:
         undo()
         raise
@@ -146,7 +144,7 @@ class _Run:
             # steps of a training may be smaller than what 16 bits tell apart
             self._masters = [p.detach().to(accumulation_dtype(p.dtype), copy=True) for p in trained]
 
-    def train(self, epochs: int, rate: float, progress: Callable[[Sequence[int]], Iterable[int]]) -> list[float]:
+    def train(self, epochs: int, rate: float) -> list[float]:
         steps = epochs * (self._counted - len(self._held))
         optimizer = torch.optim.Adam(
             [{"params": [m], "lr": rate * m.square().mean().sqrt().item()} for m in self._masters]
@@ -155,7 +153,7 @@ class _Run:
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
         )
         found, best = [], self._masters
-        for epoch in progress(range(epochs + 1)):
+        for epoch in range(epochs + 1):
             held = self._pass(optimizer if epoch else None, schedule)
             found.append(held)
             if not self._held or held <= min(found):

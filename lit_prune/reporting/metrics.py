@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LABELS = {"parameters": "parameters", "megabytes": "weights on disk, MB", "tokens_per_second": "tokens / s (forward)"}
+_LABELS = {
+    "parameters": "parameters",
+    "megabytes": "weights on disk, MB",
+    "tokens_per_second": "tokens / s (forward)",
+    "masked_perplexity": "perplexity of masked tokens",
+    "agreement": "agreement with the dense model",
+    "relative_error": "relative error of the outputs",
+    "prefill_ms": "prefill, ms",
+    "prefill_ms_spread": "  half of the interquartile range",
+    "decode_ms": "decode, ms / token",
+    "decode_ms_spread": "  half of the interquartile range",
+    "forward_ms": "forward, ms",
+    "forward_ms_spread": "  half of the interquartile range",
+    "peak_memory": "peak memory, MB",
+}
 
 
 def label(name: str) -> str:
@@ -18,7 +32,7 @@ def format_metric(name: str, value: float | None) -> str:
         return ""
     if name == "parameters":
         return f"{value:,.0f}"
-    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second") else f"{value:.4g}"
+    return f"{value:,.1f}" if name in ("megabytes", "tokens_per_second", "peak_memory") else f"{value:.4g}"
 
 
 def metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -103,6 +104,8 @@ def install() -> None:
         folder = Path(args[0] if args else kwargs["save_directory"])
         described = isinstance(getattr(self.config, "pruning", None), Mapping)
         if described and kwargs.get("is_main_process", True) and not (folder / "README.md").exists():
+            if write_card is None:
+                importlib.import_module("lit_prune.io.huggingface")
             assert write_card is not None
             write_card(self, folder)
         return result
@@ -131,6 +134,8 @@ class _SavePretrained:
             return None
         if not _described(model):
             contained = bool(getattr(model.config, "auto_map", None))
+            if to_pretrained is None:
+                importlib.import_module("lit_prune.io.huggingface")
             assert to_pretrained is not None
             model = to_pretrained(model, self_contained=contained, state_dict=kwargs.pop("state_dict", None))
         return getattr(type(model), _METHOD)(model, *args, **kwargs)

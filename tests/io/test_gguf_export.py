@@ -23,7 +23,7 @@ from lit_prune import (
 )
 from lit_prune.io.gguf import save_gguf
 from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
-from lit_prune.training.data import EMBEDDED, load_texts
+from lit_prune.io.text import EMBEDDED, load_texts
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")

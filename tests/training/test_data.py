@@ -12,8 +12,8 @@ import pytest
 import torch
 from local_assets import EOS, UNKNOWN, chains, write_text, write_tokenizer
 
+from lit_prune.io.text import EMBEDDED, load_texts
 from lit_prune.training import TextDataModule
-from lit_prune.training.data import EMBEDDED, load_texts
 
 pytestmark = pytest.mark.core
 

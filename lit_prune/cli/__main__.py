@@ -1,0 +1,5 @@
+"""``python -m lit_prune.cli``."""
+
+from lit_prune.cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from lit_prune._files import check_writable, write_text
+from lit_prune.arguments import NATURAL
+from lit_prune.calibration_input import Calibration
+from lit_prune.io.sources import CAUSAL
+from lit_prune.objectives import forward_inputs
+from lit_prune.progress import Progress, Work
+from lit_prune.reporting.latency import REPEATS, generation_costs, run_costs
+from lit_prune.reporting.page import report_table
+from lit_prune.session import Session
+
+DEFAULT_CALIBRATION = Calibration()
+
+
+def compare(
+    models: list[str],
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    speed_tokens: int = 512,
+    output: Path | None = None,
+) -> None:
+    """Measure models side by side, taking turns: parameters, size, quality on held-out inputs, speed and memory.
+
+    Args:
+        models: Two or more models, each a directory, hub name, GGUF file or package:NAME; the last is compared with the
+            first.
+        calibration: The text or images; the held-out ones are what quality is measured on.
+        device: Where to compute, cpu or cuda:0 for instance; auto takes the first GPU if there is one.
+        dtype: Data type of the weights; auto takes that of the files.
+        speed_tokens: Tokens of the prompt that speed and memory are measured on, for other models than causal language models
+            a held-out input; 0 measures neither.
+        output: JSON file to write the metrics to.
+    """
+    speed_tokens = NATURAL.check("speed_tokens", speed_tokens)
+    if output is not None:
+        check_writable(output, file=True)
+    sessions: dict[str, Session] = {}
+    for name in models:
+        sessions[name] = Session(name, calibration, device, dtype, like=next(iter(sessions.values()), None))
+    first = next(iter(sessions.values()))
+    speed = Work("speed", len(sessions) * (REPEATS + 1), len(sessions) * (REPEATS + 1)) if speed_tokens else None
+    work = [*(s.measuring for s in sessions.values()), *([speed] if speed else [])]
+    with Progress(lambda _: work, title="Comparing") as progress:
+        progress.known(1)
+        metrics = {}
+        for name, session in sessions.items():
+            session.progress = progress
+            metrics[name] = session.metrics()
+        if speed is not None:
+            with progress.phase("speed"):
+                for name, values in _speed(sessions, first, speed_tokens, progress).items():
+                    metrics[name] |= values
+    Console().print(report_table(metrics))
+    if output is not None:
+        write_text(output, json.dumps(metrics, indent=1) + "\n")
+
+
+def _speed(
+    sessions: dict[str, Session], first: Session, speed_tokens: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    models: dict[str, Any] = {name: session.model for name, session in sessions.items()}
+    if all(session.auto_class == CAUSAL for session in sessions.values()):
+        generator = torch.Generator().manual_seed(0)
+        size = min(model.get_input_embeddings().num_embeddings for model in models.values())
+        ids = torch.randint(0, size, (1, speed_tokens), generator=generator).to(first.device)
+        return generation_costs(models, ids, done=progress.batch_done)
+    inputs = {name: forward_inputs((session.held_out or session.batches)[0]) for name, session in sessions.items()}
+    return run_costs(models, inputs, done=progress.batch_done)
