@@ -27,7 +27,8 @@ from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.validation import missing_validation
-from lit_prune.callbacks.wandb_report import log_model, log_pictures, log_plan, log_tables
+from lit_prune.callbacks.wandb_report import log_model, log_pictures, log_plan
+from lit_prune.callbacks.wandb_tables import log_tables
 from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.io.huggingface import save_pruned
@@ -51,10 +52,9 @@ class PruningReport(Callback):
 
     Whatever loggers the Trainer has get the pruning options as hyperparameters, and under ``pruning/`` the metrics by stage,
     what each kind of group lost, and what calibration took. TensorBoard gets the pictures, too. Weights & Biases gets the
-    pictures, the group table as a ``wandb.Table``, what each layer kept as a table and a bar chart, the plan as an artifact,
-    and, with ``log_model``, the pruned model as an artifact whose metadata name the plan. A run goes on as it was across the
-    cut. To continue it after an interruption, too, give the logger the run's id, which every checkpoint carries:
-    ``WandbLogger(**wandb_run("last.ckpt"))``, see :func:`wandb_run`.
+    pictures, what each layer kept as a table and a bar chart, the group table (a ``wandb.Table``; above 10,000 rows a Parquet
+    artifact), the plan as an artifact, and, with ``log_model``, the pruned model as an artifact whose metadata name the plan.
+    To continue an interrupted run, give the logger the id that every checkpoint carries, see :func:`wandb_run`.
 
     Args:
         output_dir: Where to write; ``pruning`` in the trainer's root directory if ``None``.
@@ -349,7 +349,7 @@ class PruningReport(Callback):
         assert self._pruning is not None and self._pruning.plan is not None
         plan = self._pruning.plan
         log_pictures(logger, drawn, step)
-        origin = log_plan(logger, folder, plan, self.dense_artifact)
+        origin = log_plan(logger, folder, plan, self._pruning.table, self.dense_artifact)
         if self.log_model and (folder / "model").is_dir():
             log_model(logger, folder / "model", {**origin, "metrics": self.metrics})
 
