@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 
 from lit_prune.callbacks.wandb_tables import add_parquet, is_large
 from lit_prune.errors import PruningError
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:

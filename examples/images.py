@@ -4,7 +4,7 @@
     python examples/images.py
 
 The images are the 1,797 scans of handwritten digits that scikit-learn ships (UCI Optical Recognition of Handwritten Digits,
-8 x 8 pixels), enlarged to 32 x 32. Nothing is downloaded. The two callbacks are all that lit_prune needs.
+8 x 8 pixels), enlarged to 16 x 16. Nothing is downloaded. The two callbacks are all that lit_prune needs.
 """
 
 import lightning as L
@@ -18,10 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_prune.callbacks import PruningReport, StructuredPruning
 
 MODELS = {
-    "resnet": lambda: timm.create_model("resnet10t", in_chans=1, num_classes=10),
-    "vit": lambda: timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=6
-    ),
+    "resnet": ("resnet10t", {"channels": (16, 32, 64, 128), "stem_width": 16}),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}),
 }
 
 
@@ -52,23 +50,24 @@ class ImageClassifier(L.LightningModule):
 def loaders() -> tuple[DataLoader, DataLoader]:
     """Three quarters of the digits to train on, one to validate."""
     digits = load_digits()
-    images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, size=32, mode="bilinear")
+    images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, size=16, mode="bilinear")
     split = train_test_split(range(len(images)), stratify=digits.target, random_state=0)
     parts = [TensorDataset(images[rows], torch.tensor(digits.target)[rows]) for rows in split]
     return DataLoader(parts[0], batch_size=64, shuffle=True), DataLoader(parts[1], batch_size=256)
 
 
 if __name__ == "__main__":
-    for name, build in MODELS.items():
+    for name, (architecture, sizes) in MODELS.items():
         L.seed_everything(0)
         trainer = L.Trainer(
-            max_epochs=6,
+            max_epochs=5,
             accelerator="cpu",
+            enable_progress_bar=False,
             logger=False,
             enable_checkpointing=False,
             callbacks=[
-                StructuredPruning(pruning_ratio=0.5, epoch=4, calibration_batches=8),
+                StructuredPruning(pruning_ratio=0.4, epoch=3, calibration_batches=4),
                 PruningReport(f"outputs/images/{name}"),  # a table on the console, pictures and the model in the folder
             ],
         )
-        trainer.fit(ImageClassifier(build()), *loaders())
+        trainer.fit(ImageClassifier(timm.create_model(architecture, in_chans=1, num_classes=10, **sizes)), *loaders())

@@ -6,16 +6,17 @@
 The text is what every Python ships: the topics of its documentation, about 465 kB, read byte by byte. Nothing is downloaded.
 """
 
+from pydoc_data.topics import topics
+
 import lightning as L
 import litgpt
 import torch
 from litgpt.utils import chunked_cross_entropy
-from pydoc_data.topics import topics
 from torch.utils.data import DataLoader
 
 from lit_prune.callbacks import CubicSchedule, LearningRateRewarmup, PruningReport, StructuredPruning
 
-LENGTH = 128
+LENGTH = 64
 
 
 class Pretraining(L.LightningModule):
@@ -23,18 +24,9 @@ class Pretraining(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        config = litgpt.Config.from_name(
-            "Llama-3.2-1B",
-            n_layer=4,
-            n_embd=128,
-            n_head=8,
-            n_query_groups=4,
-            head_size=16,
-            intermediate_size=384,
-            vocab_size=256,
-            padded_vocab_size=256,
-            block_size=LENGTH,
-        )
+        sizes = {"n_layer": 3, "n_embd": 96, "n_head": 8, "n_query_groups": 4, "head_size": 12, "intermediate_size": 256}
+        tokens = {"vocab_size": 256, "padded_vocab_size": 256, "block_size": LENGTH}
+        config = litgpt.Config.from_name("Llama-3.2-1B", **sizes, **tokens)
         self.model = litgpt.GPT(config)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -54,21 +46,29 @@ if __name__ == "__main__":
     L.seed_everything(0)
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
     blocks = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
-    held_out = torch.arange(len(blocks)) % 20 == 0
-    schedule = CubicSchedule(start=60, end=140, stages=3, unit="step")
+    held_out = torch.arange(len(blocks)) % 40 == 0
+    schedule = CubicSchedule(start=40, end=100, stages=3, unit="step")
     trainer = L.Trainer(
-        max_steps=220,
-        val_check_interval=20,
+        max_steps=160,
+        val_check_interval=40,
         check_val_every_n_epoch=None,
         accelerator="cpu",
+        enable_progress_bar=False,
         logger=False,
         enable_checkpointing=False,
         callbacks=[
-            StructuredPruning(pruning_ratio=0.3, schedule=schedule, calibration_batches=8, uniform=True),
+            StructuredPruning(pruning_ratio=0.3, schedule=schedule, calibration_batches=4, uniform=True),
             LearningRateRewarmup(steps=10),
             PruningReport("outputs/litgpt_pretraining"),
         ],
     )
     module = Pretraining()
-    trainer.fit(module, DataLoader(blocks[~held_out], batch_size=16, shuffle=True), DataLoader(blocks[held_out], batch_size=32))
-    print("an ordinary LitGPT folder:", "outputs/litgpt_pretraining/model", module.model.config.intermediate_size, "channels")
+    trainer.fit(
+        module, DataLoader(blocks[~held_out], batch_size=16, shuffle=True), DataLoader(blocks[held_out], batch_size=64)
+    )
+    print(
+        "an ordinary LitGPT folder:",
+        "outputs/litgpt_pretraining/model",
+        module.model.config.intermediate_size,
+        "channels",
+    )

@@ -3,8 +3,9 @@
     pip install 'lit_prune[examples]'
     python examples/text.py
 
-The texts are real and installed already: the first paragraphs of the docstrings of five packages, with their names taken out. The
-classifier says which package a text comes from. The encoder is all-MiniLM-L6-v2, which a Python package ships. Nothing is downloaded.
+The texts are real and installed already: first paragraphs of docstrings of five packages, with their names taken out. The
+classifier says which package a text comes from. The encoder is all-MiniLM-L6-v2, which a Python package ships. Nothing is
+downloaded.
 """
 
 import ast
@@ -24,11 +25,11 @@ from lit_prune.callbacks import Distillation, PruningReport, StructuredPruning
 PACKAGES = ["torch", "transformers", "matplotlib", "sklearn", "pyarrow"]
 
 
-def texts(package: str, count: int = 400) -> list[str]:
+def texts(package: str, count: int = 140) -> list[str]:
     """First paragraphs of docstrings of a package, which is not imported."""
     folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-    found = set()
-    for file in sorted(folder.rglob("*.py")):
+    found, files = set(), sorted(folder.rglob("*.py"))
+    for file in random.Random(0).sample(files, min(120, len(files))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="ignore"))):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 first = re.sub("|".join(PACKAGES), "this package", " ".join(text.split("\n\n")[0].split()), flags=re.I)
@@ -41,7 +42,9 @@ class TextClassifier(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = AutoModelForSequenceClassification.from_pretrained(minilm.get_model_path(), num_labels=len(PACKAGES))
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            minilm.get_model_path(), num_labels=len(PACKAGES)
+        )
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """The loss of a batch."""
@@ -61,15 +64,16 @@ class TextClassifier(L.LightningModule):
 if __name__ == "__main__":
     L.seed_everything(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
-    rows = [{**tokenizer(t, truncation=True, max_length=48), "label": k} for k, p in enumerate(PACKAGES) for t in texts(p)]
+    labelled = [(text, label) for label, package in enumerate(PACKAGES) for text in texts(package)]
+    rows = [{**tokenizer(text, truncation=True, max_length=32), "label": label} for text, label in labelled]
     random.Random(0).shuffle(rows)
-    options = {"batch_size": 32, "collate_fn": DataCollatorWithPadding(tokenizer)}
-    pruning = StructuredPruning(pruning_ratio=0.25, epoch=1, calibration_batches=8)
+    options = {"batch_size": 16, "collate_fn": DataCollatorWithPadding(tokenizer)}
+    pruning = StructuredPruning(pruning_ratio=0.25, epoch=1, calibration_batches=4)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
+        enable_progress_bar=False,
         logger=False,
-        enable_checkpointing=False,
         callbacks=[pruning, Distillation(), PruningReport("outputs/text", tokenizer=str(minilm.get_model_path()))],
     )
-    trainer.fit(TextClassifier(), DataLoader(rows[400:], shuffle=True, **options), DataLoader(rows[:400], **options))
+    trainer.fit(TextClassifier(), DataLoader(rows[128:], shuffle=True, **options), DataLoader(rows[:128], **options))
