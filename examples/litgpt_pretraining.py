@@ -1,6 +1,6 @@
 """Pretrain a small LitGPT model from scratch, and prune it gradually meanwhile along a cubic schedule.
 
-    pip install 'lit_prune[examples]'
+    pip install 'lit_prune[all]' && pip install --no-deps litgpt    # which asks for older releases of others
     python examples/litgpt_pretraining.py
 
 The text is what every Python ships: the topics of its documentation, about 465 kB, read byte by byte. Nothing is downloaded.
@@ -24,7 +24,14 @@ class Pretraining(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"n_layer": 3, "n_embd": 96, "n_head": 8, "n_query_groups": 4, "head_size": 12, "intermediate_size": 256}
+        sizes = {
+            "n_layer": 3,
+            "n_embd": 96,
+            "n_head": 8,
+            "n_query_groups": 4,
+            "head_size": 12,
+            "intermediate_size": 256,
+        }
         tokens = {"vocab_size": 256, "padded_vocab_size": 256, "block_size": LENGTH}
         config = litgpt.Config.from_name("Llama-3.2-1B", **sizes, **tokens)
         self.model = litgpt.GPT(config)
@@ -62,13 +69,10 @@ if __name__ == "__main__":
             PruningReport("outputs/litgpt_pretraining"),
         ],
     )
-    module = Pretraining()
     trainer.fit(
-        module, DataLoader(blocks[~held_out], batch_size=16, shuffle=True), DataLoader(blocks[held_out], batch_size=64)
+        Pretraining(),
+        DataLoader(blocks[~held_out], batch_size=16, shuffle=True),
+        DataLoader(blocks[held_out], batch_size=64),
     )
-    print(
-        "an ordinary LitGPT folder:",
-        "outputs/litgpt_pretraining/model",
-        module.model.config.intermediate_size,
-        "channels",
-    )
+    # all layers are equally wide, so the result is an ordinary LitGPT folder
+    print(litgpt.Config.from_file("outputs/litgpt_pretraining/model/model_config.yaml"))
