@@ -1,4 +1,4 @@
-"""The examples, run as a reader runs them: each under 80 lines, each ending in a table and a picture, on data that packages ship."""
+"""The examples, run as a reader runs them: under 80 lines each, with a table and a picture at the end, on data of packages."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -47,42 +48,45 @@ def test_a_package_is_of_the_core_or_of_an_extra():
     assert "[all]" in re.search(r"^pip install .*$", readme, re.MULTILINE)[0]
 
 
+# by feature: the package, the extra, and what needs it
 FEATURES = {
-    "plots": ("matplotlib", "from lit_prune.callbacks import PruningReport; PruningReport('out')"),
-    "lora": ("peft", "from lit_prune.callbacks import LoRARecovery; LoRARecovery()"),
-    "gguf": ("gguf", "from lit_prune.io.gguf import save_gguf; save_gguf(None, 'out.gguf', None)"),
-    "pictures": ("matplotlib", "import lit_prune.reporting.plots"),
-    "cli": ("jsonargparse", "from lit_prune.training.command_line import run; run('train.py', None, None, [])"),
+    "report": ("matplotlib", "plots", "from lit_prune.callbacks import PruningReport; PruningReport('out')"),
+    "pictures": ("matplotlib", "plots", "import lit_prune.reporting.plots"),
+    "adapters": ("peft", "lora", "from lit_prune.callbacks import LoRARecovery; LoRARecovery()"),
+    "export": ("gguf", "gguf", "from lit_prune.io.gguf import save_gguf; save_gguf(None, 'out.gguf', None)"),
+    "train.py": ("jsonargparse", "cli", "from lit_prune.training.command_line import run; run('x', None, None, [])"),
 }
 WITHOUT = """
-import sys
+import importlib.util, json, sys
+refused, features = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {package!r}:
+        if name.partition(".")[0] in refused:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
-import importlib.util
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == {package!r} else found(name, *a)
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in refused else found(name, *rest)
 from lit_prune.callbacks import StructuredPruning
 from lit_prune.extras import MissingPackageError
-try:
-    {code}
-except MissingPackageError as error:
-    print(error)
+said = {}
+for name, (_, _, code) in features.items():
+    try:
+        exec(code)
+    except MissingPackageError as error:
+        said[name] = str(error)
+print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_a_feature_without_its_package_names_the_extra(feature):
-    package, code = FEATURES[feature]
-    script = WITHOUT.format(package=package, code=code)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    extra = {"pictures": "plots"}.get(feature, feature)
-    assert f"needs the package {package}" in done.stdout and f"pip install 'lit_prune[{extra}]'" in done.stdout, (
-        done.stderr
-    )
-    assert extra in PROJECT["optional-dependencies"]
+def test_a_feature_without_its_package_names_the_extra():
+    refused = sorted({package for package, _, _ in FEATURES.values()})
+    command = [sys.executable, "-c", WITHOUT, json.dumps(refused), json.dumps(FEATURES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    for feature, (package, extra, _) in FEATURES.items():
+        assert f"needs the package {package}" in said[feature] and f"pip install 'lit_prune[{extra}]'" in said[feature]
+        assert extra in PROJECT["optional-dependencies"]
 
 
 def test_the_error_is_one_of_lit_prune_and_an_import_error():
