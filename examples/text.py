@@ -25,11 +25,11 @@ from lit_prune.callbacks import Distillation, PruningReport, StructuredPruning
 PACKAGES = ["torch", "transformers", "matplotlib", "sklearn", "pyarrow"]
 
 
-def texts(package: str, count: int = 140) -> list[str]:
+def texts(package: str, count: int = 80) -> list[str]:
     """First paragraphs of docstrings of a package, which is not imported."""
     folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     found, files = set(), sorted(folder.rglob("*.py"))
-    for file in random.Random(0).sample(files, min(120, len(files))):
+    for file in random.Random(0).sample(files, min(60, len(files))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="ignore"))):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 first = re.sub("|".join(PACKAGES), "this package", " ".join(text.split("\n\n")[0].split()), flags=re.I)
@@ -42,9 +42,8 @@ class TextClassifier(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            minilm.get_model_path(), num_labels=len(PACKAGES)
-        )
+        name, labels = minilm.get_model_path(), len(PACKAGES)
+        self.model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels).train()
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """The loss of a batch."""
@@ -65,15 +64,15 @@ if __name__ == "__main__":
     L.seed_everything(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
     labelled = [(text, label) for label, package in enumerate(PACKAGES) for text in texts(package)]
-    rows = [{**tokenizer(text, truncation=True, max_length=32), "label": label} for text, label in labelled]
+    rows = [{**tokenizer(text, truncation=True, max_length=24), "label": label} for text, label in labelled]
     random.Random(0).shuffle(rows)
     options = {"batch_size": 16, "collate_fn": DataCollatorWithPadding(tokenizer)}
-    pruning = StructuredPruning(pruning_ratio=0.25, epoch=1, calibration_batches=4)
+    pruning = StructuredPruning(pruning_ratio=0.25, epoch=2, calibration_batches=4, iterations=1)
     trainer = L.Trainer(
-        max_epochs=2,
+        max_epochs=3,
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,
         callbacks=[pruning, Distillation(), PruningReport("outputs/text", tokenizer=str(minilm.get_model_path()))],
     )
-    trainer.fit(TextClassifier(), DataLoader(rows[128:], shuffle=True, **options), DataLoader(rows[:128], **options))
+    trainer.fit(TextClassifier(), DataLoader(rows[100:], shuffle=True, **options), DataLoader(rows[:100], **options))

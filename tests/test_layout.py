@@ -19,6 +19,7 @@ LAYERS = [
     "_moved",
     "_renamed",
     "errors",
+    "extras",
     "torch_internals",
     "transformers_internals",
     "arguments",
