@@ -58,12 +58,15 @@ FEATURES = {
 }
 WITHOUT = """
 import importlib.util, json, sys
+import lightning.pytorch.cli  # what others import of the packages, with ways of their own to tell that one is missing
 refused, features = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in refused:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
+for name in [n for n in sys.modules if n.partition(".")[0] in refused]:
+    del sys.modules[name]
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in refused else found(name, *rest)
 from lit_prune.callbacks import StructuredPruning
