@@ -24,13 +24,13 @@ if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     logger = WandbLogger(project="lit_prune-pipeline", job_type="prune", save_dir=FOLDER)
     trainer = L.Trainer(
-        max_epochs=8,
+        max_epochs=6,
         accelerator="cpu",
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         callbacks=[
-            StructuredPruning(pruning_ratio=0.4, epoch=7, calibration_batches=8),
+            StructuredPruning(pruning_ratio=0.4, epoch=5, calibration_batches=4),
             PruningReport(FOLDER, log_model=True),
         ],
     )

@@ -37,6 +37,13 @@ def test_the_version_comes_from_one_place_and_has_an_entry_of_the_changelog():
     assert written == [ROOT / "lit_prune" / "version.py"]
 
 
+def test_the_distribution_holds_every_folder_of_the_package():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent.relative_to(ROOT) for p in (ROOT / "lit_prune").rglob("*.py")}
+    folders |= {"lit_prune" / p.parent.relative_to(ROOT) for p in (ROOT / "callbacks").rglob("*.py")}
+    assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
+
+
 def test_a_package_is_of_the_core_or_of_an_extra():
     core, extras = names(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
     assert {"torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "safetensors"} <= core
