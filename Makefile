@@ -9,7 +9,10 @@ OLDEST := .venv-oldest
 # import of everything that finds it installed
 MODELS := $(VENV)/models
 
-.PHONY: demo test slow oldest gpu evaluate check format clean
+DOCS := .venv-docs
+DIST := .venv-dist
+
+.PHONY: demo test slow oldest gpu evaluate examples docs dist check format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -38,6 +41,23 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py --sizes 8B --output docs/gpu.json
 	$(PYTHON) benchmarks/cost.py --device cuda --dtype bfloat16 --sections calibration memory speed --output docs/cost_gpu.json
 
+# every example, with the packages of models in .venv/models; each writes to outputs/
+examples: $(INSTALLED)
+	set -e; for example in images text litgpt_pretraining pipeline_prune pipeline_finetune sweep_local hydra_template/src/train plain_lightning; do \
+	    echo "== examples/$$example.py"; WANDB_MODE=offline $(BIN)/python tests/example_runner.py examples/$$example.py; done
+
+# the documentation site, in site/: built strictly, then every link and anchor is checked
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=true $(DOCS)/bin/python -m mkdocs build --quiet
+	$(DOCS)/bin/python tools/check_site.py site
+
+# the wheel and the source distribution, in dist/: checked, installed in fresh environments, and tried there
+dist: $(DIST)/.installed
+	rm -rf dist
+	$(DIST)/bin/python -m build --quiet
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(DIST)/bin/python tools/try_distribution.py dist
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,5 +83,15 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist hypothesis psutil pytorch-optimizer schedulefree
 	touch $(OLDEST)/.installed
 
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt mkdocs-material mkdocstrings-python ruff
+	touch $(DOCS)/.installed
+
+$(DIST)/.installed: pyproject.toml
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet build twine
+	touch $(DIST)/.installed
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info outputs
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(DIST) build dist site *.egg-info outputs

@@ -32,6 +32,7 @@ from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks, _renew_opt
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.strategies import renew_wrapper
 from lit_prune.errors import PruningError, UnsupportedCallbackError, UnsupportedStrategyError
+from lit_prune.extras import require
 from lit_prune.io.lightning_checkpoint import ADAPTERS, ADAPTERS_FORMAT
 
 _DROPOUT: Rule[float] = Rule("a number from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
@@ -71,7 +72,7 @@ class LoRARecovery(Callback):
     Raises:
         ArgumentTypeError: If an argument is of another type.
         ArgumentValueError: If one is out of its range.
-        ImportError: If peft is not installed.
+        MissingPackageError: If peft is not installed.
 
     Example::
 
@@ -98,10 +99,7 @@ class LoRARecovery(Callback):
         self.target_modules = None if names is None else list(names)
         self.merge = FLAG.check("merge", merge)
         self.seed = INTEGER.check("seed", seed)
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            raise ImportError("LoRARecovery needs peft: pip install 'lit_prune[lora]'.") from error
+        require("peft", "lora", "LoRARecovery")
         self._state: PerModule[_Adapters] = PerModule(_Adapters)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
@@ -27,8 +26,10 @@ from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.callbacks.validation import missing_validation
-from lit_prune.callbacks.wandb_report import log_model, log_pictures, log_plan, log_tables
+from lit_prune.callbacks.wandb_report import log_model, log_pictures, log_plan
+from lit_prune.callbacks.wandb_tables import log_tables
 from lit_prune.errors import ArgumentValueError
+from lit_prune.extras import require
 from lit_prune.groups import count_bytes, count_parameters
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.output_folder import check_replaceable
@@ -52,27 +53,25 @@ class PruningReport(Callback):
 
     Whatever loggers the Trainer has get the pruning options as hyperparameters, and under ``pruning/`` the metrics by stage,
     what each kind of group lost, and what calibration took. TensorBoard gets the pictures, too. Weights & Biases gets the
-    pictures, the group table as a ``wandb.Table``, what each layer kept as a table and a bar chart, the plan as an artifact,
-    and, with ``log_model``, the pruned model as an artifact whose metadata name the plan. A run goes on as it was across the
-    cut. To continue it after an interruption, too, give the logger the run's id, which every checkpoint carries:
-    ``WandbLogger(**wandb_run("last.ckpt"))``, see :func:`wandb_run`.
+    pictures, what each layer kept as a table and a bar chart, the group table (a ``wandb.Table``; above 10,000 rows a Parquet
+    artifact), the plan as an artifact, and, with ``log_model``, the pruned model as an artifact whose metadata name the plan.
+    To continue an interrupted run, give the logger the id that every checkpoint carries, see :func:`wandb_run`.
 
     Args:
         output_dir: Where to write; ``pruning`` in the trainer's root directory if ``None``.
         save_model: Write the pruned model (a transformers model) in Hugging Face format, with its tokenizer if the
             datamodule or ``tokenizer`` names one.
-        self_contained: Write the modelling code beside the model, see :func:`lit_prune.save_pruned`.
+        self_contained: Write the modelling code, too, see :func:`lit_prune.save_pruned`.
         tokenizer: Where to load the tokenizer to save from; the datamodule's ``tokenizer`` if ``None``.
-        measure_speed: Measure tokens per second; keeps a copy of the dense model in CPU memory until the end of the fit. A
-            run that is resumed after the first cut has no dense model to measure.
+        measure_speed: Measure tokens per second; a copy of the dense model stays in CPU memory meanwhile. Not after a resume.
         speed_tokens: Tokens of the sequence that the speed is measured on.
         log_model: Log the saved model to Weights & Biases as an artifact.
-        dense_artifact: Name of the Weights & Biases artifact that the dense model came from, noted as an input of the run
-            (which takes a connection) and in the metadata of its artifacts.
+        dense_artifact: W&B artifact of the dense model, noted in the artifacts' metadata, and online as an input of the run.
 
     Raises:
         ArgumentTypeError: If an argument is of another type.
         ArgumentValueError: If one is out of its range, or ``log_model`` is asked for without ``save_model``.
+        MissingPackageError: If matplotlib is not installed.
 
     Example::
 
@@ -99,6 +98,7 @@ class PruningReport(Callback):
         self.speed_tokens = COUNT.check("speed_tokens", speed_tokens)
         self.log_model = FLAG.check("log_model", log_model)
         self.dense_artifact = optional(TEXT).check("dense_artifact", dense_artifact)
+        require("matplotlib", "plots", "PruningReport")
         if log_model and not save_model:
             raise ArgumentValueError("log_model=True logs the model that was saved; found save_model=False.")
         self._state: PerModule[_Reported] = PerModule(_Reported)
@@ -322,12 +322,12 @@ class PruningReport(Callback):
     def _folder(self, trainer: pl.Trainer) -> Path:
         return self.output_dir or Path(trainer.default_root_dir) / "pruning"
 
-    def _write(self, trainer: pl.Trainer, model: nn.Module) -> dict[str, Figure]:
+    def _write(self, trainer: pl.Trainer, model: nn.Module) -> dict[str, Any]:
         pruning = self._pruning
         if pruning is None or pruning.plan is None:
             return {}
         folder = self._folder(trainer)
-        drawn: dict[str, Figure] = {}
+        drawn: dict[str, Any] = {}
         with warn_instead(f"The report was not written to {folder}", _ANYTHING):
             # the table is None in a run that was resumed after the last cut
             note = self._note_on_metrics(trainer)
@@ -346,11 +346,11 @@ class PruningReport(Callback):
         source = self.tokenizer or getattr(getattr(trainer.datamodule, "hparams", None), "tokenizer", None)  # type: ignore[attr-defined]
         return None if source is None else load_tokenizer(source)
 
-    def _log_to_wandb(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Figure], step: int) -> None:
+    def _log_to_wandb(self, logger: WandbLogger, folder: Path, drawn: Mapping[str, Any], step: int) -> None:
         assert self._pruning is not None and self._pruning.plan is not None
         plan = self._pruning.plan
         log_pictures(logger, drawn, step)
-        origin = log_plan(logger, folder, plan, self.dense_artifact)
+        origin = log_plan(logger, folder, plan, self._pruning.table, self.dense_artifact)
         if self.log_model and (folder / "model").is_dir():
             log_model(logger, folder / "model", {**origin, "metrics": self.metrics})
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 
+from lit_prune.callbacks.wandb_tables import add_parquet, is_large
 from lit_prune.errors import PruningError
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def wandb_run(checkpoint: str | Path) -> dict[str, Any]:
@@ -49,13 +51,16 @@ def log_pictures(logger: WandbLogger, drawn: Mapping[str, Figure], step: int) ->
         logger.log_metrics(images, step=step)  # type: ignore[arg-type]
 
 
-def log_plan(logger: WandbLogger, folder: Path, plan: PruningPlan, dense_artifact: str | None) -> dict[str, Any]:
+def log_plan(
+    logger: WandbLogger, folder: Path, plan: PruningPlan, table: GroupTable | None, dense_artifact: str | None
+) -> dict[str, Any]:
     """Log the plan as an artifact, with the group table and the page beside it.
 
     Args:
         logger: The logger.
         folder: Where the report wrote its files.
         plan: The plan.
+        table: The group table, if it is at hand; a large one is added as Parquet in place of the CSV file.
         dense_artifact: Name of the artifact that the dense model came from.
 
     Returns:
@@ -66,7 +71,12 @@ def log_plan(logger: WandbLogger, folder: Path, plan: PruningPlan, dense_artifac
     run = logger.experiment
     described = {"digest": plan.digest(), "dense_model": dense_artifact, **plan.info}
     artifact = wandb.Artifact(f"pruning-plan-{run.id}", type="pruning-plan", metadata=described)
-    for name in ("plan.json", "group_table.csv", "report.html"):
+    names = ["plan.json", "report.html"]
+    if table is not None and is_large(table):
+        add_parquet(artifact, table)
+    else:
+        names.append("group_table.csv")
+    for name in names:
         if (folder / name).exists():
             artifact.add_file(str(folder / name))
     run.log_artifact(artifact)
@@ -81,24 +91,3 @@ def log_model(logger: WandbLogger, folder: Path, metadata: Mapping[str, Any]) ->
     model = wandb.Artifact(f"pruned-model-{run.id}", type="model", metadata=dict(metadata))
     model.add_dir(str(folder))
     run.log_artifact(model)
-
-
-def log_tables(logger: WandbLogger, table: GroupTable, step: int) -> None:
-    """Log the group table, and what each layer kept as a table and a bar chart."""
-    import wandb
-
-    columns = table.to_arrow()
-    names = columns.column_names
-    rows = [list(row) for row in zip(*(columns[name].to_pylist() for name in names), strict=True)]
-    kept = [len(groups) for groups in table.kept_groups()]
-    layers = [
-        [f"{kind} {layer}", kind, int(layer), int(size), count]
-        for (_, kind), layer, size, count in zip(table.keys, table.layers, table.sizes, kept, strict=True)
-    ]
-    by_layer = wandb.Table(columns=["place", "kind", "layer", "groups", "kept"], data=layers)
-    with warnings.catch_warnings():
-        # a table of a large model has more rows than one panel shows; the artifact of the plan holds them all
-        warnings.filterwarnings("ignore", message=".*Truncating wandb.Table.*")
-        logger.log_metrics({"pruning/group_table": wandb.Table(columns=names, data=rows)}, step=step)  # type: ignore[dict-item]
-    chart = wandb.plot.bar(by_layer, "place", "kept", title="Groups kept")
-    logger.log_metrics({"pruning/kept_by_layer": by_layer, "pruning/kept_chart": chart}, step=step)  # type: ignore[dict-item]

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jsonargparse import Namespace
-
 from lit_prune.arguments import shown
 from lit_prune.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, PruningError
 from lit_prune.modeling_pruned import PrunedModelError
@@ -64,7 +62,7 @@ def check_groups(options: Mapping[str, Any], *names: str) -> None:
     """
     for name in names:
         found = options.get(name)
-        if name in options and not isinstance(found, (Mapping, Namespace)):
+        if name in options and not isinstance(found, (Mapping, argparse.Namespace)):
             raise ArgumentTypeError(
                 f"{name} must be a mapping of options; found {shown(found)} ({type(found).__name__})."
             )

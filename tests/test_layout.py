@@ -20,6 +20,7 @@ LAYERS = [
     "_renamed",
     "_auto_classes",
     "errors",
+    "extras",
     "torch_internals",
     "transformers_internals",
     "arguments",

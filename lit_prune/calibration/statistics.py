@@ -44,7 +44,6 @@ class Statistics:
     Args:
         batches: Number of calibration batches that counted.
         skipped: Number of calibration batches that had no loss, and did not count.
-        tokens: Number of tokens that the first observed projection saw (0 without activation statistics).
         elementwise: By statistic and parameter, a tensor of the parameter's shape, a mean over the batches; of a sharded
             parameter only the local shard.
         reduced: By term, group-set key and position of the slice in its set, a float32 tensor of shape ``(groups,)``,

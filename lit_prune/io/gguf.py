@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_prune._files import check_writable, replacing
 from lit_prune.architectures.families.gguf import DECI_MODEL_TYPES
 from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.extras import missing
 
 if TYPE_CHECKING:
     import gguf
@@ -90,12 +91,12 @@ def save_gguf(
             expressed; the message says what stands in the way.
         PruningError: If ``path`` is a folder or a file that is not GGUF, or cannot be written; before any work.
         ValueError: If ``dtype`` is unknown, or a weight does not fit into float16.
-        ImportError: If the package gguf is not installed.
+        MissingPackageError: If the package gguf is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("Writing GGUF needs the package gguf: pip install 'lit_prune[gguf]'.") from error
+        raise missing("gguf", "gguf", "Writing GGUF") from error
     if dtype not in DTYPES:
         raise ValueError(f"Unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}.")
     check_output(path)

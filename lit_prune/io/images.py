@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from lit_prune.errors import ArgumentValueError
+from lit_prune.extras import missing
 from lit_prune.user_errors import reading
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise missing("pillow", "cli", "Calibration on images") from error
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

@@ -7,9 +7,8 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from lit_prune._files import replacing_files, write_text
@@ -17,12 +16,12 @@ from lit_prune.costs import cost_rows
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
 from lit_prune.reporting.budgets import budget_rows, budgets_of
+from lit_prune.reporting.colours import PALE
 from lit_prune.reporting.metrics import metric_rows
-from lit_prune.reporting.plots import (
-    PALE,
-    pictures,
-)
 from lit_prune.text_escape import for_console, for_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def report_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
@@ -154,7 +153,12 @@ def write_report(
 
     Returns:
         The pictures by name.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
     """
+    from lit_prune.reporting.plots import pictures
+
     drawn = pictures(plan, table, timeline)
     images = {name: _png(figure) for name, figure in drawn.items()}
     with replacing_files(folder) as temporary:

@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
+from lit_prune.extras import missing
 from lit_prune.groups import BLOCK, is_inside, stack_of
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.table import GroupTable
+from lit_prune.reporting.colours import KEPT, PALE, REMOVED
 from lit_prune.text_escape import for_plot
 
-KEPT, REMOVED, PALE = "#2a6f97", "#c8553d", "#d9dee4"
+try:
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise missing("matplotlib", "plots", "The pictures of a report") from error
 
 
 _UNITS = {"attention": "head groups", "mlp": "channels", BLOCK: "blocks"}

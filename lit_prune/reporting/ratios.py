@@ -8,12 +8,17 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from lit_prune._files import replacing_files, write_text
+from lit_prune.extras import missing
 from lit_prune.ratios import RatioPlan
-from lit_prune.reporting.plots import KEPT, PALE, REMOVED
+from lit_prune.reporting.colours import KEPT, PALE, REMOVED
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise missing("matplotlib", "plots", "The picture of several ratios") from error
 
 
 def ratio_rows(plans: Sequence[RatioPlan], dense: int) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lit_prune.callbacks import StructuredPruning
+from lit_prune.extras import require
 from lit_prune.user_errors import DEBUG, DEBUG_HELP, check_groups, errors_as_sentences
 
 
@@ -49,5 +50,6 @@ def run(
         data: Class of the LightningDataModule.
         arguments: The arguments; those of the process if ``None``.
     """
+    require("jsonargparse", "cli", program)
     with errors_as_sentences(program, debug=DEBUG in (sys.argv if arguments is None else arguments)):
         return PruningCLI(module, data, save_config_kwargs={"overwrite": True}, args=arguments)
