@@ -94,6 +94,8 @@ def prune(
     loss_fn: Callable[[Any], Tensor | None],
     config: PruningConfig,
     optimizers: Iterable[Optimizer] = (),
+    *,
+    importance: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """Prune a model: calibrate, plan, repair and cut, ``config.iterations`` times.
 
@@ -108,6 +110,8 @@ def prune(
         loss_fn: Runs one batch through the model and returns its loss.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
+        importance: Importance of the groups of every set that was learned (:func:`lit_prune.learn_gates`), in place of the
+            criterion's. It is that of one set of groups to be removed together, so that there is one iteration.
 
     Returns:
         The group table of the model before the first cut, and the plan for that model. A group's importance is that of
@@ -133,7 +137,8 @@ def prune(
         if (found := find_or_trace(eager, batches, loss_fn)) is not None:
             keep_group_sets(eager, found)
         inner = find_model(model)[1]
-        return prune_with(inner, lambda _: contextlib.nullcontext((batches, loss_fn)), config, optimizers, root=model)
+        data = contextlib.nullcontext((batches, loss_fn))
+        return prune_with(inner, lambda _: data, config, optimizers, root=model, learned=importance)
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
@@ -160,6 +165,7 @@ def prune_with(
     record: Callable[[GroupTable, PruningPlan], Callable[[], None] | None] = lambda table, plan: None,
     dry_run: bool = False,
     costs: Costs | None = None,
+    learned: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
 
@@ -181,6 +187,7 @@ def prune_with(
         dry_run: Plan, in one iteration, and cut nothing.
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
             comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
+        learned: Importance that was learned for the whole budget, in place of the criterion's; in one iteration.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
@@ -195,7 +202,7 @@ def prune_with(
     table: GroupTable | None = None
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
-        for number, step in enumerate(steps[-1:] if dry_run else steps):
+        for number, step in enumerate(steps[-1:] if dry_run or learned is not None else steps):
             group_sets = find_group_sets(model, blocks=blocks)
             try:
                 step.check(model, group_sets)
@@ -203,13 +210,15 @@ def prune_with(
                 if made is None and step is steps[-1]:
                     raise
                 continue
+            statistics = Statistics()
             # the hooks that preparing the data registers are called
             holder = model if root is None else root
-            with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
-                with together(ranks, "calibration"):
-                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
+            if learned is None or step.repair == "bias":
+                with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
+                    with together(ranks, "calibration"):
+                        statistics = _collect(model, group_sets, batches, loss, step, root, ranks)
 
-            if step.compensates:
+            if step.compensates and learned is None:
                 compensation = partial(data, COMPENSATION)
                 with phase(COMPENSATION):
                     statistics.unexplained = unexplained(model, group_sets, compensation, root, progress, ranks)
@@ -222,7 +231,7 @@ def prune_with(
                 return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
             with phase(PLANNING):
-                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure)
+                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure, learned=learned)
             table = ranked if table is None else table.compose(ranked)
             agree(plan)
             if not dry_run:

@@ -43,6 +43,7 @@ LAYERS = [
     "repairing",
     "detection",
     "pipeline",
+    "gating",
     "reporting",
     "io",
     "callbacks",

@@ -22,16 +22,15 @@ Nothing of this is written to a file: a checkpoint holds the plan, not what it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_prune.calibration.routed_outputs import RoutedOutputs
-from lit_prune.groups import GroupSet
 
 Key = tuple[str, str]
 
