@@ -215,7 +215,7 @@ class LearnedGates(Callback):
             training = GateTraining(model, group_sets, table, config.budget(model, group_sets), config, self.options)
             if resumed is not None:
                 training.load_state_dict(dict(resumed))
-            training.observe(data, pl_module, ranks)
+            training.observe(data, pl_module, ranks, resumed=resumed is not None)
         self._phase.value = _Phase(stage, training.state_dict(), random)
         self._attach(trainer, pl_module, training)
         rank_zero_info(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any
 
@@ -13,21 +13,27 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_prune.architectures import find_group_sets, find_model
+from lit_prune.architectures.features import output_dim
 from lit_prune.arguments import BATCHES, COUNT, FLAG, Rule, check_fields, optional
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gates import Gates
 from lit_prune.config import AUTO, PruningConfig
+from lit_prune.detection import find_or_trace
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import ArgumentValueError, CalibrationError
-from lit_prune.groups import GroupSet
+from lit_prune.group_data import keep_group_sets
+from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.pipeline import Data, prune_with
 from lit_prune.ranking.gate_scores import GateScores
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.input_grams import input_grams
-from lit_prune.repair.predictors import predictor
+from lit_prune.repair.predictors import predict
 from lit_prune.surgery.references import suspended_hooks
+from lit_prune.torch_internals import uncompiled
 
+# how much gates are changed to measure the curvature
+_SMALL = 0.1
 _SHARE: Rule[float] = Rule("a number from 0 to 1", Annotated[float, Field(ge=0, le=1)])
 _RULES: dict[str, Rule] = {
     "steps": COUNT,
@@ -60,7 +66,7 @@ class GateOptions:
     distillation: float = 0.0
     reconstruct: bool = True
     horizon: int | None = None
-    refresh: int = 20
+    refresh: int = 5
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -102,6 +108,7 @@ class GateTraining:
         horizon = options.horizon or max(10, options.steps // 2)
         self.scores = GateScores(model, group_sets, table, budget, config.limits, horizon)
         self.model = model
+        self._group_sets = group_sets
         self._grams: dict[str, tuple[Tensor, float]] = {}
         # what is kept as the predictors see it
         self._basis = self.scores.kept
@@ -114,25 +121,82 @@ class GateTraining:
         """Whether all steps are done."""
         return self.scores.steps >= self.options.steps
 
-    def observe(self, data: Data, root: nn.Module, ranks: Ranks | None) -> None:
-        """Measure what predictions are made from, on calibration batches."""
+    def observe(self, data: Data, root: nn.Module, ranks: Ranks | None, *, resumed: bool = False) -> None:
+        """Measure, on calibration batches, what predictions are made from, and the curvature of the loss by the gates.
+
+        Args:
+            data: Gives a context with the batches and the loss of one.
+            root: The module that holds the model.
+            ranks: The processes of a distributed run.
+            resumed: Whether the curvature is known already.
+        """
+        all_reduce = None if ranks is None else ranks.sum
         if self.options.reconstruct:
             with data("gates") as (batches, loss):
-                all_reduce = None if ranks is None else ranks.sum
                 self._grams = input_grams(
                     self.model, self.gates.linear_layers, batches, loss, root=root, all_reduce=all_reduce
                 )
-            self._predict()
-
-    def _predict(self) -> None:
-        self.gates.predictors.clear()
-        self.gates.set(self._basis)
-        for name, (gram, tokens) in self._grams.items():
-            keep = self.gates.mask_of(name, len(gram), gram.device)
-            made = predictor(gram, tokens, self.gates.groups_of(name), keep)
-            if made is not None:
-                self.gates.predictors[name] = made
+        if not resumed:
+            shares = self._predict([torch.ones_like(kept) for kept in self._basis])
+            self.scores.set_shares(shares)
+            with data("gates") as (batches, loss), evaluation_mode(root), suspended_hooks(root), self.gates:
+                trace, count = self._curvature(batches, loss)
+            line = torch.tensor([trace, count], dtype=torch.float64)
+            trace, count = (line if ranks is None else ranks.sum(line)).tolist()
+            if count:
+                self.scores.measure_unit(trace / count)
+            self.scores.start(shares)
+            self._basis = self.scores.kept
+        self.scores.set_shares(self._predict(self._basis))
         self.gates.set(self.scores.kept)
+
+    def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> tuple[float, int]:
+        r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and the number of batches.
+
+        For random signs r the mean of :math:`r^Tg(1+\epsilon r)/\epsilon` is the trace (Hutchinson); every other batch has the
+        signs of the one before turned round, so that the gradient where all gates are 1 drops out.
+        """
+        generator, trace, count = torch.Generator().manual_seed(0), 0.0, 0
+        signs: list[Tensor] = []
+        for number, batch in enumerate(batches):
+            if number % 2 == 0:
+                drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
+                signs = [2.0 * sign - 1 for sign in drawn]
+            else:
+                signs = [-sign for sign in signs]
+            with torch.enable_grad():
+                with self.gates.open(), self.gates.changed_by([_SMALL * sign for sign in signs]):
+                    loss = loss_fn(batch)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    self.gates.forget()
+                    continue
+                loss.backward()
+            slopes, _, samples = self.gates.take()
+            estimate = sum(float((sign * slope).sum()) for sign, slope in zip(signs, slopes, strict=True))
+            trace, count = trace + estimate / samples / _SMALL, count + 1
+        return trace, count
+
+    def _predict(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Make predictions for a set of kept groups, and return the shares of all groups that they leave."""
+        self.gates.predictors.clear()
+        self.gates.set(kept)
+        shares = {s.key: torch.zeros(s.size, dtype=torch.float64) for s in self._group_sets}
+        for name, sets in self.gates.parts.items():
+            made = None
+            if name in self._grams:
+                gram, tokens = self._grams[name]
+                module = self.model.get_submodule(name)
+                weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+                keep = self.gates.mask_of(name, len(gram), gram.device)
+                groups = [index for _, index in sets]
+                made = predict(gram, tokens, groups, keep, weight if output_dim(module) == 0 else weight.T)
+            if made is not None:
+                self.gates.predictors[name] = made.matrix
+            # of several consumers, the one where the others can make up for least
+            for number, (group_set, _) in enumerate(sets):
+                share = torch.ones(group_set.size) if made is None else made.shares[number].cpu()
+                shares[group_set.key] = torch.maximum(shares[group_set.key], share)
+        return [torch.ones_like(v) if s.kind == BLOCK else v for s, v in zip(self._group_sets, shares.values(), strict=True)]
 
     def accumulate(self, scale: float = 1.0) -> None:
         """Take the derivatives that a backward pass left, of a loss that was multiplied by ``scale``."""
@@ -161,7 +225,7 @@ class GateTraining:
             return False
         if self._grams and self.scores.steps % self.options.refresh == 0:
             self._basis = self.scores.kept
-            self._predict()
+            self.scores.set_shares(self._predict(self._basis))
         self.gates.set(self.scores.kept)
         return True
 
@@ -194,6 +258,8 @@ def first_table(
         raise ArgumentValueError(
             "Gates begin with the importance of one criterion; found importance='auto'. Name one, fisher for instance."
         )
+    # what others make up for is measured where gates predict it
+    config = replace(config, compensation=False)
     return prune_with(model, data, config, root=root, ranks=ranks, progress=progress, dry_run=True)[0]
 
 
@@ -213,7 +279,7 @@ def learn_gates(
     for, and moves the scores by the derivatives of the loss by all gates, see :mod:`lit_prune.ranking.gate_scores`.
 
     Args:
-        model: The model, or a module that holds one, which a description covers or that was traced.
+        model: The model, or a module that holds one.
         batches: Batches, gone through again and again; not an iterator. They are what the first importance is measured on,
             too.
         loss_fn: Runs one batch through the model and returns its loss, a mean over the batch.
@@ -241,8 +307,24 @@ def learn_gates(
     options = GateOptions() if options is None else options
     batches = BATCHES.check("batches", batches)
     count = COUNT.check("batches_per_step", batches_per_step)
-    inner = find_model(model)[1]
+    eager = uncompiled(model)
+    # a compiled module would compile the gates
+    with torch.compiler.set_stance("force_eager"):
+        if (found := find_or_trace(eager, batches, loss_fn)) is not None:
+            keep_group_sets(eager, found)
+        return _learned(model, find_model(model)[1], batches, loss_fn, config, options, count, progress)
 
+
+def _learned(
+    model: nn.Module,
+    inner: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any], Tensor | None],
+    config: PruningConfig,
+    options: GateOptions,
+    count: int,
+    progress: Callable[[int, float, float], object] | None,
+) -> list[Tensor]:
     def data(_: str) -> nullcontext[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]:
         return nullcontext((batches, loss_fn))
 

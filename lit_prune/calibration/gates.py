@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from lit_prune.architectures.features import feature_dim, input_features, output_dim
+from lit_prune.architectures.features import feature_dim, input_features, is_convolution, output_dim
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
@@ -64,6 +64,8 @@ class Gates:
         group_sets: Its group sets.
 
     Attributes:
+        parts: By the name of every layer that reads groups, the group sets that it reads, each with the features of every group,
+            shape ``(groups, width)``.
         predictors: By the name of a linear layer that reads groups, a matrix of shape ``(features, features)`` that predicts
             each feature of its inputs from those of other groups that are kept; empty to take removed ones for 0.
 
@@ -79,20 +81,22 @@ class Gates:
                 " (fused experts, nn.MultiheadAttention, whole experts). Rank them by a criterion, without gates."
             )
         self._model, self._group_sets = model, group_sets
-        self._parts: dict[str, list[tuple[GroupSet, Tensor]]] = {}
+        self.parts: dict[str, list[tuple[GroupSet, Tensor]]] = {}
         for group_set in group_sets:
             for part in group_set.consumers:
                 module = model.get_submodule(part.module)
                 features = input_features(module, part.index, part.dim)
-                self._parts.setdefault(part.module, []).append((group_set, features))
+                self.parts.setdefault(part.module, []).append((group_set, features))
         self._described = all(s.block for s in group_sets)
-        self._token_masks = TokenMasks(model, list(self._parts))
+        self._token_masks = TokenMasks(model, list(self.parts))
         self.predictors: dict[str, Tensor] = {}
         self._kept: dict[Key, Tensor] = {s.key: torch.ones(s.size, dtype=torch.bool) for s in group_sets}
         self._keep: dict[str, Tensor] = {}
         self._seen: dict[str, list[Tensor]] = {}
         self._batch_size = 0
         self._open = False
+        # what gates are changed by, by the name of the layer and of the block
+        self._changes: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Gates:
@@ -100,7 +104,7 @@ class Gates:
             if group_set.kind == BLOCK:
                 block = self._model.get_submodule(group_set.name)
                 self._handles.append(block.register_forward_hook(self._gate_block(group_set), with_kwargs=True))
-        for name in self._parts:
+        for name in self.parts:
             module = self._model.get_submodule(name)
             self._handles.append(module.register_forward_pre_hook(self._gate_inputs(name)))
         return self
@@ -118,13 +122,8 @@ class Gates:
     @property
     def linear_layers(self) -> dict[str, int]:
         """The layers whose inputs can be predicted from one another, by name, and how many features they read."""
-        modules = ((name, self._model.get_submodule(name)) for name in self._parts)
-        weights = {name: (m.weight, output_dim(m)) for name, m in modules if feature_dim(m) == -1}
-        return {name: weight.shape[1 - dim] for name, (weight, dim) in weights.items()}  # type: ignore[index, operator]
-
-    def groups_of(self, name: str) -> list[Tensor]:
-        """The features of every group that a layer reads, tensors of shape ``(groups, width)``, one for each group set."""
-        return [index for _, index in self._parts[name]]
+        linear = [name for name in self.parts if not is_convolution(self._model.get_submodule(name))]
+        return {name: self._features(name) for name in linear}
 
     def set(self, kept: Sequence[Tensor]) -> None:
         """Let through the groups that are kept.
@@ -159,12 +158,38 @@ class Gates:
         finally:
             self._open = before
 
+    @contextlib.contextmanager
+    def changed_by(self, changes: Sequence[Tensor]) -> Iterator[None]:
+        """Within :meth:`open`, with all gates open, change each of them a little, and measure derivatives there.
+
+        Args:
+            changes: By group set what is added to its gates, shape ``(groups,)``.
+        """
+        by_key = {s.key: change for s, change in zip(self._group_sets, changes, strict=True)}
+        for name, parts in self.parts.items():
+            features = self._features(name)
+            line = self._changes[name] = torch.zeros(features)
+            for group_set, index in parts:
+                line[index.flatten()] = by_key[group_set.key].to(line).repeat_interleave(index.shape[1])
+        for group_set in self._group_sets:
+            if group_set.kind == BLOCK:
+                self._changes[group_set.name] = by_key[group_set.key].float()
+        try:
+            yield
+        finally:
+            self._changes.clear()
+
+    def _features(self, name: str) -> int:
+        module = self._model.get_submodule(name)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return module.in_channels if is_convolution(module) else weight.shape[1 - output_dim(module)]  # type: ignore[return-value]
+
     def mask_of(self, name: str, features: int, device: torch.device) -> Tensor:
         """Which features of a layer's input are let through, bool tensor of shape ``(features,)``."""
         mask = self._keep.get(name)
         if mask is None or mask.device != device:
             mask = torch.ones(features, dtype=torch.bool)
-            for group_set, index in self._parts[name]:
+            for group_set, index in self.parts[name]:
                 mask[index[~self._kept[group_set.key]].flatten()] = False
             mask = self._keep[name] = mask.to(device)
         return mask
@@ -181,6 +206,12 @@ class Gates:
             samples = self._samples_in(last, inputs.dim() > -dim)
             derivative = self._note(name, samples, inputs.shape[dim], inputs)
             predictor = self.predictors.get(name)
+            if self._changes:
+                left = last if predictor is None else last - last @ predictor.to(last).T
+                line = self._changes[name].to(last) + derivative.to(last)
+                # a sample has its own line, or all rows have the same
+                line = line.view(*line.shape[:1], *[1] * (last.dim() - 2), -1) if samples > 1 else line[0]
+                return ((last + line * left).movedim(0, batch_dim).movedim(-1, dim), *args[1:])
             gated = _Gated.apply(last, derivative, keep, None if predictor is None else predictor.to(inputs))
             return (gated.movedim(0, batch_dim).movedim(-1, dim), *args[1:])
 
@@ -197,6 +228,10 @@ class Gates:
             line = added.reshape(*added.shape[:1], -1)
             samples = len(line) if states.dim() > 2 else 1
             derivative = self._note(group_set.name, samples, 1, states)
+            if self._changes:
+                line = (1 + self._changes[group_set.name].to(line) + derivative.to(line)) * line
+                hidden = before + line.reshape(added.shape).movedim(0, batch_dim)
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
             kept = bool(self._kept[group_set.key])
             gated = _GatedBlock.apply(line, derivative, kept).reshape(added.shape).movedim(0, batch_dim)
             hidden = before + gated
@@ -243,7 +278,7 @@ class Gates:
         for group_set in self._group_sets:
             if group_set.kind == BLOCK:
                 found[group_set.key] += gradients.get(group_set.name, [])
-        for name, parts in self._parts.items():
+        for name, parts in self.parts.items():
             for group_set, index in parts:
                 found[group_set.key] += [g[:, index.to(g.device)].sum(dim=2) for g in gradients.get(name, [])]
         self.forget()

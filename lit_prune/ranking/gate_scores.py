@@ -11,10 +11,14 @@ is what the other groups make of group j:
 
 .. math:: s_j = c_j - \lambda_j\,(g_j + 2c_j[j\ \mathrm{removed}])
 
-The criterion gives relative values; the unit of the loss comes from the removed groups, over which :math:`g_j+2c_j` is made to
-be 0 in the mean. :math:`\lambda_j` shrinks a difference that is within the noise of its measurement (empirical Bayes, the noise
+Where what is removed is predicted from what stays, :math:`c_j` is the criterion's importance times the share of the group that
+the kept ones do not predict, and changes with the set.
+
+The criterion gives relative values; in the unit of the loss :math:`2\sum_j c_j` is the trace of its Hessian by the gates, which
+is measured where all are there. :math:`\lambda_j` shrinks a difference that is within the noise of its measurement (empirical Bayes, the noise
 from the squares over samples and the spread of the differences by kind of group), so that a gate whose gradient is noise
-stays where the criterion put it; that is what takes the place of a step size.
+stays where the criterion put it; that is what takes the place of a step size. In a step only the few groups change places
+whose scores are the furthest out of order (:data:`PACE`): two that stand in for each other would come and go together.
 """
 
 from __future__ import annotations
@@ -27,13 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import ArgumentValueError
-from lit_prune.groups import GroupSet
+from lit_prune.groups import GroupSet, count_removed
 from lit_prune.ranking.model_table import select_in_model
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 
-_ARRAYS = ("prior", "slope", "square", "away")
-_NUMBERS = ("spread", "measured", "expected", "samples")
+_ARRAYS = ("prior", "share", "slope", "square", "expected")
+_NUMBERS = ("unit", "spread", "samples")
+# the empirical Fisher information of a sample, taken for the curvature of the loss
+UNIT = 0.5
+# largest fraction of the removed groups that changes in a step, if that is more than one group
+PACE = 0.02
+_BISECTIONS = 16
 
 
 class GateScores:
@@ -72,12 +81,25 @@ class GateScores:
                 "Gates begin with the importance of a criterion, which has to be 0 or more for every group and more for some;"
                 f" found {self.prior.min():.3g} to {self.prior.max():.3g}. Take another criterion, fisher for instance."
             )
-        self.slope, self.square, self.away = (np.zeros(len(table)) for _ in range(3))
-        # sum of the squared weights of the averages, and the two sums that the unit comes from
-        self.spread, self.measured, self.expected = 1.0, 0.0, 0.0
-        self.samples, self.steps = 0.0, 0
-        self._project()
+        self.share = np.ones(len(table))
+        self.slope, self.square, self.expected = (np.zeros(len(table)) for _ in range(3))
+        self.unit = UNIT
+        # sum of the squared weights of the averages
+        self.spread, self.samples, self.steps = 1.0, 0.0, 0
+        self._select(self.prior)
         self._first = table.kept.copy()
+
+    def start(self, shares: Sequence[Tensor]) -> None:
+        """Begin with the set of the criterion's importance times the square root of some shares (see :meth:`set_shares`).
+
+        That is what the configuration's ``compensation`` ranks by.
+        """
+        self._select(self.prior * np.sqrt(torch.cat(list(shares)).cpu().numpy()))
+        self._first = self._table.kept.copy()
+
+    def set_shares(self, shares: Sequence[Tensor]) -> None:
+        """Take the shares of the groups that the kept ones do not predict, by group set, shape ``(groups,)``, from now on."""
+        self.share = torch.cat(list(shares)).double().cpu().numpy().copy()
 
     @property
     def kept(self) -> list[Tensor]:
@@ -94,9 +116,15 @@ class GateScores:
         """Fraction of the groups removed at first that are there now."""
         return float((~self._first & self._table.kept).sum() / max((~self._first).sum(), 1))
 
+    def measure_unit(self, trace: float) -> None:
+        """Take the unit of the loss from the trace of its Hessian by all gates; left as it is if that is not positive."""
+        unit = trace / (2 * float((self.prior * self.share).sum()))
+        if np.isfinite(unit) and unit > 0:
+            self.unit = unit
+
     def importance(self) -> list[Tensor]:
-        """Return the scores by group set, float64 tensors of shape ``(groups,)``, in the unit of the loss."""
-        return list(torch.from_numpy(self._scores()).split(self._table.sizes.tolist()))
+        """Return the scores that the groups were selected by last, float64 tensors of shape ``(groups,)``, by group set."""
+        return list(torch.from_numpy(self._table.importance.copy()).split(self._table.sizes.tolist()))
 
     def update(self, slope: Sequence[Tensor], square: Sequence[Tensor], samples: int) -> bool:
         """Take the derivatives of a step, and project the scores on the budget again.
@@ -119,24 +147,20 @@ class GateScores:
         share = np.where(inside, 0.0, rate)
         self.slope += share * (first - self.slope)
         self.square += share * (second - self.square)
-        self.away += share * (gone - self.away)
+        self.expected += share * (2 * self._curvature * gone - self.expected)
         self.spread = (1 - rate) ** 2 * self.spread + rate**2 if self.steps else 1.0
-        self.measured += rate * (-first[gone].sum() - self.measured)
-        self.expected += rate * (2 * self.prior[gone].sum() - self.expected)
         self.samples += rate * (samples - self.samples)
         self.steps += 1
         self._project()
         return True
 
+    @property
+    def _curvature(self) -> np.ndarray:
+        return self.unit * self.prior * self.share
+
     def _scores(self) -> np.ndarray:
-        if not self.steps:
-            return self.prior.copy()
-        unit = self.measured / self.expected if self.expected > 0 else 0.0
-        if unit <= 0:
-            # removing them is no loss at all, so that nothing says what a unit of the criterion is worth
-            return self.prior.copy()
-        scores = unit * self.prior
-        difference = -(self.slope + 2 * scores * self.away)
+        scores = self._curvature
+        difference = -(self.slope + self.expected)
         noise = np.maximum(self.square - self.slope**2, 0) * self.spread / max(self.samples, 1.0)
         shrink = np.zeros_like(scores)
         kinds = self._table.kind_of_row
@@ -150,14 +174,39 @@ class GateScores:
         return scores + shrink * difference
 
     def _project(self) -> None:
-        self._table.importance = self._scores()
+        """Select by the scores, with a margin in favour of the groups as they are that lets no more of them change than PACE."""
+        scores, before = self._scores(), self._table.kept.copy()
+        self._select(scores)
+        most = max(1, int(PACE * (~before).sum()))
+        if not self.steps or self._came_back(before) <= most:
+            return
+        # margins that differ a little tell groups of equal scores apart
+        width = np.ptp(scores / self._table.cost)
+        margin = width * self._table.cost * (1 + 0.1 * np.random.default_rng(0).random(len(scores)))
+        margin[~before] *= -1
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            self._select(scores + middle * margin)
+            low, high = (low, middle) if self._came_back(before) <= most else (middle, high)
+        self._select(scores + high * margin)
+
+    def _came_back(self, before: np.ndarray) -> int:
+        return int((~before & self._table.kept).sum())
+
+    def _select(self, scores: np.ndarray) -> None:
+        self._table.importance = scores
         self._removed = select_in_model(self._model, self._group_sets, self._table, self._budget, self._limits)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores and averages, as tensors and numbers."""
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
         numbers = {name: float(getattr(self, name)) for name in _NUMBERS}
-        return {**arrays, **numbers, "steps": self.steps, "first": torch.from_numpy(self._first.copy())}
+        return {**arrays, **numbers, "steps": self.steps, **self._sets()}
+
+    def _sets(self) -> dict[str, Tensor]:
+        arrays = {"first": self._first, "kept": self._table.kept, "selected": self._table.importance}
+        return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the scores and averages of a run that was interrupted."""
@@ -166,5 +215,6 @@ class GateScores:
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.steps = state["steps"]
-        self._first = state["first"].numpy().copy()
-        self._project()
+        self._first, self._table.kept = state["first"].numpy().copy(), state["kept"].numpy().copy()
+        self._table.importance = state["selected"].numpy().copy()
+        self._removed = count_removed(self._model, self._group_sets, self._table.removed_groups())

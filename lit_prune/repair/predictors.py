@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,24 @@ from torch import Tensor
 from lit_prune.repair.regression import SHARE_DAMPING
 
 
+class Prediction(NamedTuple):
+    """What the kept features of other groups say of each group.
+
+    Args:
+        matrix: Predicts each feature, shape ``(features, features)``; its columns of removed features are 0, and so are its
+            rows of features in no group.
+        shares: The fraction of what each group adds to the output that is not predicted, in (0, 1]; shape ``(groups,)``, by
+            group set.
+    """
+
+    matrix: Tensor
+    shares: list[Tensor]
+
+
 @torch.no_grad()
-def predictor(gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tensor) -> Tensor | None:
+def predict(
+    gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tensor, weight: Tensor
+) -> Prediction | None:
     r"""Return the matrix that predicts each feature from the kept features of other groups by ridge regression.
 
     With :math:`A=X_K^TX_K+\lambda I` over the kept features K, removed features are predicted by :math:`X_S^TX_KA^{-1}`.
@@ -23,10 +40,10 @@ def predictor(gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tenso
         tokens: Number of rows of X.
         groups: Features of every group, each of shape ``(groups, width)``; a tensor for every group set.
         keep: Which features are kept, bool tensor of shape ``(features,)``.
+        weight: The layer's weight, shape ``(outputs, features)``.
 
     Returns:
-        Matrix of shape ``(features, features)``, whose columns of removed features are 0; ``None`` if the system cannot be
-        solved. Rows of kept features in no group are 0.
+        The prediction; ``None`` if the system cannot be solved.
     """
     kept = keep.nonzero().flatten()
     system = gram[kept][:, kept].double()
@@ -41,16 +58,29 @@ def predictor(gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tenso
     result[gone[:, None], kept] = gram[gone][:, kept].double() @ inverse
     place = torch.full((len(gram),), -1, device=gram.device)
     place[kept] = torch.arange(len(kept), device=gram.device)
+    columns, shares = weight.double(), []
     for index in groups:
         index = index.to(gram.device)
-        own = place[index[keep[index].all(dim=1)]]
-        within = inverse[own[:, :, None], own[:, None, :]]
-        factors, errors = torch.linalg.cholesky_ex(within)
+        whole = gram[index[:, :, None], index[:, None, :]].double()
+        stays = keep[index].all(dim=1)
+        own = place[index[stays]]
+        factors, errors = torch.linalg.cholesky_ex(inverse[own[:, :, None], own[:, None, :]])
         if int(errors.abs().sum()):
             return None
         rows = -torch.cholesky_solve(inverse[own], factors)
         # of what is its own the solution is minus the identity
         rows.scatter_(2, own[:, None, :].expand(-1, own.shape[1], -1), 0.0)
-        features = kept[own]
-        result[features[:, :, None], kept[None, None, :]] = rows
-    return result.to(gram.dtype) if bool(result.isfinite().all()) else None
+        result[kept[own][:, :, None], kept[None, None, :]] = rows
+        left = torch.empty_like(whole)
+        left[stays] = torch.cholesky_inverse(factors)
+        lost = index[~stays]
+        left[~stays] = whole[~stays] - result[lost] @ gram[:, lost].double().transpose(0, 1)
+        shares.append(_shares(columns[:, index].movedim(0, 1), left, whole))
+    return Prediction(result.to(gram.dtype), shares) if bool(result.isfinite().all()) else None
+
+
+def _shares(columns: Tensor, left: Tensor, whole: Tensor) -> Tensor:
+    before = torch.einsum("gow,gwv,gov->g", columns, whole, columns)
+    after = torch.einsum("gow,gwv,gov->g", columns, left, columns)
+    share = (after / before.clamp_min(torch.finfo(torch.float64).tiny)).clamp(1e-6, 1.0)
+    return torch.where(share.isfinite(), share, 1.0)
