@@ -196,7 +196,9 @@ class GateTraining:
             for number, (group_set, _) in enumerate(sets):
                 share = torch.ones(group_set.size) if made is None else made.shares[number].cpu()
                 shares[group_set.key] = torch.maximum(shares[group_set.key], share)
-        return [torch.ones_like(v) if s.kind == BLOCK else v for s, v in zip(self._group_sets, shares.values(), strict=True)]
+        return [
+            torch.ones_like(v) if s.kind == BLOCK else v for s, v in zip(self._group_sets, shares.values(), strict=True)
+        ]
 
     def accumulate(self, scale: float = 1.0) -> None:
         """Take the derivatives that a backward pass left, of a loss that was multiplied by ``scale``."""

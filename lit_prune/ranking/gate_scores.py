@@ -181,7 +181,7 @@ class GateScores:
         if not self.steps or self._came_back(before) <= most:
             return
         # margins that differ a little tell groups of equal scores apart
-        width = np.ptp(scores / self._table.cost)
+        width = np.ptp((scores / self._table.cost)[before != self._table.kept])
         margin = width * self._table.cost * (1 + 0.1 * np.random.default_rng(0).random(len(scores)))
         margin[~before] *= -1
         low, high = 0.0, 1.0

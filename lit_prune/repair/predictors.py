@@ -26,9 +26,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(
-    gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tensor, weight: Tensor
-) -> Prediction | None:
+def predict(gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tensor, weight: Tensor) -> Prediction | None:
     r"""Return the matrix that predicts each feature from the kept features of other groups by ridge regression.
 
     With :math:`A=X_K^TX_K+\lambda I` over the kept features K, removed features are predicted by :math:`X_S^TX_KA^{-1}`.

@@ -63,7 +63,7 @@ def test_gates_find_the_set_that_a_criterion_misjudges(count):
     by_gates = damage(channels, removed_by(table, plan))
     best = min(damage(channels, s) for s in itertools.combinations(range(len(channels)), count))
     assert by_gates == pytest.approx(best)
-    assert by_criterion > 1.2 * best
+    assert by_criterion > 1.05 * best
 
 
 def test_what_others_make_up_for_leaves_one_of_each_pair():
@@ -74,16 +74,16 @@ def test_what_others_make_up_for_leaves_one_of_each_pair():
     first = copy.deepcopy(model)
     table, plan = lit_prune.prune(first, batches, lambda b: (first(b[0]) - b[1]).square().mean(), config)
     assert removed_by(table, plan) == [0, 1]
-    options = GateOptions(steps=40, refresh=5)
+    options = GateOptions(steps=20, refresh=1)
     importance = learn_gates(model, batches, loss, config, options, batches_per_step=4)
     table, plan = lit_prune.prune(model, batches, loss, config, importance=importance)
     assert removed_by(table, plan) in ([0, 2], [1, 2])
-    # the pair is one channel of twice the weight now, which is what the refit gives
+    # what is left of the pair has twice the weight now
     assert sorted(model[1].weight.flatten().tolist())[-1] == pytest.approx(2.0, abs=0.2)
 
 
 def test_a_gate_whose_gradient_is_noise_stays_where_the_criterion_put_it():
-    channels = [(1.0, 0, 0, 0), (0, 1.1, 0, 0), (0, 0, 1.2, 0), (0, 0, 0, 1.3)]
+    channels = [(1.0, 0, 0, 0), (0, 1.5, 0, 0), (0, 0, 1.8, 0), (0, 0, 0, 2.2)]
     model, batches, loss = planted(channels)
     config = PruningConfig(pruning_ratio=0.3, repair=None, limits=Limits(min_fraction=0.0))
     seen = []
@@ -125,9 +125,9 @@ def test_the_budget_and_the_limits_hold_at_every_step(limits, batches, loss_of):
                 loss_of(model)(batches[step % 3]).backward()
             training.accumulate()
             # as if gradients were all over the place
-            training._sums[0] += (
-                torch.randn(len(training._sums[0]), generator=torch.Generator().manual_seed(step)).double().abs()
-            )
+            line = training._sums[0]
+            noise = torch.randn(len(line), generator=torch.Generator().manual_seed(step)).double()
+            line += 1e3 * noise * line.abs().max()
             assert training.step()
             removed = [(~k).nonzero().flatten() for k in training.scores.kept]
             leaves = count_removed(model, group_sets, _with_blocks(group_sets, removed))
