@@ -35,6 +35,7 @@ from lit_prune.config import AUTO
 from lit_prune.errors import ArgumentValueError, CalibrationError, PruningError, UnsupportedStrategyError
 from lit_prune.gating import GateOptions, GateTraining, first_table, mixed
 from lit_prune.ranking.model_table import group_table
+from lit_prune.torch_internals import mark_as_stepped
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ class LearnedGates(Callback):
                 )
             if not self.train_weights:
                 for optimizer in trainer.optimizers:
+                    mark_as_stepped(optimizer)
                     stack.enter_context(replaced(optimizer, "step", _held(optimizer.step)))
             self._stack = stack.pop_all()
 

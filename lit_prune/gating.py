@@ -186,7 +186,8 @@ class GateTraining:
             if name in self._grams:
                 gram, tokens = self._grams[name]
                 module = self.model.get_submodule(name)
-                weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+                whole: Any = module.weight
+                weight: Tensor = whole.detach()
                 keep = self.gates.mask_of(name, len(gram), gram.device)
                 groups = [index for _, index in sets]
                 made = predict(gram, tokens, groups, keep, weight if output_dim(module) == 0 else weight.T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,7 @@ class Observers:
             if not all(bool(value.isfinite().all()) for value in activation.sums.values()):
                 raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
 
-    def _reduced(self, statistic: GroupStatistic, observer: GroupObserver) -> dict[tuple[str, str], Tensor]:
+    def _reduced(self, statistic: GroupStatistic, observer: Any) -> dict[tuple[str, str], Tensor]:
         values: Mapping[tuple[str, str], Tensor] = observer.finish()
         wrong = [s.name for s in self._group_sets if s.key not in values or tuple(values[s.key].shape) != (s.size,)]
         if not _everywhere(not wrong, self._ranks):

@@ -15,10 +15,10 @@ Where what is removed is predicted from what stays, :math:`c_j` is the criterion
 the kept ones do not predict, and changes with the set.
 
 The criterion gives relative values; in the unit of the loss :math:`2\sum_j c_j` is the trace of its Hessian by the gates, which
-is measured where all are there. :math:`\lambda_j` shrinks a difference that is within the noise of its measurement (empirical Bayes, the noise
-from the squares over samples and the spread of the differences by kind of group), so that a gate whose gradient is noise
-stays where the criterion put it; that is what takes the place of a step size. In a step only the few groups change places
-whose scores are the furthest out of order (:data:`PACE`): two that stand in for each other would come and go together.
+is measured where all are there. :math:`\lambda_j` shrinks a difference that is within the noise of its measurement (empirical
+Bayes, the noise from the squares over samples and the spread of the differences by kind of group), so that a gate whose gradient
+is noise stays where the criterion put it; that is what takes the place of a step size. In a step only the few groups change
+places whose scores are the furthest out of order (:data:`PACE`): two that stand in for each other would come and go together.
 """
 
 from __future__ import annotations
