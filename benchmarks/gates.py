@@ -8,6 +8,7 @@ scores of gates are kept beside it, so that a run that was stopped goes on.
 in place of an hour.
 
     python benchmarks/gates.py --text wikitext2-valid.txt --output docs/gates.json --ratio 0.2 --seed 0
+    python benchmarks/gates.py --model bytes --window 64 --windows 256 --length 64 --sequences 256 --batch 16 ...
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lit_prune import GateOptions, PruningConfig, learn_gates, prune
 from lit_prune.groups import count_parameters
 from lit_prune.io.sources import load_model, load_tokenizer
 
-TRAINED = 1500
+TRAINED = 700
 # how gates are learned, by row; the first two learn nothing
 ROWS: dict[str, dict[str, Any] | None] = {
     "default": None,
@@ -50,7 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens")
+    parser.add_argument("--windows", type=int, default=24, help="to measure on")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window; 64 for bytes, which it is trained on")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--seed", type=int, default=0, help="choice of calibration sequences")
@@ -129,7 +131,7 @@ def main() -> None:
     results = Results(options.output)
     model, ids = prepared(options)
     third = len(ids) // 3
-    windows = ids[third : third + options.windows * 512].view(-1, 512)
+    windows = ids[third : third + options.windows * options.window].view(-1, options.window)
     sequences = calibration_sequences(ids[:third], options.sequences, options.length, options.seed)
     batches = list(torch.cat(sequences).split(options.batch))
     config = PruningConfig(pruning_ratio=options.ratio)
