@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--windows", type=int, default=24, help="to measure on")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window; 64 for bytes, which it is trained on")
+    parser.add_argument(
+        "--window", type=int, default=512, help="tokens of a window; 64 for bytes, which it is trained on"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--seed", type=int, default=0, help="choice of calibration sequences")

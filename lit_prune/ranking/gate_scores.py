@@ -5,20 +5,24 @@ finds both unimportant, and removes both. A gate is learned where the model is g
 meets the budget, the derivative :math:`g_j` of the loss by the gate of group j (1 there, 0 removed) is measured for kept and
 removed groups alike, which is the gradient of the straight-through estimator.
 
-If nothing stood in for anything, the loss would be :math:`\sum_j c_j(1-m_j)^2` with the criterion's importance :math:`c_j`, and
-so :math:`g_j` would be 0 for kept groups and :math:`-2c_j` for removed ones. What is measured beyond that, averaged over steps,
-is what the other groups make of group j:
+If nothing stood in for anything, the loss would be :math:`\sum_j c_j(1-m_j)^2` with the criterion's importance :math:`c_j`,
+and so :math:`g_j` would be 0 for a kept group and :math:`-2c_j` for a removed one. Both are averaged over the steps in which the
+group was the one or the other, and what removing it costs is the mean of the two (the trapezoid rule):
 
-.. math:: s_j = c_j - \lambda_j\,(g_j + 2c_j[j\ \mathrm{removed}])
+.. math:: s_j = -\tfrac12\left(g_j^{kept}+g_j^{removed}\right),
+
+where a side that was never seen is taken to be :math:`2c_j` from the other. A group that turned out to be worth more than its
+:math:`c_j` when it was removed is so remembered.
 
 Where what is removed is predicted from what stays, :math:`c_j` is the criterion's importance times the share of the group that
 the kept ones do not predict, and changes with the set.
 
 The criterion gives relative values; in the unit of the loss :math:`2\sum_j c_j` is the trace of its Hessian by the gates, which
-is measured where all are there. :math:`\lambda_j` shrinks a difference that is within the noise of its measurement (empirical
-Bayes, the noise from the squares over samples and the spread of the differences by kind of group), so that a gate whose gradient
-is noise stays where the criterion put it; that is what takes the place of a step size. In a step only the few groups change
-places whose scores are the furthest out of order (:data:`PACE`): two that stand in for each other would come and go together.
+is measured where all are there. A derivative that differs from what is expected by no more than the noise of its measurement is
+shrunk towards that (empirical Bayes, the noise from the squares over samples and the spread of the differences by kind of group),
+so that a gate whose gradient is noise stays where the criterion put it; that is what takes the place of a step size. In a step
+only the few groups change places whose scores are the furthest out of order (:data:`PACE`): two that stand in for each other
+would come and go together.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ from lit_prune.ranking.model_table import select_in_model
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 
-_ARRAYS = ("prior", "share", "slope", "square", "expected")
-_NUMBERS = ("unit", "spread", "samples")
+_ARRAYS = ("prior", "share", "slope", "square", "visits", "spread")
+_NUMBERS = ("unit", "samples")
 # the empirical Fisher information of a sample, taken for the curvature of the loss
 UNIT = 0.5
 # largest fraction of the removed groups that changes in a step, if that is more than one group
@@ -82,10 +86,9 @@ class GateScores:
                 f" found {self.prior.min():.3g} to {self.prior.max():.3g}. Take another criterion, fisher for instance."
             )
         self.share = np.ones(len(table))
-        self.slope, self.square, self.expected = (np.zeros(len(table)) for _ in range(3))
-        self.unit = UNIT
-        # sum of the squared weights of the averages
-        self.spread, self.samples, self.steps = 1.0, 0.0, 0
+        # while a group was removed, and while it was kept; spread is the sum of the squared weights of an average
+        self.slope, self.square, self.visits, self.spread = (np.zeros((2, len(table))) for _ in range(4))
+        self.unit, self.samples, self.steps = UNIT, 0.0, 0
         self._select(self.prior)
         self._first = table.kept.copy()
 
@@ -140,16 +143,15 @@ class GateScores:
         first, second = (torch.cat([v.double().cpu() for v in values]).numpy() for values in (slope, square))
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
             return False
-        rate = max(1 / (self.steps + 1), 1 / self._horizon)
         # what is in a removed block gets no gradient, and has no news
         inside = ~np.append(self._table.kept, True)[self._table.block_of_row]
-        gone = ~self._table.kept & ~inside
-        share = np.where(inside, 0.0, rate)
-        self.slope += share * (first - self.slope)
-        self.square += share * (second - self.square)
-        self.expected += share * (2 * self._curvature * gone - self.expected)
-        self.spread = (1 - rate) ** 2 * self.spread + rate**2 if self.steps else 1.0
-        self.samples += rate * (samples - self.samples)
+        here = np.stack([~self._table.kept & ~inside, self._table.kept & ~inside])
+        rate = np.where(here, np.maximum(1 / (self.visits + 1), 1 / self._horizon), 0.0)
+        self.slope += rate * (first - self.slope)
+        self.square += rate * (second - self.square)
+        self.spread = (1 - rate) ** 2 * self.spread + rate**2
+        self.visits += here
+        self.samples += max(1 / (self.steps + 1), 1 / self._horizon) * (samples - self.samples)
         self.steps += 1
         self._project()
         return True
@@ -159,19 +161,23 @@ class GateScores:
         return self.unit * self.prior * self.share
 
     def _scores(self) -> np.ndarray:
-        scores = self._curvature
-        difference = -(self.slope + self.expected)
+        curvature = self._curvature
+        expected = np.stack([-2 * curvature, np.zeros_like(curvature)])
         noise = np.maximum(self.square - self.slope**2, 0) * self.spread / max(self.samples, 1.0)
-        shrink = np.zeros_like(scores)
+        difference = np.where(self.visits > 0, self.slope - expected, 0.0)
         kinds = self._table.kind_of_row
         for kind in np.unique(kinds):
-            rows = kinds == kind
-            squares = float((scores[rows] ** 2).sum())
-            excess = float((difference[rows] ** 2 - noise[rows]).sum())
-            if squares > 0 and excess > 0:
-                signal = excess / squares * scores[rows] ** 2
-                shrink[rows] = signal / np.maximum(signal + noise[rows], np.finfo(float).tiny)
-        return scores + shrink * difference
+            seen = (self.visits > 0) & (kinds == kind)
+            squares = float((np.broadcast_to(curvature, seen.shape)[seen] ** 2).sum())
+            excess = float((difference[seen] ** 2 - noise[seen]).sum())
+            signal = (max(excess, 0.0) / squares if squares > 0 else 0.0) * curvature**2
+            shrink = signal / np.maximum(signal + noise, np.finfo(float).tiny)
+            difference = np.where(seen, shrink * difference, difference)
+        removed, kept = expected + difference
+        # a side that was never visited lies as far from the other as the curvature says
+        removed = np.where(self.visits[0] > 0, removed, kept - 2 * curvature)
+        kept = np.where(self.visits[1] > 0, kept, removed + 2 * curvature)
+        return -(removed + kept) / 2
 
     def _project(self) -> None:
         """Select by the scores, with a margin in favour of the groups as they are that lets no more of them change than PACE."""
