@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
 
 from lit_prune.architectures.adaptations import nothing_to_undo
 from lit_prune.callbacks.calibration import calibration
@@ -62,6 +63,7 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
             record=lambda table, plan: _record(pruning, trainer, model, stage, table, plan),
             dry_run=pruning.dry_run,
             costs=costs,
+            learned=_learned(pruning, trainer, stage),
         )
     pruning.costs.update(costs.numbers())
     before, after = plan.info["parameters_before"], plan.info["parameters_after"]
@@ -73,6 +75,19 @@ def prune_stage(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
         + f" {_in_words(pruning.costs)}"
     )
     finish_stage(pruning, trainer, pl_module)
+
+
+def put_off(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> bool:
+    """Whether a stage that is due has to wait, because another callback says so in ``on_pruning_due``."""
+    hooks = [getattr(callback, "on_pruning_due", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return any(hook(trainer, pl_module, pruning, stage) for hook in hooks if callable(hook))
+
+
+def _learned(pruning: Pruning, trainer: pl.Trainer, stage: int) -> list[Tensor] | None:
+    """The importance that another callback has for a stage, in ``pruning_importance``."""
+    hooks = [getattr(callback, "pruning_importance", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    found = [hook(pruning, stage) for hook in hooks if callable(hook)]
+    return next((importance for importance in found if importance is not None), None)
 
 
 def _in_words(costs: Mapping[str, float]) -> str:

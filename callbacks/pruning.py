@@ -18,7 +18,7 @@ from lit_prune.architectures.registry import has_groups
 from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
 from lit_prune.budgets.budget import Budget
 from lit_prune.callbacks.calibration import check_calibration_loader
-from lit_prune.callbacks.cutting import finish_stage, prune_stage
+from lit_prune.callbacks.cutting import finish_stage, prune_stage, put_off
 from lit_prune.callbacks.detection import model_in
 from lit_prune.callbacks.fit_checks import check_fit
 from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
@@ -67,7 +67,8 @@ class StructuredPruning(Callback):
     ``on_pruning_load_start(trainer, pl_module, pruning, checkpoint)`` and ``on_pruning_load_end`` (the same arguments) are
     called before and after the model is cut as a checkpoint needs it, before weights and optimizer state load;
     ``on_optimizers_renewed(trainer, pl_module, pruning)`` after a callback of :mod:`lit_prune.callbacks.distillation` made new
-    optimizers.
+    optimizers. ``on_pruning_due(trainer, pl_module, pruning, stage)`` puts a stage off if it returns True, see
+    :class:`LearnedGates`.
 
     Callbacks that hold parameters or a copy of the model and define none of these are refused; Lightning's
     ``WeightAveraging`` is pruned together with the model. ``ModelCheckpoint``, ``EarlyStopping`` and
@@ -324,6 +325,7 @@ class StructuredPruning(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run ended before the whole schedule was done."""
+        self.notify(trainer, pl_module, "on_pruning_schedule_end")
         if self.stages_done < len(self.stages):
             rank_zero_warn(
                 f"StructuredPruning was scheduled for {self.stages[self.stages_done]}, but training ended after epoch"
@@ -337,7 +339,7 @@ class StructuredPruning(Callback):
 
     def _prune_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **now: int) -> None:
         stage = due_stage(self.stages, self.stages_done, **now)
-        if stage is not None:
+        if stage is not None and not put_off(self, trainer, pl_module, stage):
             self.prune(trainer, pl_module, stage)
 
     @on_all_ranks("pruning")

@@ -29,6 +29,7 @@ from lit_prune.calibration.terms import Term
 from lit_prune.config import PruningConfig
 from lit_prune.detection import trace
 from lit_prune.errors import BudgetError, CalibrationError, PlanError, PruningError, UnsupportedModelError
+from lit_prune.gating import GateOptions, learn_gates
 from lit_prune.groups import GroupSet
 from lit_prune.io.huggingface import save_pruned
 from lit_prune.io.lightning_checkpoint import rebuild_from_checkpoint
@@ -56,6 +57,7 @@ __all__ = [
     "Criterion",
     "ExpertChannels",
     "Experts",
+    "GateOptions",
     "GradientStatistic",
     "GroupSet",
     "GroupStatistic",
@@ -82,6 +84,7 @@ __all__ = [
     "find_group_sets",
     "find_model",
     "get_plan",
+    "learn_gates",
     "load_pruned",
     "make_plan",
     "measure_latency",

@@ -117,6 +117,7 @@ def prune(
     optimizers: Iterable[Optimizer] = (),
     *,
     progress: bool = False,
+    importance: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """Prune a model: calibrate, plan, repair and cut, ``config.iterations`` times.
 
@@ -132,6 +133,8 @@ def prune(
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         progress: Show a bar over all phases with the time left, if the standard error is a terminal.
+        importance: Importance of the groups of every set that was learned (:func:`lit_prune.learn_gates`), in place of the
+            criterion's. It is that of one set of groups to be removed together, so that there is one iteration.
 
     Returns:
         The group table of the model before the first cut, and the plan for that model. A group's importance is that of
@@ -172,6 +175,7 @@ def prune(
                 root=model,
                 progress=bar.layers,
                 costs=Costs(bar.phase),
+                learned=importance,
             )
 
 
@@ -191,6 +195,7 @@ def prune_with(
     record: Callable[[GroupTable, PruningPlan], Callable[[], None] | None] = lambda table, plan: None,
     dry_run: bool = False,
     costs: Costs | None = None,
+    learned: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """What :func:`prune` does, for callers that have to prepare something every time that batches are run.
 
@@ -213,6 +218,7 @@ def prune_with(
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
             comparison of candidates), ``"repair"``, ``"surgery"``, in a model with batch norms ``"recalibration"``, and, where
             it is wanted, ``"polish"``.
+        learned: Importance that was learned for the whole budget, in place of the criterion's; in one iteration.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
@@ -232,7 +238,7 @@ def prune_with(
     table: GroupTable | None = None
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
-        for number, step in enumerate(steps[-1:] if dry_run else steps):
+        for number, step in enumerate(steps[-1:] if dry_run or learned is not None else steps):
             group_sets = find_group_sets(model, blocks=blocks)
             try:
                 step.check(model, group_sets, goals)
@@ -240,16 +246,19 @@ def prune_with(
                 if made is None and step is steps[-1]:
                     raise
                 continue
+            statistics = Statistics()
             # the hooks that preparing the data registers are called
             holder = model if root is None else root
-            recording = recording_of(model, group_sets, step, dry_run=dry_run)
-            with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
-                with together(ranks, "calibration"):
-                    statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
-            with phase(CALIBRATION):
-                recording = completed(recording, partial(data, CALIBRATION), step, holder, ranks)
+            recording = None
+            if learned is None or step.repair == "bias":
+                recording = recording_of(model, group_sets, step, dry_run=dry_run)
+                with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
+                    with together(ranks, "calibration"):
+                        statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
+                with phase(CALIBRATION):
+                    recording = completed(recording, partial(data, CALIBRATION), step, holder, ranks)
 
-            if step.compensates:
+            if step.compensates and learned is None:
                 compensation = partial(data, COMPENSATION)
                 with phase(COMPENSATION):
                     statistics.unexplained = unexplained(
@@ -264,9 +273,11 @@ def prune_with(
                 return value if all_reduce is None else float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
             with phase(PLANNING):
-                if goals is not None and made is None:
+                if goals is not None and made is None and learned is None:
                     correct_goals(model, group_sets, statistics, config, goals)
-                ranked, plan = make_plan(model, group_sets, statistics, step, measure=measure, goals=goals)
+                ranked, plan = make_plan(
+                    model, group_sets, statistics, step, measure=measure, goals=goals, learned=learned
+                )
                 ranked = with_trade_offs(model, group_sets, ranked, step, goals) if made is None else ranked
             table = ranked if table is None else table.compose(ranked)
             agree(plan)

@@ -33,6 +33,7 @@ def make_plan(
     *,
     measure: Callable[[PruningPlan], float] | None = None,
     goals: Goals | None = None,
+    learned: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
     """Score, rank and select the groups; gives the global table and the plan.
 
@@ -45,6 +46,8 @@ def make_plan(
             only where there are several candidates.
         goals: What ``config.goals`` found of the model before any cut, if the configuration has a budget; found of this model
             if ``None``.
+        learned: Importance of the groups of every set that was learned (:func:`lit_prune.learn_gates`), in place of the
+            criterion's.
 
     Raises:
         BudgetError: If the ratio or budget cannot be reached under the limits.
@@ -55,8 +58,9 @@ def make_plan(
     shards.reshard(model)
     check_names(model, group_sets)
     goals = goals or config.goals(model, group_sets)
+    if learned is not None:
+        return _ranked(model, group_sets, learned, config, goals, statistics, f"gates from {config.importance}", {})
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    before = count_parameters(model)
     results: list[tuple[GroupTable, PruningPlan]] = []
     measured: dict[str, float] = {}
     if len(config.candidates) > 1 and measure is None:
@@ -75,24 +79,9 @@ def make_plan(
         total = parts[0][1] if len(parts) == 1 else mixed_importance(parts, group_sets)
         if statistics is not None and statistics.unexplained:
             total = _discounted(total, group_sets, statistics.unexplained)
-        table = group_table(model, group_sets, total)
-        reached = _select(model, group_sets, table, config, goals)
-        removed = count_removed(model, group_sets, table.removed_groups())
-        info = {
-            "importance": label,
-            "weights": dict(weights),
-            "normalize": config.normalize,
-            "repair": config.repair,
-            **reached,
-            "calibration_batches": statistics.batches if statistics is not None else 0,
-            **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
-            "parameters_before": before,
-            "parameters_after": before - removed,
-        }
-        plan = with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
-        results.append((table, plan))
+        results.append(_ranked(model, group_sets, total, config, goals, statistics, label, weights))
         if measure is not None and len(config.candidates) > 1:
-            measured[label] = measure(plan)
+            measured[label] = measure(results[-1][1])
     if not measured:
         return results[0]
     best = min(measured, key=measured.__getitem__)
@@ -120,6 +109,35 @@ def _select(
         "binding": list(choice.binding),
         "predicted": choice.values,
     }
+
+
+def _ranked(
+    model: nn.Module,
+    group_sets: Sequence[GroupSet],
+    importance: Sequence[Tensor],
+    config: PruningConfig,
+    goals: Goals | None,
+    statistics: Statistics | None,
+    label: str,
+    weights: Mapping[str, float],
+) -> tuple[GroupTable, PruningPlan]:
+    """The table of an importance, the groups selected in it, and the plan."""
+    table = group_table(model, group_sets, importance)
+    before = count_parameters(model)
+    reached = _select(model, group_sets, table, config, goals)
+    removed = count_removed(model, group_sets, table.removed_groups())
+    info = {
+        "importance": label,
+        "weights": dict(weights),
+        "normalize": config.normalize,
+        "repair": config.repair,
+        **reached,
+        "calibration_batches": statistics.batches if statistics is not None else 0,
+        **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
+        "parameters_before": before,
+        "parameters_after": before - removed,
+    }
+    return table, with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
 
 
 def _discounted(

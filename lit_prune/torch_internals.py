@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -119,6 +120,11 @@ def new_iterator(loader: DataLoader) -> Iterator[Any]:
 def reset_plateau(scheduler: ReduceLROnPlateau) -> None:
     """Let a scheduler forget its best value and how long it has waited."""
     scheduler._reset()
+
+
+def mark_as_stepped(optimizer: Optimizer) -> None:
+    """Keep schedulers from warning that they are stepped before their optimizer, whose step something took the place of."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def is_dynamo_loaded() -> bool:

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -202,6 +203,18 @@ def test_reset_plateau():
     assert (scheduler.best, scheduler.num_bad_epochs) == (1.0, 1)
     torch_internals.reset_plateau(scheduler)
     assert (scheduler.best, scheduler.num_bad_epochs) == (float("inf"), 0)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_mark_as_stepped(marked):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+    if marked:
+        torch_internals.mark_as_stepped(optimizer)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        scheduler.step()
+    assert any("before `optimizer.step()`" in str(w.message) for w in found) != marked
 
 
 def test_dynamo_is_loaded_by_what_compiles(monkeypatch):

@@ -51,6 +51,7 @@ LAYERS = [
     "detection",
     "phases",
     "pipeline",
+    "gating",
     "reporting",
     "io",
     "_api",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,10 @@ class Observers:
             else None
         )
         self._masks = MaskCollector(model, group_sets, by_masks, ranks, self._token_masks) if by_masks else None
-        self._own: dict[GroupStatistic, GroupObserver] = {s: s.observer(model, group_sets) for s in own}
         self._recorder = recorder
+        self._own: dict[GroupStatistic, GroupObserver] = {
+            s: s.observer(model, group_sets, *([self._token_masks] if s.token_masks else [])) for s in own
+        }
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Observers:
@@ -177,7 +179,7 @@ class Observers:
         if self._masks is not None:
             statistics.reduced.update(self._masks.finish())
         for statistic, observer in self._own.items():
-            values = self._reduced(statistic, observer.finish())
+            values = self._reduced(statistic, observer)
             for term in (t for t in self._terms if t.statistic == statistic.name):
                 statistics.reduced.update({(term, key, 0): term.function(value) for key, value in values.items()})
         if self._inputs is not None:
@@ -195,9 +197,8 @@ class Observers:
             if not all(bool(value.isfinite().all()) for value in activation.sums.values()):
                 raise CalibrationError(f"The inputs of {name!r} are not finite in calibration. Nothing was pruned.")
 
-    def _reduced(
-        self, statistic: GroupStatistic, values: Mapping[tuple[str, str], Tensor]
-    ) -> dict[tuple[str, str], Tensor]:
+    def _reduced(self, statistic: GroupStatistic, observer: Any) -> dict[tuple[str, str], Tensor]:
+        values: Mapping[tuple[str, str], Tensor] = observer.finish()
         wrong = [s.name for s in self._group_sets if s.key not in values or tuple(values[s.key].shape) != (s.size,)]
         if not _everywhere(not wrong, self._ranks):
             raise CalibrationError(
@@ -208,6 +209,9 @@ class Observers:
         whole = torch.cat([values[key].float() for key in keys])
         if self._ranks is not None:
             whole = self._ranks.sum(whole) / (self._ranks.size if statistic.over_ranks == "mean" else 1)
+        if statistic.over_ranks == "ratio":
+            counts = torch.cat([observer.counts()[key].float() for key in keys])
+            whole = whole / (counts if self._ranks is None else self._ranks.sum(counts)).clamp_min(1)
         if not bool(whole.isfinite().all()):
             raise CalibrationError(
                 f"The statistic {statistic.name!r} is not finite in calibration. Nothing was pruned."

@@ -13,7 +13,8 @@ class                    observed in a batch               over batches and proc
                          projection's inputs               batches and processes, then
                                                            `value` of the sums
 `GroupStatistic`         whatever an observer of your      the observer's own sum, then      `reduced`
-                         own computes for each group       mean or sum over the processes
+                         own computes for each group       mean, sum or ratio over the
+                                                           processes
 =======================  ================================  ================================  =========================
 
 Nothing of this is written to a file: a checkpoint holds the plan, not what it was made from.
@@ -21,15 +22,15 @@ Nothing of this is written to a file: a checkpoint holds the plan, not what it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_prune.groups import GroupSet
+from lit_prune.calibration.routed_outputs import RoutedOutputs
 
 Key = tuple[str, str]
 
@@ -103,13 +104,18 @@ class GroupStatistic:
         name: The name that terms use.
         observer: Makes the observer of a model and its group sets.
         over_ranks: How the processes of a distributed run, each with batches of its own, are put together.
+            ``"ratio"`` divides the sum of what ``finish`` gives by the sum of what the observer's ``counts`` gives, 0 where that
+            is 0.
         gradients: Whether a backward pass is run for every batch.
+        token_masks: Whether ``observer`` is given the :class:`~lit_prune.calibration.token_masks.TokenMasks` of the calibration,
+            too.
     """
 
     name: str
-    observer: Callable[[nn.Module, Sequence[GroupSet]], GroupObserver]
-    over_ranks: Literal["mean", "sum"] = "mean"
+    observer: Callable[..., GroupObserver]
+    over_ranks: Literal["mean", "sum", "ratio"] = "mean"
     gradients: bool = False
+    token_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ _REGISTRY: dict[str, Statistic] = {
         InputStatistic("activation_l1", _SUM_ABS, lambda sums, count: sums["sum_abs"]),
         InputStatistic("activation_l2", _SUM_SQUARES, lambda sums, count: sums["sum_squares"].sqrt()),
         InputStatistic("activation_variance", {**_SUM, **_SUM_SQUARES}, _variance),
+        GroupStatistic("routed_output", RoutedOutputs, over_ranks="ratio", token_masks=True),
     )
 }
 # by the name of a sum of inputs, the function that is summed

@@ -117,6 +117,20 @@ def fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
     return weight.square().sum(dim=0) * variance
 
 
+def reap(routed_output: Tensor) -> Tensor:
+    r"""REAP's importance of an expert, :math:`\frac1{|X_j|}\sum_{x\in X_j}g_j(x)\,\|f_j(x)\|_2`.
+
+    :math:`X_j` are the tokens that the router sends to expert j, :math:`g_j` its weight there, and :math:`f_j` the expert's
+    output; 0 for an expert that no token was sent to. Once experts are removed, the router's softmax is over those that stay.
+
+    Args:
+        routed_output: That mean, shape ``(groups,)``, see :mod:`lit_prune.calibration.routed_outputs`.
+
+    Reference: Lasby et al., REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression, 2025.
+    """
+    return routed_output
+
+
 def magnitude(weight: Tensor) -> Tensor:
     r"""Magnitude :math:`|\theta|` of each element, a baseline that needs no data.
 

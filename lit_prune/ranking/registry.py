@@ -15,6 +15,7 @@ from lit_prune.ranking.criteria import (
     fluctuation,
     magnitude,
     output_wanda,
+    reap,
     second_order,
     taylor,
     wanda,
@@ -57,6 +58,10 @@ _FIRST = Term(taylor, "gradient", of_product=torch.abs_)
 _SECOND = Term(second_order, "squared_gradient", of_product=_half_square)
 
 
+# of what is no expert: the mean norm of what an input feature adds to the output
+_OUTPUT_NORM = Term(output_wanda, "activation_mean_abs", consumers_only=True, per_input=True)
+
+
 _REGISTRY: dict[str, Criterion] = {
     c.name: c
     for c in (
@@ -68,6 +73,7 @@ _REGISTRY: dict[str, Criterion] = {
         Criterion("wanda", (Term(wanda, "activation_mean_abs"),), normalize="mean"),
         Criterion("output_wanda", (Term(output_wanda, "activation_l2", True, True),), normalize="mean"),
         Criterion("flap", (Term(fluctuation, "activation_variance", True, True),), normalize="standard"),
+        Criterion("reap", (Term(reap, "routed_output", per_group=True), _OUTPUT_NORM), normalize="mean"),
         Criterion("magnitude", (Term(magnitude),)),
         Criterion("random", ()),
     )

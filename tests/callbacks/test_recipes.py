@@ -73,3 +73,12 @@ def test_distillation(tmp_path):
     assert pruning_of(cli).stages_done == 3
     assert {"distillation_loss", "hidden_state_loss"} <= set(cli.trainer.callback_metrics)
     assert (tmp_path / "outputs" / "distillation" / "teacher.safetensors").exists()
+
+
+def test_gates(tmp_path):
+    options = ["--trainer.max_steps", "12", "--trainer.val_check_interval", "6"]
+    cli = run(tmp_path, "gates", *options, "--trainer.callbacks.init_args.steps", "6")
+    pruning = pruning_of(cli)
+    assert pruning.stages_done == 1
+    assert pruning.plan.info["importance"] == "gates from fisher"
+    assert float(cli.trainer.callback_metrics["gate_steps"]) == 6

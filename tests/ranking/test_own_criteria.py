@@ -12,7 +12,7 @@ from conftest import tiny
 from lit_prune.calibration import statistic_registry
 from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.ranking import registry
-from lit_prune.ranking.criteria import fisher, fluctuation, magnitude, output_wanda, second_order, taylor, wanda
+from lit_prune.ranking.criteria import fisher, fluctuation, magnitude, output_wanda, reap, second_order, taylor, wanda
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("registries")]
 
@@ -25,6 +25,10 @@ AGAIN = {
     "wanda": (lit_prune.Term(wanda, "activation_mean_abs"),),
     "output_wanda": (lit_prune.Term(output_wanda, "activation_l2", consumers_only=True, per_input=True),),
     "flap": (lit_prune.Term(fluctuation, "activation_variance", consumers_only=True, per_input=True),),
+    "reap": (
+        lit_prune.Term(reap, "routed_output", per_group=True),
+        lit_prune.Term(output_wanda, "activation_mean_abs", consumers_only=True, per_input=True),
+    ),
     "magnitude": (lit_prune.Term(magnitude),),
     "random": (),
 }

@@ -1,0 +1,74 @@
+"""Gram matrices of what linear layers read, all at once: for what needs those of many layers again and again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.evaluation import evaluation_mode, is_observed
+from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.token_masks import TokenMasks
+
+
+@torch.no_grad()
+def input_grams(
+    model: nn.Module,
+    features: Mapping[str, int],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    *,
+    root: nn.Module | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, tuple[Tensor, float]]:
+    """Return the Gram matrices of the inputs of some layers over the real tokens of all batches.
+
+    All of them are held at the same time: ``features ** 2`` numbers for each layer.
+
+    Args:
+        model: The model.
+        features: By the names of the layers, whose inputs have their features last, the number of those.
+        batches: Calibration batches.
+        forward: Runs one batch through the model.
+        root: The module that holds the model, if ``forward`` runs more than the model.
+        all_reduce: Sums a tensor over the processes, if there are several.
+
+    Returns:
+        By name the matrix, shape ``(features, features)``, and the number of tokens. A layer that no batch went through on
+        any process is left out.
+    """
+    grams: dict[str, Tensor] = {}
+    tokens: dict[str, float] = {}
+
+    def observe(name: str, masks: TokenMasks) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not is_observed():
+                return
+            inputs: Tensor = args[0].detach()
+            mask = masks.of(inputs)
+            rows = (inputs if mask is None else inputs[mask]).reshape(-1, inputs.shape[-1])
+            rows = rows.to(accumulation_dtype(rows.dtype))
+            product = transposed_product(rows, rows)
+            grams[name] = grams[name].add_(product) if name in grams else product
+            tokens[name] = tokens.get(name, 0.0) + len(rows)
+
+        return hook
+
+    with evaluation_mode(model if root is None else root), contextlib.ExitStack() as stack:
+        masks = stack.enter_context(TokenMasks(model, list(features)))
+        for name in features:
+            handle = model.get_submodule(name).register_forward_pre_hook(observe(name, masks))
+            stack.callback(handle.remove)
+        for batch in batches:
+            masks.start_batch(batch)
+            forward(batch)
+    if all_reduce is not None:
+        for name, size in features.items():
+            weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+            empty = torch.zeros(size, size, dtype=accumulation_dtype(weight.dtype), device=weight.device)
+            grams[name] = all_reduce(grams.get(name, empty))
+            tokens[name] = float(all_reduce(torch.tensor(tokens.get(name, 0.0), dtype=torch.float64)))
+    return {name: (gram, tokens[name]) for name, gram in grams.items() if tokens[name]}

@@ -1,0 +1,239 @@
+"""Learned gates where the best set is known, and the budget that holds at every step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+import lit_prune
+from conftest import tiny
+from lit_prune import GateOptions, Limits, PruningConfig, learn_gates
+from lit_prune.errors import ArgumentValueError, CalibrationError, UnsupportedModelError
+from lit_prune.gating import GateTraining, first_table
+from lit_prune.groups import count_removed
+
+pytestmark = pytest.mark.core
+# what each hidden channel computes; the first two can stand in for each other, and so can the third and fourth
+STANDING_IN = [(1, 0, 0, 0), (1, 0, 0, 0), (0, 1.3, 0, 0), (0, 1.3, 0, 0), (0, 0, 1.6, 0), (0, 0, 0, 2.5), (1, 1, 1, 1)]
+
+
+def planted(channels):
+    """A network of two linear layers whose output is the sum of its channels, and batches with noise in the targets."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, len(channels), bias=False), torch.nn.Linear(len(channels), 1, bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(channels))
+        model[1].weight.fill_(1.0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 4, generator=generator)
+    noise = torch.randn(512, 1, generator=generator)
+    y = model(x).detach() + noise
+    batches = [(a, b) for a, b in zip(x.split(32), y.split(32), strict=True)]
+    return model, batches, lambda b: (model(b[0]) - b[1]).square().mean()
+
+
+def damage(channels, removed):
+    """The loss that removing channels adds, for inputs of unit variance: the squared norm of what they computed."""
+    return float(torch.tensor([channels[j] for j in removed]).sum(dim=0).square().sum())
+
+
+def removed_by(table, plan):
+    [entry] = plan.group_entries
+    return sorted(set(range(table.sizes[0])) - set(entry.kept))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_gates_find_the_set_that_a_criterion_misjudges(count):
+    channels = STANDING_IN
+    model, batches, loss = planted(channels)
+    config = PruningConfig(
+        pruning_ratio=(count + 0.5) / len(channels), repair=None, iterations=1, limits=Limits(min_fraction=0.0)
+    )
+    first = copy.deepcopy(model)
+    table, plan = lit_prune.prune(first, batches, lambda b: (first(b[0]) - b[1]).square().mean(), config)
+    by_criterion = damage(channels, removed_by(table, plan))
+    importance = learn_gates(model, batches, loss, config, GateOptions(steps=60, reconstruct=False), batches_per_step=4)
+    table, plan = lit_prune.prune(model, batches, loss, config, importance=importance)
+    by_gates = damage(channels, removed_by(table, plan))
+    best = min(damage(channels, s) for s in itertools.combinations(range(len(channels)), count))
+    assert by_gates == pytest.approx(best)
+    assert by_criterion > 1.05 * best
+
+
+def test_what_others_make_up_for_leaves_one_of_each_pair():
+    """With a repair in the loop: one of a pair of duplicates is free, and the discount of the criterion takes both."""
+    channels = [(1, 0, 0, 0), (1, 0, 0, 0), (0, 0.6, 0, 0), (0, 0, 1.6, 0), (0, 0, 0, 2.5)]
+    model, batches, loss = planted(channels)
+    config = PruningConfig(pruning_ratio=0.5, iterations=1, limits=Limits(min_fraction=0.0))
+    first = copy.deepcopy(model)
+    table, plan = lit_prune.prune(first, batches, lambda b: (first(b[0]) - b[1]).square().mean(), config)
+    assert removed_by(table, plan) == [0, 1]
+    options = GateOptions(steps=20, refresh=1)
+    importance = learn_gates(model, batches, loss, config, options, batches_per_step=4)
+    table, plan = lit_prune.prune(model, batches, loss, config, importance=importance)
+    assert removed_by(table, plan) in ([0, 2], [1, 2])
+    # what is left of the pair has twice the weight now
+    assert sorted(model[1].weight.flatten().tolist())[-1] == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_gate_whose_gradient_is_noise_stays_where_the_criterion_put_it():
+    channels = [(1.0, 0, 0, 0), (0, 1.5, 0, 0), (0, 0, 1.8, 0), (0, 0, 0, 2.2)]
+    model, batches, loss = planted(channels)
+    config = PruningConfig(pruning_ratio=0.3, repair=None, limits=Limits(min_fraction=0.0))
+    seen = []
+    importance = learn_gates(
+        model, batches, loss, config, GateOptions(steps=30, reconstruct=False), progress=lambda *a: seen.append(a)
+    )
+    assert max(changed for _, _, changed in seen) == 0
+    assert [number for number, _, _ in seen] == list(range(1, 31))
+    # and the unit is that of the loss: what removing the first adds is 1
+    assert float(importance[0][0]) == pytest.approx(1.0, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(),
+        Limits(multiple_of={"mlp": 4}),
+        Limits(uniform=True, min_groups=2),
+        Limits(protect=[0]),
+        Limits(kinds=("mlp", "block")),
+    ],
+    ids=["default", "rounded", "uniform", "protected", "blocks"],
+)
+def test_the_budget_and_the_limits_hold_at_every_step(limits, batches, loss_of):
+    model = tiny(intermediate_size=48)
+    config = PruningConfig(pruning_ratio=0.25, limits=limits)
+    group_sets = lit_prune.find_group_sets(model, blocks=limits.blocks)
+    data = _data(batches, loss_of(model))
+    table = first_table(model, data, config)
+    budget = config.budget(model, group_sets)
+    training = GateTraining(
+        model, group_sets, table, budget, config, GateOptions(steps=12, reconstruct=not limits.blocks)
+    )
+    training.observe(data, model, None)
+    sets = set()
+    with training.gates:
+        for step in range(12):
+            with training.gates.open():
+                loss_of(model)(batches[step % 3]).backward()
+            training.accumulate()
+            # as if gradients were all over the place
+            line = training._sums[0]
+            noise = torch.randn(len(line), generator=torch.Generator().manual_seed(step)).double()
+            line += 1e3 * noise * line.abs().max()
+            assert training.step()
+            removed = [(~k).nonzero().flatten() for k in training.scores.kept]
+            leaves = count_removed(model, group_sets, _with_blocks(group_sets, removed))
+            assert leaves == training.scores.removed
+            coarse = 4 if limits.multiple_of else 3 if limits.uniform else 1
+            assert budget - coarse * int(table.cost.min()) < leaves <= budget
+            floor = limits.floor(table)
+            for group_set, kept, least in zip(group_sets, training.scores.kept, floor, strict=True):
+                assert int(kept.sum()) >= least
+                if limits.multiple_of and group_set.kind == "mlp":
+                    assert int(kept.sum()) % 4 == 0
+            sets.add(tuple(torch.cat(training.scores.kept).tolist()))
+    assert len(sets) > 1
+
+
+def _data(batches, loss):
+    return lambda _: nullcontext((batches, loss))
+
+
+def _with_blocks(group_sets, removed):
+    """What is in a removed block leaves with it."""
+    gone = {s.name for s, r in zip(group_sets, removed, strict=True) if s.kind == "block" and len(r)}
+    return [torch.arange(s.size) if s.block in gone else r for s, r in zip(group_sets, removed, strict=True)]
+
+
+def test_the_state_goes_on_bit_for_bit(batches, loss_of):
+    model = tiny()
+    config = PruningConfig(pruning_ratio=0.2)
+    group_sets = lit_prune.find_group_sets(model)
+    data = _data(batches, loss_of(model))
+    table = first_table(model, data, config)
+
+    def fresh():
+        made = GateTraining(
+            model,
+            group_sets,
+            copy.deepcopy(table),
+            config.budget(model, group_sets),
+            config,
+            GateOptions(steps=8, refresh=3),
+        )
+        return made
+
+    def run(training, steps):
+        with training.gates:
+            for step in steps:
+                with training.gates.open():
+                    loss_of(model)(batches[step % 3]).backward()
+                training.accumulate()
+                training.step()
+        return training
+
+    whole = fresh()
+    whole.observe(data, model, None)
+    run(whole, range(8))
+    part = fresh()
+    part.observe(data, model, None)
+    run(part, range(4))
+    resumed = fresh()
+    resumed.load_state_dict(part.state_dict())
+    resumed.observe(data, model, None, resumed=True)
+    run(resumed, range(4, 8))
+    for a, b in zip(whole.scores.importance(), resumed.scores.importance(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_derivatives_that_are_not_finite_change_nothing(batches, loss_of):
+    model = tiny()
+    config = PruningConfig(pruning_ratio=0.2)
+    group_sets = lit_prune.find_group_sets(model)
+    table = first_table(model, _data(batches, loss_of(model)), config)
+    training = GateTraining(
+        model, group_sets, table, config.budget(model, group_sets), config, GateOptions(reconstruct=False)
+    )
+    before = training.state_dict()["scores"]
+    with training.gates:
+        with training.gates.open():
+            (loss_of(model)(batches[0]) * np.inf).backward()
+        training.accumulate()
+    assert not training.step()
+    after = training.state_dict()["scores"]
+    assert after["steps"] == 0
+    assert torch.equal(before["slope"], after["slope"])
+
+
+def test_bad_input_is_refused_before_any_work(batches, loss_of):
+    model = tiny()
+    loss = loss_of(model)
+    with pytest.raises(ArgumentValueError, match="importance='auto'"):
+        learn_gates(model, batches, loss, PruningConfig("auto"))
+    with pytest.raises(ArgumentValueError, match="0 or more for every group"):
+        learn_gates(model, batches, loss, PruningConfig("flap", repair=None))
+    with pytest.raises(lit_prune.BudgetError):
+        learn_gates(model, batches, loss, PruningConfig(pruning_ratio=0.95))
+    with pytest.raises(ArgumentValueError, match="distillation"):
+        GateOptions(distillation=1.5)
+    with pytest.raises(UnsupportedModelError, match="cannot be observed"):
+        experts = tiny("mixtral", num_local_experts=3, num_experts_per_tok=2)
+        learn_gates(experts, batches, loss_of(experts), PruningConfig())
+    with pytest.raises(CalibrationError, match="logits"):
+        inner = tiny()
+        learn_gates(
+            inner.model,
+            batches,
+            lambda b: inner.model(b).last_hidden_state.square().mean(),
+            PruningConfig(),
+            GateOptions(distillation=0.5, steps=1),
+        )
+    assert all(p.requires_grad for p in model.parameters())
