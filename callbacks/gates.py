@@ -22,11 +22,12 @@ from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gates import Gates
 from lit_prune.calibration.random_state import random_state_kept
-from lit_prune.callbacks.calibration import progress_bar, uncompiled
+from lit_prune.callbacks.calibration import uncompiled
 from lit_prune.callbacks.cutting import _batches
 from lit_prune.callbacks.detection import find_groups
 from lit_prune.callbacks.manual_optimization import replaced
 from lit_prune.callbacks.packages import is_a
+from lit_prune.callbacks.progress import progress_over
 from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks, ranks_of
 from lit_prune.callbacks.renewal import _pruning_callbacks
@@ -34,6 +35,7 @@ from lit_prune.callbacks.runs import PerModule
 from lit_prune.config import AUTO
 from lit_prune.errors import ArgumentValueError, CalibrationError, PruningError, UnsupportedStrategyError
 from lit_prune.gating import GateOptions, GateTraining, first_table, mixed
+from lit_prune.progress import Progress
 from lit_prune.ranking.model_table import group_table
 from lit_prune.torch_internals import mark_as_stepped
 
@@ -148,6 +150,11 @@ class LearnedGates(Callback):
                 "LearnedGates begins with the importance of one criterion; found importance='auto'. Name one, fisher for"
                 " instance."
             )
+        if found[0].config.budget is not None:
+            raise ArgumentValueError(
+                "LearnedGates learns under a number of parameters; expected a pruning_ratio, found"
+                f" budget={found[0].config.budget}."
+            )
 
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,7 +205,7 @@ class LearnedGates(Callback):
         group_sets = find_group_sets(model, blocks=config.limits.blocks)
 
         def data(_: str) -> Any:
-            return _batches(pruning, trainer)
+            return _batches(pruning, trainer, Progress(lambda _: [], None))
 
         before = self._phase.value
         resumed = before.state if before.stage == stage else None
@@ -208,7 +215,7 @@ class LearnedGates(Callback):
             # in a resumed run, for the batches that the interrupted one was calibrated on
             torch.set_rng_state(random)
             if resumed is None:
-                bar = progress_bar(trainer, "Blocks")
+                bar = progress_over(trainer, "Blocks")
                 table = first_table(model, data, config, root=pl_module, ranks=ranks, progress=bar)
             else:
                 prior = resumed["scores"]["prior"].split([s.size for s in group_sets])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,15 +30,44 @@ def progress_of(trainer: pl.Trainer, model: nn.Module, config: PruningConfig, *,
         group_sets = find_group_sets(model, blocks=config.limits.blocks)
         return expected_work(model, group_sets, config, batches, dry_run=dry_run)
 
+    return Progress(work, _bar_of(trainer))
+
+
+def progress_over(trainer: pl.Trainer, description: str) -> Callable[[Sequence[Any]], Iterator[Any]]:
+    """A function that shows how far an iteration over some items has come, likewise.
+
+    Args:
+        trainer: The trainer.
+        description: What is done.
+    """
+    show = _bar_of(trainer)
+
+    def shown(items: Sequence[Any]) -> Iterator[Any]:
+        bar = None if show is None else show(len(items), description)
+        try:
+            for item in items:
+                yield item
+                if bar is not None:
+                    bar.update(1)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    return shown
+
+
+def _bar_of(trainer: pl.Trainer) -> Callable[[int, str], Bar] | None:
+    """What makes a bar of a total and a description; ``None`` where nothing is to be shown."""
+    bar = trainer.progress_bar_callback
+    if not trainer.is_global_zero or bar is None or not getattr(bar, "is_enabled", True):
+        return None
+
     def show(total: int, description: str) -> Bar:
-        shown = trainer.progress_bar_callback
-        if isinstance(shown, RichProgressBar) and shown.progress is not None:
-            return _RichTask(shown.progress, total, description)
+        if isinstance(bar, RichProgressBar) and bar.progress is not None:
+            return _RichTask(bar.progress, total, description)
         return tqdm(total=total, desc=description, unit="pass", leave=False, dynamic_ncols=True)
 
-    bar = trainer.progress_bar_callback
-    silent = not trainer.is_global_zero or bar is None or not getattr(bar, "is_enabled", True)
-    return Progress(work, None if silent else show)
+    return show
 
 
 class _RichTask:

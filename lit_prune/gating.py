@@ -297,7 +297,7 @@ def learn_gates(
         :func:`lit_prune.prune`.
 
     Raises:
-        ArgumentValueError: If the criterion is none that gates can begin with.
+        ArgumentValueError: If the criterion is none that gates can begin with, or the configuration has a budget.
         BudgetError: If the ratio cannot be reached under the limits.
         CalibrationError: If a batch has no loss that depends on the gates.
         UnsupportedModelError: If there are groups whose consumers cannot be observed.
@@ -308,6 +308,10 @@ def learn_gates(
         lit_prune.prune(model, batches, loss, config, importance=importance)
     """
     options = GateOptions() if options is None else options
+    if config.budget is not None:
+        raise ArgumentValueError(
+            f"Gates are learned under a number of parameters; expected pruning_ratio, found {config.budget}."
+        )
     batches = BATCHES.check("batches", batches)
     count = COUNT.check("batches_per_step", batches_per_step)
     eager = uncompiled(model)
@@ -334,7 +338,7 @@ def _learned(
     group_sets = find_group_sets(inner, blocks=config.limits.blocks)
     Gates(inner, group_sets)
     table = first_table(inner, data, config, root=model)
-    training = GateTraining(inner, group_sets, table, config.budget(inner, group_sets), config, options)
+    training = GateTraining(inner, group_sets, table, config.budget_of_parameters(inner, group_sets), config, options)
     training.observe(data, model, None)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     stream = _again_and_again(batches)

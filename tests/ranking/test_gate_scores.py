@@ -113,7 +113,7 @@ def test_the_budget_and_the_limits_hold_at_every_step(limits, batches, loss_of):
     group_sets = lit_prune.find_group_sets(model, blocks=limits.blocks)
     data = _data(batches, loss_of(model))
     table = first_table(model, data, config)
-    budget = config.budget(model, group_sets)
+    budget = config.budget_of_parameters(model, group_sets)
     training = GateTraining(
         model, group_sets, table, budget, config, GateOptions(steps=12, reconstruct=not limits.blocks)
     )
@@ -165,7 +165,7 @@ def test_the_state_goes_on_bit_for_bit(batches, loss_of):
             model,
             group_sets,
             copy.deepcopy(table),
-            config.budget(model, group_sets),
+            config.budget_of_parameters(model, group_sets),
             config,
             GateOptions(steps=8, refresh=3),
         )
@@ -200,7 +200,7 @@ def test_derivatives_that_are_not_finite_change_nothing(batches, loss_of):
     group_sets = lit_prune.find_group_sets(model)
     table = first_table(model, _data(batches, loss_of(model)), config)
     training = GateTraining(
-        model, group_sets, table, config.budget(model, group_sets), config, GateOptions(reconstruct=False)
+        model, group_sets, table, config.budget_of_parameters(model, group_sets), config, GateOptions(reconstruct=False)
     )
     before = training.state_dict()["scores"]
     with training.gates:
