@@ -102,7 +102,7 @@ class StructuredPruning(Callback):
         mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for the largest of 64, 32, 16 and 8 of
             which a width has 48 or more (32 for 1536 channels), and any width below: rounded ones multiply faster.
         kinds: The kinds of groups that may be removed: ``"attention"``, ``"mlp"``, and ``"block"`` for whole decoder
-            layers; ``None`` allows all but blocks.
+            layers, ``"hidden"`` for channels of the hidden states; ``None`` allows all but those two.
         model_path: Where the model is inside the LightningModule, if that holds several.
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
@@ -275,7 +275,7 @@ class StructuredPruning(Callback):
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, the budget and the output folder before any work is done."""
-        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
+        self.runs.bind(self.model(pl_module), self.config.limits)
         if self.stages_done < len(self.stages):
             check_fit(self, trainer, pl_module)
 
@@ -287,7 +287,7 @@ class StructuredPruning(Callback):
             ValueError: If the fit ends before a stage.
         """
         # a sharded model is loaded after on_fit_start
-        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
+        self.runs.bind(self.model(pl_module), self.config.limits)
         check_reachable(trainer, pl_module, self.stages[self.stages_done :])
         begin_epoch_anew(trainer)
         if self.runs.current.unfinished:

@@ -75,7 +75,8 @@ def plan(
         dtype: Data type of the weights; auto takes that of the files.
     """
     check_writable(output)
-    session = Session(model, calibration, device, dtype, blocks=pruning.limits.blocks)
+    limits = pruning.limits
+    session = Session(model, calibration, device, dtype, blocks=limits.blocks, hidden=limits.hidden)
     dense = session.metrics()
     table, made = session.prune(pruning)
     metrics = {"dense": dense, "planned": {"parameters": float(made.info["parameters_after"])}}
@@ -112,7 +113,8 @@ def apply(
     check_replaceable(output, [model])
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
-    session = Session(model, calibration, device, dtype, blocks=blocks)
+    hidden = pruning.limits.hidden if given is None else given.hidden
+    session = Session(model, calibration, device, dtype, blocks=blocks, hidden=hidden)
     if given is not None:
         given.validate(session.group_sets)
     metrics = {"dense": session.metrics()}

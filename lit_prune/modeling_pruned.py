@@ -5,10 +5,10 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 
 A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
 type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
-parameter they lie along, and how many positions of it a group takes; and for every list of blocks that lost some, which
-were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
-every other step of loading is that of transformers. Where blocks left, the config says how many there are, and
-``pruning`` what the dense model's config says in the same fields.
+parameter they lie along, and how many positions of it a group takes (several dimensions are a list of such pairs); and for
+every list of blocks that lost some, which were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
+every other step of loading is that of transformers. Where blocks or hidden channels left, the config says how many
+there are, and ``pruning`` what the dense model's config says in the same fields.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers.utils import cached_file
 MODEL_TYPE = "lit_prune"
 VERSION = 1
 BLOCK = "block"
+HIDDEN = "hidden"
 LAYER_INDICES = ("layer_idx", "layer_id", "block_idx")
 PREFIX = "Pruned"
 # more groups than any place of a model has; indices are expanded in memory
@@ -91,6 +92,8 @@ def sync_features(module: nn.Module) -> None:
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
         module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
     elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
@@ -164,9 +167,14 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
     try:
         for entry in pruning["groups"]:
             kept = len(from_ranges(entry["kept"], entry["size"]))
-            for name, (dim, width) in entry["parameters"].items():
-                dims = lost.setdefault(local_name(model, name), {})
-                dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
+            for name, places in entry["parameters"].items():
+                own = local_name(model, name)
+                # a head has hidden channels, too, and a model may be loaded without it
+                if entry["kind"] == HIDDEN and not _holds(model, own):
+                    continue
+                for dim, width in [places] if isinstance(places[0], int) else places:
+                    dims = lost.setdefault(own, {})
+                    dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
         for name, dims in lost.items():
             _shrink(model, name, dims)
         if not isinstance(pruning["biases"], list):
@@ -185,6 +193,9 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
                 stay = from_ranges(entry["kept"], entry["size"])
                 keep_blocks(blocks, stay)
                 change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
+            elif entry["kind"] == HIDDEN:
+                kept = len(from_ranges(entry["kept"], entry["size"]))
+                change_config(model, dict.fromkeys(pruning.get("dense_width", {}), kept))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
@@ -201,6 +212,14 @@ def local_name(model: nn.Module, name: str) -> str:
     if name.partition(".")[0] in children:
         return name
     return name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"
+
+
+def _holds(model: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return attribute in model.get_submodule(owner)._parameters
+    except AttributeError:
+        return False
 
 
 def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
@@ -552,7 +571,8 @@ class _Pruned:
     """What the classes of pruned models have in common."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        depth = config.pruning.get("dense", {}) if isinstance(config.pruning, Mapping) else {}
+        pruning = config.pruning if isinstance(config.pruning, Mapping) else {}
+        depth = {**pruning.get("dense", {}), **pruning.get("dense_width", {})}
         whole = with_fields(config, depth) if depth else config
         super().__init__(whole, *args, **kwargs)  # type: ignore[call-arg]
         # some task heads build their inner model by an Auto class, which gives a pruned one already

@@ -184,8 +184,8 @@ def prune_with(
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
-    blocks = config.limits.blocks
-    group_sets = find_group_sets(model, blocks=blocks)
+    find = partial(find_group_sets, model, blocks=config.limits.blocks, hidden=config.limits.hidden)
+    group_sets = find()
     costs = Costs() if costs is None else costs
     phase = partial(costs.phase, device=next(model.parameters()).device)
     with phase(CHECK):
@@ -196,7 +196,7 @@ def prune_with(
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
         for number, step in enumerate(steps[-1:] if dry_run else steps):
-            group_sets = find_group_sets(model, blocks=blocks)
+            group_sets = find()
             try:
                 step.check(model, group_sets)
             except SmallBudgetError:

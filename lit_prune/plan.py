@@ -16,7 +16,7 @@ from lit_prune._files import read_json, write_text
 from lit_prune._renamed import RenamedAttribute
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.group_data import GroupData
-from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
 from lit_prune.modeling_pruned import local_name, to_ranges
 from lit_prune.plan_entries import PlanEntry, _integer, _kept, _list, _moved, _renumbered, _text
@@ -72,6 +72,11 @@ class PruningPlan:
     def group_entries(self) -> tuple[PlanEntry, ...]:
         """The entries for group sets."""
         return tuple(e for e in self.entries if e.kind != BLOCK)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the channels of the hidden states are among the group sets that the plan is for."""
+        return any(kind == HIDDEN for kind in (*(e.kind for e in self.entries), *(kind for _, kind, _ in self.sets)))
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:

@@ -64,7 +64,16 @@ class Calibration:
 class Session:
     """A model, its tokenizer and text: what every command begins with."""
 
-    def __init__(self, source: str, calibration: Calibration, device: str, dtype: str, *, blocks: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        calibration: Calibration,
+        device: str,
+        dtype: str,
+        *,
+        blocks: bool = False,
+        hidden: bool = False,
+    ) -> None:
         from lit_prune.io.sources import gguf_file, load_model, load_tokenizer
 
         self.device = _device(device)
@@ -73,7 +82,7 @@ class Session:
             wanted = torch.float32
         self.model: Any = load_model(source, dtype=wanted).eval().to(self.device)
         self.tokenizer = load_tokenizer(source)
-        self.group_sets = find_group_sets(self.model, blocks=blocks)
+        self.group_sets = find_group_sets(self.model, blocks=blocks, hidden=hidden)
         self.calibration = calibration
         self.batches, self.held_out = self._text()
         self.costs = Costs()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.architectures.components import Component
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
+from lit_prune.architectures.stream import Stream, norms_of, stream_set
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
-from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
 
 
@@ -38,6 +39,7 @@ class Architecture:
         arguments: Names of the arguments of the model's forwards that hold sequences and their masks, if they are not
             among
             :data:`~lit_prune.architectures.arguments.POSITIONS`.
+        stream: What reads and writes the hidden states, so that their channels can be pruned; ``None`` if they cannot.
 
     Example::
 
@@ -57,6 +59,7 @@ class Architecture:
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
     arguments: tuple[Positions, ...] = ()
+    stream: Stream | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -222,7 +225,7 @@ def _layers_hint(module: nn.Module) -> str:
     )
 
 
-def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
+def find_group_sets(model: nn.Module, *, blocks: bool = False, hidden: bool = False) -> list[GroupSet]:
     """Find all group sets of a model. Sets that an earlier cut emptied are left out.
 
     Groups that were found by running the model (:func:`lit_prune.trace`) are kept beside it, and follow every cut.
@@ -231,17 +234,19 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
         model: A model of a registered architecture or one that was traced, or a module that holds one (see :func:`find_model`).
         blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
             others.
+        hidden: Find the channels of the hidden states, too: one group set of the kind ``"hidden"`` for the whole model.
 
     Returns:
         The group sets in the order of the layers. Names are relative to the model.
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
-            its weights are quantised, or ``blocks`` is set for a model whose blocks cannot be removed.
+            its weights are quantised, or ``blocks`` or ``hidden`` is set for a model whose blocks or hidden channels cannot
+            be removed.
     """
     model = find_model(model)[1]
     if (kept := kept_groups(model)) is not None:
-        return _kept_sets(model, kept, blocks)
+        return _kept_sets(model, kept, blocks, hidden)
     architecture = _architecture_of(model, anyway=True)
     assert architecture is not None
     if architecture.check is not None:
@@ -257,15 +262,51 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
             )
         group_sets.extend(found)
     _check_alternatives(model, architecture, group_sets)
+    described = group_sets
     group_sets = [s for s in group_sets if s.size]
+    if hidden:
+        channels = _hidden_channels(model, architecture, described)
+        # its ties are its own affair: embedding and head lose the same channels
+        check_weights(model, [channels], ties=False)
     if blocks:
         group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets, ties=not all(block.follows_ties for block in architecture.components))
-    return group_sets
+    return [channels, *group_sets] if hidden else group_sets
 
 
-def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool) -> list[GroupSet]:
+def _hidden_channels(model: nn.Module, architecture: Architecture, group_sets: Sequence[GroupSet]) -> GroupSet:
+    """The group set of the hidden channels.
+
+    Raises:
+        UnsupportedModelError: If the description names no stream, or the model is not as it says.
+    """
+    if architecture.stream is None:
+        raise UnsupportedModelError(
+            f"The hidden size of {type(model).__name__} cannot be pruned: its description (architecture"
+            f" {architecture.name!r}) does not say what reads and writes hidden states. Leave kind {HIDDEN!r} out."
+        )
+    return stream_set(model, architecture.stream, architecture.components, group_sets)
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """The description of what reads and writes the model's hidden states, ``None`` if it has none."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.stream
+
+
+def stream_norms(model: nn.Module) -> list[str]:
+    """Names of the norms over the model's hidden channels; none if its stream is not described."""
+    stream = stream_of(model)
+    return [] if stream is None else norms_of(model, stream)
+
+
+def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool, hidden: bool) -> list[GroupSet]:
+    if hidden:
+        raise UnsupportedModelError(
+            f"The hidden size of {type(model).__name__} cannot be pruned: its groups were found by running it, and no description"
+            f" says what reads and writes hidden states. Leave kind {HIDDEN!r} out."
+        )
     if blocks:
         raise UnsupportedModelError(
             f"Whole blocks cannot leave {type(model).__name__}: its groups were found by running it, which tells nothing of"

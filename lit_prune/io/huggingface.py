@@ -20,7 +20,7 @@ from lit_prune._files import write_text
 from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
-from lit_prune.groups import Attribute, GroupSet, check_weights
+from lit_prune.groups import HIDDEN, Attribute, GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
@@ -28,11 +28,12 @@ from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.io.model_card import model_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
-from lit_prune.io.stock import _stock_config
+from lit_prune.io.stock import _stock_config, rescaled_embeddings
 from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
+from lit_prune.surgery.width import hidden_entry, width_fields
 from lit_prune.transformers_internals import build
 
 
@@ -189,14 +190,19 @@ def to_pretrained(
     with torch.device("meta"):
         dense = build(base, dense_config)
     # those of the dense model: a layer that lost everything has none left
-    group_sets = find_group_sets(dense)
+    group_sets = find_group_sets(dense, hidden=plan.hidden)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    check_weights(model, [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)])
+    whole_sets = [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)]
+    # hidden channels are those of a tied head, too
+    check_weights(model, [s for s in whole_sets if s.kind != HIDDEN])
     depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
     pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
+    channels = hidden_entry(plan)
+    width = {} if channels is None else width_fields(dense, channels)
+    changed = {**pruned_depth, **dict.fromkeys(width, 0 if channels is None else len(channels.kept))}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
-    stock = _stock_config(model, base, dense_config, plan, shapes, pruned_depth)
+    stock = _stock_config(model, base, dense_config, plan, shapes, changed)
     if stock is not None:
         config, replaced = stock
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
@@ -204,7 +210,9 @@ def to_pretrained(
     else:
         if depth:
             pruning["dense"] = {name: value for name, (value, _) in depth.items()}
-        fields = {**dense_config.to_dict(), **pruned_depth}
+        if width:
+            pruning["dense_width"] = width
+        fields = {**dense_config.to_dict(), **changed}
         fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
         if self_contained:
             _check_self_contained(model, base, dense_config, pruning)
@@ -214,6 +222,8 @@ def to_pretrained(
     config.dtype = model.dtype
     with torch.device("meta"):
         whole = build(cls, config)
+    if stock is not None:
+        weights.update(rescaled_embeddings(model, whole, weights))
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
     if model.can_generate():
@@ -264,7 +274,8 @@ def _dense_config(model: nn.Module) -> PreTrainedConfig:
         fields.pop(key, None)
     model_type = fields.pop("base_model_type", None) or config.model_type
     fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
-    fields.update((getattr(config, "pruning", None) or {}).get("dense", {}))
+    for key in ("dense", "dense_width"):
+        fields.update((getattr(config, "pruning", None) or {}).get(key, {}))
     fields.pop("model_type", None)
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
@@ -274,13 +285,14 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
     groups = []
     for entry in plan.entries:
         group_set = by_key.get(entry.key)
-        parameters: dict[str, list[int]] = {}
+        places: dict[str, dict[int, int]] = {}
         for part in () if group_set is None else group_set.slices:
-            width = part.index.shape[1]
-            dim, before = parameters.get(part.parameter, (part.dim, 0))
-            if dim != part.dim:
-                raise UnsupportedModelError(f"{part.parameter!r} loses groups of {entry.name!r} along two dimensions.")
-            parameters[part.parameter] = [dim, before + width]
+            along = places.setdefault(part.parameter, {})
+            along[part.dim] = along.get(part.dim, 0) + part.index.shape[1]
+        parameters = {
+            name: next([d, w] for d, w in along.items()) if len(along) == 1 else [[d, w] for d, w in along.items()]
+            for name, along in places.items()
+        }
         attributes = () if group_set is None else group_set.attributes
         groups.append(
             {

@@ -7,13 +7,17 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lit_prune.architectures.norms import scale_offset
+from lit_prune.architectures.registry import stream_norms
+from lit_prune.groups import HIDDEN
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.plan import PruningPlan
-from lit_prune.transformers_internals import build
+from lit_prune.surgery.width import hidden_entry
+from lit_prune.transformers_internals import build, embedding_scale
 
 # by kind, the fields that say how many groups there are, or count something for each; those that a config lacks are passed over
 _WIDTHS = {
@@ -53,7 +57,8 @@ def _stock_config(
     where blocks left, every layer with the settings that it has, some of which may follow from its index.
     """
     fields, changed = dense.to_dict(), dict(depth)
-    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
+    # of the hidden channels the fields are among those given
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries if e.kind != HIDDEN):
         shares = {Fraction(len(e.kept), e.size) for e in plan.entries if e.kind == kind}
         if len(shares) > 1 or kind not in _WIDTHS:
             return None
@@ -63,6 +68,10 @@ def _stock_config(
             if isinstance(value, int):
                 changed[dense.attribute_map.get(name, name)] = int(value * share)
     head_dim = getattr(dense, "head_dim", None)
+    if head_dim is None and hidden_entry(plan) is not None:
+        # by default it would follow from the hidden size
+        sizes = (getattr(module, "head_dim", None) for module in model.modules())
+        head_dim = next((size for size in sizes if isinstance(size, int)), None)
     if head_dim is not None:
         changed[dense.attribute_map.get("head_dim", "head_dim")] = head_dim
     try:
@@ -75,7 +84,38 @@ def _stock_config(
         return None
     if plan.blocks and not _same_settings(built, model):
         return None
-    return config, {name: fields[name] for name in changed}
+    return config, {name: fields[name] for name in changed if name in fields}
+
+
+def rescaled_embeddings(model: nn.Module, whole: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make up for an embedding whose scale follows from the hidden size that a stock config says.
+
+    The weights of the embedding take up the quotient of the scales and, where the head is tied to it, those of the last norm
+    the reverse.
+
+    Args:
+        model: The pruned model.
+        whole: The model as the stock config builds it.
+        weights: The weights of the pruned model by name.
+
+    Returns:
+        The weights that change, by name.
+    """
+    changed: dict[str, Tensor] = {}
+    for name, module in whole.named_modules():
+        before, after = (embedding_scale(m) for m in (model.get_submodule(name), module))
+        if before is None or after is None or before == after:
+            continue
+        key = f"{name}.weight"
+        changed[key] = (weights[key].double() * (before / after)).to(weights[key].dtype)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None and head.weight is model.get_parameter(key):
+            changed.update({n: changed[key] for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight})
+            norm = stream_norms(model)[-1]
+            offset = scale_offset(model.get_submodule(norm))
+            scale = (weights[f"{norm}.weight"].double() + offset) * (after / before) - offset
+            changed[f"{norm}.weight"] = scale.to(weights[f"{norm}.weight"].dtype)
+    return changed
 
 
 def _same_settings(built: nn.Module, model: nn.Module) -> bool:

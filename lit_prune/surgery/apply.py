@@ -27,6 +27,7 @@ from lit_prune.surgery.plan_cuts import buffer_cuts, parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
+from lit_prune.surgery.width import narrow_config
 from lit_prune.surgery.undoing import module_state, undo_all
 from lit_prune.torch_internals import tables
 
@@ -162,6 +163,7 @@ def cut(
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), cutter, journal)
         _set_attributes(model, group_sets, plan, journal)
+        narrow_config(model, plan, journal)
         for entry in plan.blocks:
             _remove_blocks(model, entry, cutter, journal)
         journal.append(keep_groups())
