@@ -177,6 +177,7 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
                     dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
         for name, dims in lost.items():
             _shrink(model, name, dims)
+        _narrow_heads(model, pruning)
         if not isinstance(pruning["biases"], list):
             raise PrunedPlanError(f"Expected a list of biases in config.json; found {_short(pruning['biases'])}.")
         for name in pruning["biases"]:
@@ -236,8 +237,23 @@ def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
         data = data.narrow(dim, 0, data.shape[dim] - count)
     smaller = nn.Parameter(data.clone(), requires_grad=parameter.requires_grad)
     smaller.__dict__.update(parameter.__dict__)
-    setattr(module, attribute, smaller)
-    sync_features(module)
+    # a tied head is the embedding
+    for owner_of_it in model.modules():
+        for key in [k for k, p in owner_of_it._parameters.items() if p is parameter]:
+            setattr(owner_of_it, key, smaller)
+            sync_features(owner_of_it)
+
+
+def _narrow_heads(model: nn.Module, pruning: Mapping[str, Any]) -> None:
+    """Let heads that the saved model did not have read as many hidden channels as there are."""
+    inner = getattr(model, "base_model", model)
+    inside = {id(module) for module in inner.modules()}
+    for entry in pruning["groups"]:
+        if entry["kind"] == HIDDEN:
+            kept = len(from_ranges(entry["kept"], entry["size"]))
+            for name, module in model.named_modules():
+                if id(module) not in inside and isinstance(module, nn.Linear) and module.in_features == entry["size"]:
+                    _shrink(model, f"{name}.weight", {1: entry["size"] - kept})
 
 
 def overridden(config: Any, name: str, value: Any) -> ConfigView:
@@ -580,6 +596,7 @@ class _Pruned:
             build(self, config.pruning)
         elif depth:
             change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
+            _narrow_heads(self, pruning)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
-from lit_prune.surgery.width import hidden_entry, width_fields
+from lit_prune.surgery.width import head_size, hidden_entry, width_fields
 from lit_prune.transformers_internals import build
 
 
@@ -199,7 +199,9 @@ def to_pretrained(
     pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
     channels = hidden_entry(plan)
     width = {} if channels is None else width_fields(dense, channels)
-    changed = {**pruned_depth, **dict.fromkeys(width, 0 if channels is None else len(channels.kept))}
+    changed = dict(pruned_depth)
+    if channels is not None:
+        changed |= {**head_size(dense), **dict.fromkeys(width, len(channels.kept))}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
     stock = _stock_config(model, base, dense_config, plan, shapes, changed)

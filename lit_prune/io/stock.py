@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.architectures.norms import scale_offset
-from lit_prune.architectures.registry import stream_norms
+from lit_prune.architectures.registry import find_group_sets, stream_norms
 from lit_prune.groups import HIDDEN
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
@@ -43,6 +43,10 @@ _WIDTHS = {
 }
 
 
+# fields of the width of MLPs that may be None: four times the hidden size
+_IMPLIED = ("n_inner",)
+
+
 def _stock_config(
     model: nn.Module,
     base: type[PreTrainedModel],
@@ -68,12 +72,10 @@ def _stock_config(
             if isinstance(value, int):
                 changed[dense.attribute_map.get(name, name)] = int(value * share)
     head_dim = getattr(dense, "head_dim", None)
-    if head_dim is None and hidden_entry(plan) is not None:
-        # by default it would follow from the hidden size
-        sizes = (getattr(module, "head_dim", None) for module in model.modules())
-        head_dim = next((size for size in sizes if isinstance(size, int)), None)
     if head_dim is not None:
         changed[dense.attribute_map.get("head_dim", "head_dim")] = head_dim
+    if hidden_entry(plan) is not None:
+        changed.update(_implied_widths(model, dense))
     try:
         config: Any = type(dense).from_dict({**fields, **changed})
         with torch.device("meta"):
@@ -85,6 +87,13 @@ def _stock_config(
     if plan.blocks and not _same_settings(built, model):
         return None
     return config, {name: fields[name] for name in changed if name in fields}
+
+
+def _implied_widths(model: nn.Module, dense: PreTrainedConfig) -> dict[str, int]:
+    """Widths of MLPs that a config leaves out, as it takes them for a multiple of the hidden size."""
+    widths = {s.size for s in find_group_sets(model) if s.kind == "mlp"}
+    names = [name for name in _IMPLIED if getattr(dense, name, 0) is None]
+    return dict.fromkeys(names, widths.pop()) if len(widths) == 1 else {}
 
 
 def rescaled_embeddings(model: nn.Module, whole: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,10 +35,19 @@ def width_fields(model: nn.Module, entry: PlanEntry) -> dict[str, Any]:
     return {name: entry.size for name in names if getattr(config, name, None) == entry.size}
 
 
+def head_size(model: nn.Module) -> dict[str, int]:
+    """The size of a head, by the name of its field, where the config holds none: it would follow from the hidden size."""
+    if getattr(getattr(model, "config", None), "head_dim", None) is not None:
+        return {}
+    sizes = (getattr(module, "head_dim", None) for module in model.modules())
+    return {"head_dim": size for size in [next((s for s in sizes if isinstance(s, int)), None)] if size is not None}
+
+
 def narrow_config(model: nn.Module, plan: PruningPlan, journal: list[Callable[[], None]]) -> None:
     """Give a model whose hidden channels were cut a copy of its config with the new hidden size."""
     entry = hidden_entry(plan)
     if entry is None or not (fields := width_fields(model, entry)):
         return
-    journal.append(change_config(model, dict.fromkeys(fields, len(entry.kept))))
+    # rotary embeddings read the size of a head from the config once more when a model is loaded
+    journal.append(change_config(model, {**head_size(model), **dict.fromkeys(fields, len(entry.kept))}))
     _set_attribute(model, DEPTH_ATTRIBUTE, {**fields, **getattr(model, DEPTH_ATTRIBUTE, {})}, journal)
