@@ -31,9 +31,9 @@ from lit_prune.calibration.statistics import GRADIENT_DTYPES, MODES
 from lit_prune.calibration.terms import Term
 from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import GroupSet
-from lit_prune.ranking.model_table import group_table, model_size, original_sizes
+from lit_prune.ranking.model_table import group_table, model_size, select_in_model
 from lit_prune.ranking.registry import NORMALIZATIONS, criteria, get_criterion
-from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget, select
+from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget
 from lit_prune.repair.refit import REPAIRS
 
 DEFAULT = "default"
@@ -176,7 +176,7 @@ class PruningConfig:
             ValueError: If the limits name something the model does not have.
         """
         table = group_table(model, group_sets, [torch.zeros(s.size, dtype=torch.float32) for s in group_sets])
-        select(table, self.budget(model, group_sets), self.limits, original_sizes(model))
+        select_in_model(model, group_sets, table, self.budget(model, group_sets), self.limits)
 
     def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
         """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
