@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +15,15 @@ from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.bias import bias_fold
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.redundancy import unexplained_shares
-from lit_prune.repair.refit import least_squares
+from lit_prune.repair.refit import DAMPING, least_squares
 from lit_prune.repair.replay import is_chain
+from lit_prune.repair.stream import refit_narrower
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def unexplained(
     """
     all_reduce = None if ranks is None else ranks.sum
     what = "measuring unexplained shares"
+    group_sets = [s for s in group_sets if s.kind != HIDDEN]
     scored = [s for s in group_sets if s.kind != BLOCK]
     if is_chain(model, scored):
         try:
@@ -127,13 +130,18 @@ def repaired(
     if config.repair != "least_squares":
         return plan, {}
     all_reduce = None if ranks is None else ranks.sum
-    if is_chain(model, group_sets):
+    narrower = any(e.kind == HIDDEN for e in plan.entries)
+    if narrower or is_chain(model, group_sets):
+        refit = partial(refit_narrower, damping=DAMPING) if narrower else least_squares
         try:
             with data() as (batches, forward), together(ranks, "repair"):
-                return plan, least_squares(
+                return plan, refit(
                     model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
         except UnsupportedModelError as error:
+            if narrower:
+                warnings.warn(f"Nothing was repaired: {error}", stacklevel=3)
+                return plan, {}
             log.info(
                 "Layers are repaired in the order in which they run, in several passes over the batches: %s", error
             )

@@ -54,11 +54,11 @@ MODELS = {
 }
 
 
-def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+def inputs(model: nn.Module, seed: int = 0, batch: int = 2) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if hasattr(model.config, "patch_size"):
-        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
-    return {"input_ids": torch.randint(1, 64, (2, 10), generator=generator)}
+        return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=generator)}
+    return {"input_ids": torch.randint(1, 64, (batch, 10), generator=generator)}
 
 
 @torch.no_grad()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lit_prune.modeling_pruned import sync_features
 
 
 @torch.no_grad()
@@ -31,3 +36,37 @@ def subtracts_mean(norm: nn.Module) -> bool:
     """Return whether a norm subtracts the mean over the features, as ``nn.LayerNorm`` does and root-mean-square norms do not."""
     near, far = (_probed(norm, 0.5, _spread(norm, mean)) for mean in (0.0, 3.0))
     return bool(torch.allclose(near, far, atol=1e-3))
+
+
+@contextlib.contextmanager
+def norms_over_kept(model: nn.Module, names: Iterable[str], kept: Tensor) -> Iterator[None]:
+    """Let norms compute what they do with the kept channels alone: over these, and zeros for the others. Undone at the end.
+
+    Args:
+        model: The model.
+        names: Names of norms over all channels.
+        kept: Indices of the channels that count, ascending, shape ``(kept,)``.
+    """
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].index_select(-1, kept.to(args[0].device)), *args[1:])
+
+    def widen(width: int, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros((*output.shape[:-1], width))
+        return whole.index_copy(-1, kept.to(output.device), output)
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in (model.get_submodule(name) for name in names):
+            for parameter in module.parameters(recurse=False):
+                stack.callback(_put_back, module, parameter, parameter.data)
+                width = len(parameter)
+                parameter.data = parameter.data[kept.to(parameter.device)]
+            sync_features(module)
+            stack.callback(module.register_forward_pre_hook(narrow).remove)
+            stack.callback(module.register_forward_hook(lambda m, a, o, width=width: widen(width, m, a, o)).remove)
+        yield
+
+
+def _put_back(module: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
+    parameter.data = data
+    sync_features(module)
