@@ -116,6 +116,7 @@ class StructuredPruning(Callback):
             on the same batches; more cuts are better, and cost proportionally more.
         recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
             batches after every cut.
+        rotate_hidden: Turn hidden states to their principal directions before each cut; see :class:`lit_prune.PruningConfig`.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -171,6 +172,7 @@ class StructuredPruning(Callback):
         compensation: bool = PruningConfig.compensation,
         iterations: int = PruningConfig.iterations,
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
+        rotate_hidden: bool = PruningConfig.rotate_hidden,
     ) -> None:
         super().__init__()
         if schedule is not None and (epoch is not None or step is not None):
@@ -213,6 +215,7 @@ class StructuredPruning(Callback):
             compensation=compensation,
             iterations=iterations,
             recalibrate_batch_norm=recalibrate_batch_norm,
+            rotate_hidden=rotate_hidden,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)

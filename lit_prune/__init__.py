@@ -10,6 +10,7 @@ from lit_prune.architectures import (
     LatentAttention,
     MultiheadAttention,
     SequenceMixer,
+    Stream,
     Traced,
     find_group_sets,
     find_model,
@@ -39,6 +40,7 @@ from lit_prune.ranking.registry import Criterion, criteria, register_criterion
 from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repair.rotation import rotate_hidden
 from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
@@ -69,6 +71,7 @@ __all__ = [
     "PruningPlan",
     "SequenceMixer",
     "Statistics",
+    "Stream",
     "Term",
     "Traced",
     "TracedGroups",
@@ -88,6 +91,7 @@ __all__ = [
     "register_criterion",
     "register_statistic",
     "repair",
+    "rotate_hidden",
     "save_pruned",
     "statistic_names",
     "trace",

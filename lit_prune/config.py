@@ -76,6 +76,7 @@ _RULES: dict[str, Rule] = {
     "compensation": FLAG,
     "iterations": CUTS,
     "recalibrate_batch_norm": FLAG,
+    "rotate_hidden": FLAG,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
 }
 
@@ -107,6 +108,9 @@ class PruningConfig:
             model that the previous one produced; see :func:`prune`.
         recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
             on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
+        rotate_hidden: Whether hidden states are turned to their principal directions before each cut, so that directions are
+            removed in place of channels (:func:`lit_prune.rotate_hidden`); only with ``"hidden"`` among the kinds, and for
+            root-mean-square norms. One more forward pass. A tied head becomes a parameter of its own.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
     """
@@ -124,6 +128,7 @@ class PruningConfig:
     compensation: bool = True
     iterations: int = 2
     recalibrate_batch_norm: bool = True
+    rotate_hidden: bool = False
     reference: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -134,6 +139,16 @@ class PruningConfig:
             ArgumentValueError: If a value is unknown or out of its range.
         """
         check_fields(self, _RULES)
+        if self.limits.hidden and self.repair == "bias":
+            raise ArgumentValueError(
+                "repair='bias' would give every layer that reads hidden states a bias where kinds has 'hidden'; expected"
+                " 'least_squares' or None."
+            )
+        if self.rotate_hidden and not self.limits.hidden:
+            raise ArgumentValueError(
+                f"rotate_hidden=True turns hidden states so that directions can be removed; expected 'hidden' among the kinds,"
+                f" found kinds={self.limits.kinds!r}."
+            )
         for weights in self.candidates.values():
             for name in weights:
                 if name not in criteria():

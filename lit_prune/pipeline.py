@@ -32,6 +32,7 @@ from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
+from lit_prune.repair.rotation import rotate_hidden
 from lit_prune.repairing import repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
@@ -137,7 +138,7 @@ def prune(
 
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
-RECALIBRATION = "recalibration"
+RECALIBRATION, ROTATION = "recalibration", "rotation"
 
 
 # what no batches are run for
@@ -169,7 +170,7 @@ def prune_with(
             :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
             run, with the batches, the same ones every time, and the loss function. It may be called several times for
-            ``"repair"``, and once with ``"recalibration"`` for batch norms.
+            ``"repair"``, and once with ``"recalibration"`` for batch norms, and with ``"rotation"`` for hidden states.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -180,7 +181,8 @@ def prune_with(
             that undoes what it did, which is called if another process met an error meanwhile.
         dry_run: Plan, in one iteration, and cut nothing.
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
-            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
+            comparison of candidates), ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``, with
+            ``rotate_hidden`` ``"rotation"``.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
@@ -196,6 +198,9 @@ def prune_with(
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
         for number, step in enumerate(steps[-1:] if dry_run else steps):
+            if step.rotate_hidden:
+                with phase(ROTATION), data(ROTATION) as (batches, forward), together(ranks, "rotation"):
+                    undos.append(rotate_hidden(model, batches, forward, optimizers, root=root, all_reduce=all_reduce))
             group_sets = find()
             try:
                 step.check(model, group_sets)
@@ -253,6 +258,8 @@ def prune_with(
             made = plan if made is None else _composed(made, plan, number + 1)
         assert table is not None
         assert made is not None
+        if dry_run:
+            undo_all(undos)
         with together(ranks, "taking over the result"):
             if (forget := record(table, made)) is not None:
                 undos.append(forget)

@@ -14,7 +14,7 @@ from lit_prune.errors import (
     ArgumentValueError,
 )
 from lit_prune.groups import GroupSet, check_names, count_parameters
-from lit_prune.plan import PruningPlan
+from lit_prune.plan import ROTATED_ATTRIBUTE, PruningPlan
 from lit_prune.ranking.importance import group_importance, mixed_importance
 from lit_prune.ranking.model_table import group_table, select_in_model
 from lit_prune.ranking.registry import get_criterion
@@ -82,7 +82,8 @@ def make_plan(
             "parameters_before": before,
             "parameters_after": before - removed,
         }
-        plan = with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
+        made = PruningPlan.from_kept(group_sets, table.kept_groups(), info)
+        plan = replace(with_kept_groups(model, made), rotated=getattr(model, ROTATED_ATTRIBUTE, False))
         results.append((table, plan))
         if measure is not None and len(config.candidates) > 1:
             measured[label] = measure(plan)

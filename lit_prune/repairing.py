@@ -23,7 +23,7 @@ from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.refit import DAMPING, least_squares
 from lit_prune.repair.replay import is_chain
-from lit_prune.repair.stream import refit_narrower
+from lit_prune.repair.stream import refit_narrower, scaled_norms
 
 log = logging.getLogger(__name__)
 
@@ -127,10 +127,10 @@ def repaired(
     """What :func:`repair` does, for callers that have to prepare something every time that batches are run: in ``data``."""
     if config.repair == "bias":
         return bias_fold(model, group_sets, plan, statistics)
-    if config.repair != "least_squares":
-        return plan, {}
-    all_reduce = None if ranks is None else ranks.sum
     narrower = any(e.kind == HIDDEN for e in plan.entries)
+    if config.repair != "least_squares":
+        return plan, scaled_norms(model, plan) if narrower and config.rotate_hidden else {}
+    all_reduce = None if ranks is None else ranks.sum
     if narrower or is_chain(model, group_sets):
         refit = partial(refit_narrower, damping=DAMPING) if narrower else least_squares
         try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.registry import stream_of
+from lit_prune.architectures.stream import norms_over_channels
 from lit_prune.modeling_pruned import sync_features
 
 
@@ -70,3 +72,8 @@ def norms_over_kept(model: nn.Module, names: Iterable[str], kept: Tensor) -> Ite
 def _put_back(module: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
     sync_features(module)
+
+
+def stream_norms(model: nn.Module) -> list[str]:
+    """Names of the norms over the model's hidden channels; none if its stream is not described."""
+    return norms_over_channels(model, stream_of(model))

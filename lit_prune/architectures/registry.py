@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,10 @@ from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.architectures.components import Component
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
-from lit_prune.architectures.stream import Stream, norms_of, stream_set
+from lit_prune.architectures.stream import Stream, no_stream, stream_set
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
-from lit_prune.groups import BLOCK, HIDDEN, GroupSet, Slice, check_weights, stack_of
+from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
 
 
@@ -265,7 +265,9 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False, hidden: bool = Fa
     described = group_sets
     group_sets = [s for s in group_sets if s.size]
     if hidden:
-        channels = _hidden_channels(model, architecture, described)
+        if architecture.stream is None:
+            raise no_stream(model, f"its description is that of the architecture {architecture.name!r}")
+        channels = stream_set(model, architecture.stream, architecture.components, described)
         # its ties are its own affair: embedding and head lose the same channels
         check_weights(model, [channels], ties=False)
     if blocks:
@@ -275,38 +277,9 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False, hidden: bool = Fa
     return [channels, *group_sets] if hidden else group_sets
 
 
-def _hidden_channels(model: nn.Module, architecture: Architecture, group_sets: Sequence[GroupSet]) -> GroupSet:
-    """The group set of the hidden channels.
-
-    Raises:
-        UnsupportedModelError: If the description names no stream, or the model is not as it says.
-    """
-    if architecture.stream is None:
-        raise UnsupportedModelError(
-            f"The hidden size of {type(model).__name__} cannot be pruned: its description (architecture"
-            f" {architecture.name!r}) does not say what reads and writes hidden states. Leave kind {HIDDEN!r} out."
-        )
-    return stream_set(model, architecture.stream, architecture.components, group_sets)
-
-
-def stream_of(model: nn.Module) -> Stream | None:
-    """The description of what reads and writes the model's hidden states, ``None`` if it has none."""
-    architecture = _architecture_of(model)
-    return None if architecture is None else architecture.stream
-
-
-def stream_norms(model: nn.Module) -> list[str]:
-    """Names of the norms over the model's hidden channels; none if its stream is not described."""
-    stream = stream_of(model)
-    return [] if stream is None else norms_of(model, stream)
-
-
 def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool, hidden: bool) -> list[GroupSet]:
     if hidden:
-        raise UnsupportedModelError(
-            f"The hidden size of {type(model).__name__} cannot be pruned: its groups were found by running it, and no description"
-            f" says what reads and writes hidden states. Leave kind {HIDDEN!r} out."
-        )
+        raise no_stream(model, "its groups were found by running it")
     if blocks:
         raise UnsupportedModelError(
             f"Whole blocks cannot leave {type(model).__name__}: its groups were found by running it, which tells nothing of"
@@ -334,6 +307,12 @@ def depth_of(model: nn.Module) -> tuple[str, ...] | None:
     """Where the model says how many blocks it has, see :class:`Architecture`."""
     architecture = _architecture_of(model)
     return None if architecture is None else architecture.depth
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """What reads and writes the model's hidden states, see :class:`Architecture`."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.stream
 
 
 def arguments_of(model: nn.Module) -> tuple[Positions, ...]:

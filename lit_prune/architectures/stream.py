@@ -76,9 +76,17 @@ def stream_set(
     return GroupSet(name, 0, HIDDEN, width, group_cost(model, found), tuple(found), minimum=1)
 
 
-def norms_of(model: nn.Module, stream: Stream) -> list[str]:
-    """Names of the norms over the hidden channels, in the order of the modules."""
-    return _matches(model, stream.norms)
+def no_stream(model: nn.Module, why: str) -> UnsupportedModelError:
+    """Return the error for a model of which no description says what reads and writes hidden states."""
+    return UnsupportedModelError(
+        f"The hidden size of {type(model).__name__} cannot be pruned: {why}, and nothing says what reads and writes hidden"
+        f" states. Leave kind {HIDDEN!r} out, or give its Architecture a Stream."
+    )
+
+
+def norms_over_channels(model: nn.Module, stream: Stream | None) -> list[str]:
+    """Names of the norms over hidden channels, in the order of the description; none without one."""
+    return [] if stream is None else _matches(model, stream.norms)
 
 
 def _matches(model: nn.Module, paths: Collection[str]) -> list[str]:

@@ -308,7 +308,8 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
             }
         )
     info = json.loads(json.dumps(dict(plan.info)))
-    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info}
+    turned = {"rotated": True} if plan.rotated else {}
+    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info, **turned}
 
 
 def _attribute_rule(attribute: Attribute) -> int | list[int]:

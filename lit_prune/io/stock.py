@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lit_prune.architectures.norms import scale_offset
-from lit_prune.architectures.registry import find_group_sets, stream_norms
+from lit_prune.architectures.norms import scale_offset, stream_norms
+from lit_prune.architectures.registry import find_group_sets
 from lit_prune.groups import HIDDEN
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned

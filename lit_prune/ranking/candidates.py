@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.layers import passed_over
-from lit_prune.architectures.norms import norms_over_kept
-from lit_prune.architectures.registry import stream_norms
+from lit_prune.architectures.norms import norms_over_kept, stream_norms
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
 from lit_prune.errors import (

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.norms import norms_over_kept, scale_offset
-from lit_prune.architectures.registry import stream_norms
+from lit_prune.architectures.norms import norms_over_kept, scale_offset, stream_norms
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.distributed import shards
@@ -321,3 +320,28 @@ class _Refit:
             prior = weight.detach().index_select(1, self.kept)
             solved = ridge(gram, weight.detach().to(cross) @ cross, prior, _relative(self.damping, gram, tokens))
             self.weights[part.parameter] = solved
+
+
+@torch.no_grad()
+def scaled_norms(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
+    r"""Return scales of norms for hidden states whose removed channels are small, without looking at data.
+
+    A norm over n' of n channels divides by a root mean square that is :math:`\sqrt{n/n'}` times as large if the others were
+    nothing, which the scale takes up.
+
+    Args:
+        model: The model, before the cut.
+        plan: A plan that removes hidden channels.
+
+    Returns:
+        The scales after the cut, by parameter name, for :func:`lit_prune.apply_plan`.
+    """
+    entry = next(e for e in plan.entries if e.kind == HIDDEN)
+    factor = (entry.size / len(entry.kept)) ** 0.5
+    weights = {}
+    for name in stream_norms(model):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        offset = scale_offset(model.get_submodule(name))
+        scaled = (weight.double() + offset) * factor - offset
+        weights[f"{name}.weight"] = scaled.index_select(0, torch.tensor(entry.kept, device=weight.device)).to(weight)
+    return weights

@@ -125,6 +125,39 @@ def read_behind(
     return (given[-1][1], list(dict.fromkeys(found))) if given else None
 
 
+def norms_and_readers(
+    model: nn.Module, norms: Sequence[str], readers: Sequence[str], run: Callable[[], Any]
+) -> dict[str, list[str]]:
+    """Return, for every norm that runs, the layers that read what it gives.
+
+    Args:
+        model: The model.
+        norms: Names of norms.
+        readers: Names of the layers that may read them.
+        run: Runs a batch.
+    """
+    given: list[tuple[Tensor, str]] = []
+    found: dict[str, list[str]] = {}
+
+    def after(path: str, args: tuple[Any, ...], output: Tensor) -> None:
+        if path in norms:
+            given.append((output, path))
+            found.setdefault(path, [])
+            return
+        norm = next((n for t, n in given if same_memory(t, args[0])), None)
+        if norm is not None and path not in found[norm]:
+            found[norm].append(path)
+
+    with _watched({n: model.get_submodule(n) for n in (*norms, *readers)}, after):
+        run()
+    return found
+
+
+def same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are views of one piece of memory: a head may read the last position alone."""
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
 def same_values(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are the same memory, whatever their shapes."""
     return first.data_ptr() == second.data_ptr() and first.numel() == second.numel()
