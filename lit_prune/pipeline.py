@@ -32,7 +32,7 @@ from lit_prune.planning import make_plan
 from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
-from lit_prune.repair.rotation import rotate_hidden
+from lit_prune.repair.rotation import apply_rotation, find_rotation
 from lit_prune.repairing import repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
@@ -199,8 +199,10 @@ def prune_with(
     with _undone_at_error(undos, ranks):
         for number, step in enumerate(steps[-1:] if dry_run else steps):
             if step.rotate_hidden:
-                with phase(ROTATION), data(ROTATION) as (batches, forward), together(ranks, "rotation"):
-                    undos.append(rotate_hidden(model, batches, forward, optimizers, root=root, all_reduce=all_reduce))
+                with phase(ROTATION), together(ranks, "rotation"):
+                    with data(ROTATION) as (batches, forward):
+                        rotation = find_rotation(model, batches, forward, root=root, all_reduce=all_reduce)
+                    undos.append(apply_rotation(model, rotation, optimizers, root=root))
             group_sets = find()
             try:
                 step.check(model, group_sets)

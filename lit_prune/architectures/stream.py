@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lit_prune.architectures.components import MLP, Attention, Component
@@ -73,7 +75,22 @@ def stream_set(
     width = int(weight.shape[1 if isinstance(model.get_submodule(name), nn.Embedding) else 0])  # type: ignore[index, union-attr]
     found = _distinct(model, _slices(model, stream, components, width))
     _check_covered(model, found, group_sets, width)
-    return GroupSet(name, 0, HIDDEN, width, group_cost(model, found), tuple(found), minimum=1)
+    cost, step = group_cost(model, found), _required_multiple(model, stream, width)
+    return GroupSet(name, 0, HIDDEN, width, cost, tuple(found), minimum=1, multiple_of=step)
+
+
+def _required_multiple(model: nn.Module, stream: Stream, width: int) -> int:
+    """The number that the model's config wants the hidden size to be a multiple of: some check it against the heads."""
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not hasattr(type(config), "from_dict") or not isinstance(heads, int) or heads < 2 or width % heads:
+        return 1
+    fields = {getattr(config, "attribute_map", {}).get(name, name): width - 1 for name in stream.fields}
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError):
+        return heads
+    return 1
 
 
 def no_stream(model: nn.Module, why: str) -> UnsupportedModelError:

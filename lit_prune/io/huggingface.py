@@ -195,13 +195,7 @@ def to_pretrained(
     whole_sets = [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)]
     # hidden channels are those of a tied head, too
     check_weights(model, [s for s in whole_sets if s.kind != HIDDEN])
-    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
-    pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
-    channels = hidden_entry(plan)
-    width = {} if channels is None else width_fields(dense, channels)
-    changed = dict(pruned_depth)
-    if channels is not None:
-        changed |= {**head_size(dense), **dict.fromkeys(width, len(channels.kept))}
+    depth, width, changed = _changed_fields(dense, plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
     stock = _stock_config(model, base, dense_config, plan, shapes, changed)
@@ -210,10 +204,7 @@ def to_pretrained(
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
         cls = base
     else:
-        if depth:
-            pruning["dense"] = {name: value for name, (value, _) in depth.items()}
-        if width:
-            pruning["dense_width"] = width
+        pruning |= {key: fields for key, fields in (("dense", depth), ("dense_width", width)) if fields}
         fields = {**dense_config.to_dict(), **changed}
         fields.update(model_type=modeling_pruned.MODEL_TYPE, base_model_type=dense_config.model_type, pruning=pruning)
         if self_contained:
@@ -235,6 +226,17 @@ def to_pretrained(
 
 
 saving.to_pretrained = to_pretrained
+
+
+def _changed_fields(dense: nn.Module, plan: PruningPlan) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What the dense config says of depth and of hidden size, and what the pruned one says in place of both."""
+    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
+    changed = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
+    channels = hidden_entry(plan)
+    width = {} if channels is None else width_fields(dense, channels)
+    if channels is not None:
+        changed |= {**head_size(dense), **dict.fromkeys(width, len(channels.kept))}
+    return {name: value for name, (value, _) in depth.items()}, width, changed
 
 
 def _check_self_contained(

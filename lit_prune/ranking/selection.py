@@ -155,6 +155,9 @@ class Limits:
             whole = _whole_sizes(table, original)
             return np.lcm(np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1), kernels)
         asked = [self.multiple_of.get(kind, least) for (_, kind), least in zip(table.keys, kernels, strict=True)]
+        # what a config asks of the hidden size is no matter of speed
+        pairs = zip(table.keys, asked, kernels, strict=True)
+        asked = [math.lcm(one, int(least)) if kind == HIDDEN else one for (_, kind), one, least in pairs]
         return np.array(asked, dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:

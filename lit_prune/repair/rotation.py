@@ -28,7 +28,6 @@ from lit_prune.errors import CalibrationError, UnsupportedModelError, Unsupporte
 from lit_prune.groups import GroupSet, Slice
 from lit_prune.repair.stream_calls import norms_and_readers
 from lit_prune.plan import ROTATED_ATTRIBUTE
-from lit_prune.surgery.depth import _set_attribute
 from lit_prune.surgery.optimizer_search import find_optimizers
 from lit_prune.surgery.turning import Turn, check_turnable, turn_parameter
 from lit_prune.surgery.undoing import undo_all
@@ -72,6 +71,33 @@ def rotate_hidden(
         CalibrationError: If no batch ran, or hidden states are not finite.
     """
     model = find_model(model)[1]
+    rotation = find_rotation(model, batches, forward, root=root, all_reduce=all_reduce)
+    return apply_rotation(model, rotation, optimizers, root=root)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """What hidden states are to be turned by.
+
+    Args:
+        folds: The norms over hidden states, by name, each with what reads it.
+        directions: An orthogonal matrix with the principal directions as columns, the largest first.
+    """
+
+    folds: dict[str, _Fold]
+    directions: Tensor
+
+
+@torch.no_grad()
+def find_rotation(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    *,
+    root: nn.Module | None = None,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Rotation:
+    """Return how the hidden states of a model are to be turned; the model stays as it is. See :func:`rotate_hidden`."""
     root = model if root is None else root
     channels = find_group_sets(model, hidden=True)[0]
     if shards.any_sharded(model.parameters()) is not None:
@@ -79,22 +105,33 @@ def rotate_hidden(
             "Hidden states of a model that FSDP2 shards cannot be turned. Rotate before sharding, or leave rotate_hidden out."
         )
     batches = list(batches)
+    if not batches:
+        raise CalibrationError("No calibration batch went through the model, so its hidden states cannot be turned.")
     folds = _folds(model, channels, lambda: forward(batches[0]), root)
-    found = find_optimizers(list(optimizers), root)
-    check_turnable(model, found, [part.parameter for part in channels.slices])
     with evaluation_mode(root):
         moments = _second_moments(model, list(folds), batches, forward)
     if all_reduce is not None:
         moments = all_reduce(moments)
-    if not bool(moments.isfinite().all()) or not bool(moments.any()):
-        raise CalibrationError("The hidden states of the calibration batches are not finite, or no batch ran.")
+    if not bool(moments.isfinite().all()):
+        raise CalibrationError("The hidden states of the calibration batches are not finite, so they cannot be turned.")
     # ascending: the last is the largest
-    directions = torch.linalg.eigh(moments.double()).eigenvectors.flip(-1)
+    return Rotation(folds, torch.linalg.eigh(moments.double()).eigenvectors.flip(-1))
+
+
+@torch.no_grad()
+def apply_rotation(
+    model: nn.Module, rotation: Rotation, optimizers: Iterable[Any] = (), *, root: nn.Module | None = None
+) -> Callable[[], None]:
+    """Turn the hidden states of a model, in place, and return a function that undoes it. See :func:`rotate_hidden`."""
+    found = find_optimizers(list(optimizers), model if root is None else root)
+    check_turnable(model, found, [part.parameter for part in find_group_sets(model, hidden=True)[0].slices])
     journal: list[Callable[[], None]] = []
     try:
         untie_head(model, found, journal)
-        _set_attribute(model, ROTATED_ATTRIBUTE, True, journal)
-        for turn in _turns(model, folds, directions):
+        if not hasattr(model, ROTATED_ATTRIBUTE):
+            journal.append(lambda: vars(model).pop(ROTATED_ATTRIBUTE, None))
+            setattr(model, ROTATED_ATTRIBUTE, True)
+        for turn in _turns(model, rotation.folds, rotation.directions):
             turn_parameter(model, turn, found, journal)
     except BaseException:
         undo_all(journal)

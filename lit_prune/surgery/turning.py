@@ -95,12 +95,12 @@ def turn_parameter(
     journal.append(lambda: setattr(parameter, "grad", gradient))
     parameter.grad = None
     if turn.directions is None:
-        _write(parameter.data, torch.full_like(parameter, turn.constant), journal)
+        _write(parameter, torch.full_like(parameter, turn.constant), journal)
         return
     whole = parameter.detach().double().movedim(turn.dim, -1)
     if turn.scale is not None:
         whole = whole * turn.scale.to(whole)
-    _write(parameter.data, (whole @ turn.directions.to(whole)).movedim(-1, turn.dim), journal)
+    _write(parameter, (whole @ turn.directions.to(whole)).movedim(-1, turn.dim), journal)
 
 
 def _turned_state(value: Tensor, turn: Turn) -> Tensor:
@@ -118,6 +118,7 @@ def _turned_state(value: Tensor, turn: Turn) -> Tensor:
 
 
 def _write(tensor: Tensor, values: Tensor, journal: list[Callable[[], None]]) -> None:
+    """Give a tensor object other values; it is the object that is undone, whatever its size is in between."""
     before = tensor.detach().cpu().clone()
     journal.append(lambda: tensor.copy_(before))
     tensor.copy_(values)
