@@ -131,7 +131,10 @@ def prefill(models: dict[str, Any], ids: Tensor, repeats: int) -> dict[str, floa
 
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    lines = ["| groups | repair | removed | perplexity | hidden size | prefill, dense = 1 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| groups | repair | removed | perplexity | hidden size | prefill, dense = 1 |",
+        "|---|---|---|---|---|---|",
+    ]
     for key, run in results["runs"].items():
         kinds, ratio, fix = json.loads(key)
         removed = 1 - run["parameters"] / results["dense"]["parameters"]

@@ -6,9 +6,9 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 A pruned model's ``config.json`` is that of its dense model with two more entries: ``base_model_type``, the dense model's
 type, and ``pruning``, which lists for every place that lost groups which of them were kept, which dimension of which
 parameter they lie along, and how many positions of it a group takes (several dimensions are a list of such pairs); and for
-every list of blocks that lost some, which were kept. Building the model means building the dense one, making those parameters smaller and leaving those blocks out;
-every other step of loading is that of transformers. Where blocks or hidden channels left, the config says how many
-there are, and ``pruning`` what the dense model's config says in the same fields.
+every list of blocks that lost some, which were kept. Building the model means building the dense one, making those
+parameters smaller and leaving those blocks out; every other step of loading is that of transformers. Where blocks or hidden
+channels left, the config says how many there are, and ``pruning`` what the dense model's config says in the same fields.
 """
 
 from __future__ import annotations

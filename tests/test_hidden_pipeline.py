@@ -74,7 +74,9 @@ def test_masked_is_cut(name):
 
 
 @pytest.mark.parametrize("kinds", [(HIDDEN,), ALL])
-@pytest.mark.parametrize("name, rotate", [("llama-tied", False), ("llama-tied", True), ("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("name", "rotate"), [("llama-tied", False), ("llama-tied", True), ("llama", True), ("gpt2", False)]
+)
 def test_budget_is_met_exactly(name, rotate, kinds, tmp_path):
     model = MODELS[name]()
     before = count_parameters(model)
@@ -84,7 +86,11 @@ def test_budget_is_met_exactly(name, rotate, kinds, tmp_path):
     table, plan = prune(model, batches(model), loss_of(model), config)
     removed = before - count_parameters(model)
     hidden = next(s for s in find_group_sets(MODELS[name](), hidden=True))
-    step = (4 if name == "gpt2" else 8) * hidden.cost if kinds == (HIDDEN,) else max(s.cost for s in find_group_sets(MODELS[name]()))
+    step = (
+        (4 if name == "gpt2" else 8) * hidden.cost
+        if kinds == (HIDDEN,)
+        else max(s.cost for s in find_group_sets(MODELS[name]()))
+    )
     # a tied head that was untied has to leave, too
     assert 0 <= 0.4 * before - removed < step
     assert plan.rotated == rotate
@@ -157,7 +163,14 @@ class Module(pl.LightningModule):
 def fit(module, steps, rotate, **options):
     data = torch.randint(1, 64, (16, 10), generator=torch.Generator().manual_seed(0))
     pruning = StructuredPruning(
-        importance="random", pruning_ratio=0.4, step=2, kinds=ALL, calibration_batches=1, iterations=1, rotate_hidden=rotate, min_fraction=0.1
+        importance="random",
+        pruning_ratio=0.4,
+        step=2,
+        kinds=ALL,
+        calibration_batches=1,
+        iterations=1,
+        rotate_hidden=rotate,
+        min_fraction=0.1,
     )
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -168,7 +181,7 @@ def fit(module, steps, rotate, **options):
     return trainer, pruning
 
 
-@pytest.mark.parametrize("rotate, tied", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("rotate", "tied"), [(False, True), (True, True), (True, False)])
 def test_in_a_fit_that_is_resumed(rotate, tied, tmp_path):
     whole = Module(tied)
     trainer, pruning = fit(whole, 4, rotate)

@@ -119,7 +119,9 @@ def rescaled_embeddings(model: nn.Module, whole: nn.Module, weights: Mapping[str
         changed[key] = (weights[key].double() * (before / after)).to(weights[key].dtype)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is not None and head.weight is model.get_parameter(key):
-            changed.update({n: changed[key] for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight})
+            changed.update(
+                {n: changed[key] for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight}
+            )
             norm = stream_norms(model)[-1]
             offset = scale_offset(model.get_submodule(norm))
             scale = (weights[f"{norm}.weight"].double() + offset) * (after / before) - offset

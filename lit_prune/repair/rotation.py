@@ -26,8 +26,8 @@ from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.distributed import shards
 from lit_prune.errors import CalibrationError, UnsupportedModelError, UnsupportedStrategyError
 from lit_prune.groups import GroupSet, Slice
-from lit_prune.repair.stream_calls import norms_and_readers
 from lit_prune.plan import ROTATED_ATTRIBUTE
+from lit_prune.repair.stream_calls import norms_and_readers
 from lit_prune.surgery.optimizer_search import find_optimizers
 from lit_prune.surgery.turning import Turn, check_turnable, turn_parameter
 from lit_prune.surgery.undoing import undo_all
@@ -185,8 +185,8 @@ def _folds(model: nn.Module, channels: GroupSet, run: Callable[[], Any], root: n
     seen = {r for found in read.values() for r in found}
     if unread := [r for r in (*readers, *tied) if r not in seen]:
         raise UnsupportedModelError(
-            f"{unread[0]!r} of {named} does not read what a norm over hidden states gives in the first calibration batch, so hidden"
-            " states cannot be turned. Leave rotate_hidden out."
+            f"{unread[0]!r} of {named} does not read what a norm over hidden states gives in the first calibration batch, so"
+            " hidden states cannot be turned. Leave rotate_hidden out."
         )
     return folds
 
@@ -197,7 +197,11 @@ def _tied_readers(model: nn.Module, channels: GroupSet) -> dict[str, Slice]:
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and id(weight) in written and f"{name}.weight" != written[id(weight)].parameter:
+        if (
+            isinstance(module, nn.Linear)
+            and id(weight) in written
+            and f"{name}.weight" != written[id(weight)].parameter
+        ):
             part = written[id(weight)]
             found[name] = Slice(f"{name}.weight", part.dim, part.index, part.dim)
     return found

@@ -30,7 +30,6 @@ from lit_prune.repair.replay import _adds_up, _record, _run, _runs_when_cut, _St
 from lit_prune.repair.stream_calls import Unit, called_before, read_behind, units
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
-from lit_prune.surgery.tensors import DimensionCut
 
 # scales of norms change by no more than this factor: a channel that is nearly constant says nothing of its scale
 _MOST = 4.0
@@ -300,9 +299,7 @@ class _Refit:
             parameter.data = parameter.data.index_select(0, self.kept)
         sync_features(smaller)
         sums = _Sums()
-        for x, narrow, mask, call in zip(
-            dense, pruned, stream.masks, stream.calls[stream.blocks[-1]], strict=True
-        ):
+        for x, narrow, mask, call in zip(dense, pruned, stream.masks, stream.calls[stream.blocks[-1]], strict=True):
             with call.precision.entered():
                 wanted, given = whole(x), smaller(narrow)
             select = mask if mask is not None else slice(None)

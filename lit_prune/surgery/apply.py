@@ -27,9 +27,9 @@ from lit_prune.surgery.plan_cuts import buffer_cuts, parameter_cuts
 from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
-from lit_prune.surgery.width import narrow_config
 from lit_prune.surgery.undoing import module_state, undo_all
 from lit_prune.surgery.untying import untie_head
+from lit_prune.surgery.width import narrow_config
 from lit_prune.torch_internals import tables
 
 

@@ -66,9 +66,7 @@ def check_turnable(model: nn.Module, optimizers: Sequence[Any], names: Sequence[
                         )
 
 
-def turn_parameter(
-    model: nn.Module, turn: Turn, optimizers: Sequence[Any], journal: list[Callable[[], None]]
-) -> None:
+def turn_parameter(model: nn.Module, turn: Turn, optimizers: Sequence[Any], journal: list[Callable[[], None]]) -> None:
     """Turn a parameter, in place, and what optimizers remember of its gradients.
 
     Args:

@@ -40,7 +40,8 @@ def head_size(model: nn.Module) -> dict[str, int]:
     if getattr(getattr(model, "config", None), "head_dim", None) is not None:
         return {}
     sizes = (getattr(module, "head_dim", None) for module in model.modules())
-    return {"head_dim": size for size in [next((s for s in sizes if isinstance(s, int)), None)] if size is not None}
+    size = next((s for s in sizes if isinstance(s, int)), None)
+    return {} if size is None else {"head_dim": size}
 
 
 def narrow_config(model: nn.Module, plan: PruningPlan, journal: list[Callable[[], None]]) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 
-@pytest.mark.parametrize("name, mixed", [("llama", True), ("qwen2", False)])
+@pytest.mark.parametrize(("name", "mixed"), [("llama", True), ("qwen2", False)])
 def test_hidden_size_in_llama_cpp(name, mixed, tmp_path):
     model = tiny(name, **SIZES)
     sets = find_group_sets(model, hidden=True)

@@ -49,7 +49,9 @@ def test_hidden_size_alone_is_stock(name, tmp_path):
     close(logits(plain.eval()), logits(model))
     again = load_pruned(folder)
     assert get_plan(again).digest() == get_plan(model).digest()
-    assert [s.size for s in find_group_sets(again, hidden=True)] == [s.size for s in find_group_sets(model, hidden=True)]
+    assert [s.size for s in find_group_sets(again, hidden=True)] == [
+        s.size for s in find_group_sets(model, hidden=True)
+    ]
     # it can be pruned, saved and loaded further
     kept = some(24, 16)
     for one in (again, model):

@@ -122,10 +122,12 @@ def test_an_untied_head_is_trained():
     assert not any(p is head for p in optimizer.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize("name, says", [("gpt2", "subtracts the mean"), ("bert", "mean"), ("gemma2", "added"), ("olmo2", "added")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("gpt2", "subtracts the mean"), ("bert", "mean"), ("gemma2", "added"), ("olmo2", "added")]
+)
 def test_refused_where_norms_stand_in_the_way(name, says):
     model = MODELS[name]()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModelError, match=says):
         rotated(model)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values()))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=False))
