@@ -89,7 +89,9 @@ class Bench:
         sets = find_group_sets(model, hidden=True)
         # the parameters of a head that a rotation unties are to leave, too
         reference = (self.size, self.size)
-        limits = Limits(kinds=KINDS[kinds], min_fraction=0.1)
+        # the finest steps that a stock config takes
+        steps = {HIDDEN: model.config.num_attention_heads, "mlp": 32}
+        limits = Limits(kinds=KINDS[kinds], min_fraction=0.1, multiple_of=steps)
         config = PruningConfig(
             pruning_ratio=ratio, limits=limits, iterations=1, repair=REPAIRS[fix], compensation=False,
             rotate_hidden=rotated, reference=reference,

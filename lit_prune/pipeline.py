@@ -23,8 +23,9 @@ from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
 from lit_prune.detection import check_traceable, find_or_trace
+from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
-from lit_prune.errors import SmallBudgetError
+from lit_prune.errors import SmallBudgetError, UnsupportedStrategyError
 from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
@@ -280,6 +281,11 @@ def _check_before(
     cuts: bool,
 ) -> None:
     """Refuse, before any work is done, what could not be carried out later."""
+    if config.limits.hidden and shards.any_sharded(model.parameters()) is not None:
+        raise UnsupportedStrategyError(
+            f"{type(model).__name__} is sharded by FSDP2, whose repair and rotation of hidden states are not there: leave"
+            " 'hidden' out of the kinds, or prune before sharding."
+        )
     config.check(model, group_sets)
     check_parameters(model, group_sets, root)
     if cuts:

@@ -66,14 +66,7 @@ def main() -> int:
     """Run the suite, write the table, and say by the exit status whether everything passed."""
     results = _Results()
     status = pytest.main(
-        [
-            str(ROOT / "tests" / "architectures" / "test_conformance.py"),
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "slow or not slow",
-        ],
+        [str(ROOT / "tests" / "architectures" / "test_conformance.py"), "-q", "-p", "no:cacheprovider", "-m", "slow or not slow"],
         [results],
     )
     from architecture_cases import CASES
