@@ -75,7 +75,8 @@ class Limits:
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of. Kinds that are not in it have what
             kernels ask for (8 for the heads of a Mamba-2), or 1. A set that starts out uneven may stay as it is. ``None``
             is the largest of :data:`ALIGNMENTS` for which a set has :data:`STEPS` such steps (64 for 3072 groups or more,
-            32 for 1536), and what kernels ask for.
+            32 for 1536), and what kernels ask for. Hidden channels stay a multiple of the number of heads as well where the
+            model's config insists on that.
         kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers, ``"hidden"`` for channels
             of the hidden states. ``None`` allows all kinds but those two.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config. Where they
