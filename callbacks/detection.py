@@ -91,7 +91,7 @@ def find_groups(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
     # afterwards: calibration leaves no attribute of the module behind
     keep_group_sets(model, found)
     pruning.runs.traced(path)
-    pruning.runs.bind(model, pruning.config.limits.blocks)
+    pruning.runs.bind(model, pruning.config.limits)
 
 
 class _Repeated:

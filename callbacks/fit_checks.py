@@ -32,7 +32,8 @@ def check_fit(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModu
         # its groups are found at the first stage, by running a batch
         check_traceable(model, blocks=pruning.config.limits.blocks)
         return
-    group_sets = find_group_sets(model, blocks=pruning.config.limits.blocks)
+    limits = pruning.config.limits
+    group_sets = find_group_sets(model, blocks=limits.blocks, hidden=limits.hidden)
     shards.check_layout(model, group_sets)
     check_parameters(model, group_sets, pl_module)
     check_before_fit(model, group_sets, pruning.stage_config(), ranks_of(trainer))

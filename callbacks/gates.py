@@ -150,6 +150,10 @@ class LearnedGates(Callback):
                 "LearnedGates begins with the importance of one criterion; found importance='auto'. Name one, fisher for"
                 " instance."
             )
+        if found[0].config.limits.hidden:
+            raise ArgumentValueError(
+                "LearnedGates has no gates for hidden channels; expected no 'hidden' among the kinds."
+            )
         if found[0].config.budget is not None:
             raise ArgumentValueError(
                 "LearnedGates learns under a number of parameters; expected a pruning_ratio, found"

@@ -27,7 +27,7 @@ def progress_of(trainer: pl.Trainer, model: nn.Module, config: PruningConfig, *,
     """
 
     def work(batches: int) -> list[Work]:
-        group_sets = find_group_sets(model, blocks=config.limits.blocks)
+        group_sets = find_group_sets(model, blocks=config.limits.blocks, hidden=config.limits.hidden)
         return expected_work(model, group_sets, config, batches, dry_run=dry_run)
 
     return Progress(work, _bar_of(trainer))

@@ -105,7 +105,7 @@ class StructuredPruning(Callback):
         mlp_multiple_of: Keep MLP widths at multiples of this number; ``None`` for the largest of 64, 32, 16 and 8 of
             which a width has 48 or more (32 for 1536 channels), and any width below: rounded ones multiply faster.
         kinds: The kinds of groups that may be removed: ``"attention"``, ``"mlp"``, and ``"block"`` for whole decoder
-            layers; ``None`` allows all but blocks.
+            layers, ``"hidden"`` for channels of the hidden states; ``None`` allows all but those two.
         model_path: Where the model is inside the LightningModule, if that holds several.
         dry_run: Compute table and plan, and cut nothing.
         validate: Run the trainer's validation loop just before and just after the cut; what it measures is in
@@ -123,6 +123,7 @@ class StructuredPruning(Callback):
             repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
         budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`lit_prune.Budget`, or text
             like ``"latency=1.5x,memory=6GB"``.
+        rotate_hidden: Turn hidden states to their principal directions before each cut; see :class:`lit_prune.PruningConfig`.
 
     Attributes:
         plan: The plan for the model that the run began with, once it was pruned (or planned for, with ``dry_run``).
@@ -181,6 +182,7 @@ class StructuredPruning(Callback):
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
         polish_epochs: int = PruningConfig.polish_epochs,
         budget: Budget | str | None = None,
+        rotate_hidden: bool = PruningConfig.rotate_hidden,
     ) -> None:
         super().__init__()
         check_timing(schedule, epoch, step, budget)
@@ -223,6 +225,7 @@ class StructuredPruning(Callback):
             recalibrate_batch_norm=recalibrate_batch_norm,
             polish_epochs=polish_epochs,
             budget=budget,
+            rotate_hidden=rotate_hidden,
         )
         self.model_path = optional(TEXT).check("model_path", model_path)
         self.dry_run = FLAG.check("dry_run", dry_run)
@@ -285,7 +288,7 @@ class StructuredPruning(Callback):
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, the budget and the output folder before any work is done."""
-        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
+        self.runs.bind(self.model(pl_module), self.config.limits)
         if self.stages_done < len(self.stages):
             check_fit(self, trainer, pl_module)
 
@@ -297,7 +300,7 @@ class StructuredPruning(Callback):
             ValueError: If the fit ends before a stage.
         """
         # a sharded model is loaded after on_fit_start
-        self.runs.bind(self.model(pl_module), self.config.limits.blocks)
+        self.runs.bind(self.model(pl_module), self.config.limits)
         check_reachable(trainer, pl_module, self.stages[self.stages_done :])
         begin_epoch_anew(trainer)
         if self.runs.current.unfinished:

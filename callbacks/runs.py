@@ -14,6 +14,7 @@ from lit_prune.errors import PruningError
 from lit_prune.io.lightning_checkpoint import plan_digest
 from lit_prune.plan import PruningPlan
 from lit_prune.ranking.model_table import model_size
+from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 
 T = TypeVar("T")
@@ -198,12 +199,12 @@ class Runs:
         self._of.module, self._loaded = None, True
         self.commit(run)
 
-    def bind(self, model: nn.Module, blocks: bool) -> None:
+    def bind(self, model: nn.Module, limits: Limits) -> None:
         """Tie the current run to a model.
 
         Args:
             model: The model.
-            blocks: Whether whole blocks are among what may leave.
+            limits: What may leave: whole blocks and hidden channels are groups only if they may.
 
         Raises:
             PruningError: If the model is not cut as the run says.
@@ -220,7 +221,9 @@ class Runs:
             )
         if self.current.reference is None:
             # the groups of a model that no description covers are found later
-            size = model_size(model, find_group_sets(model, blocks=blocks)) if has_groups(model) else None
+            size = None
+            if has_groups(model):
+                size = model_size(model, find_group_sets(model, blocks=limits.blocks, hidden=limits.hidden))
             self.current = replace(self.current, start=found, now=found, reference=size)
         elif found != self.current.now:
             raise PruningError(

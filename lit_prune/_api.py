@@ -9,6 +9,7 @@ from lit_prune.architectures import (
     LatentAttention,
     MultiheadAttention,
     SequenceMixer,
+    Stream,
     Traced,
     find_group_sets,
     find_model,
@@ -42,6 +43,7 @@ from lit_prune.ranking.selection import Limits
 from lit_prune.ranking.table import GroupTable
 from lit_prune.ratios import RatioPlan, plan_ratios
 from lit_prune.repair.redundancy import unexplained_shares
+from lit_prune.repair.rotation import rotate_hidden
 from lit_prune.repairing import repair
 from lit_prune.surgery.apply import apply_plan
 from lit_prune.verify import verify_architecture
@@ -73,6 +75,7 @@ __all__ = [
     "RatioPlan",
     "SequenceMixer",
     "Statistics",
+    "Stream",
     "Term",
     "Traced",
     "TracedGroups",
@@ -95,6 +98,7 @@ __all__ = [
     "register_criterion",
     "register_statistic",
     "repair",
+    "rotate_hidden",
     "save_pruned",
     "statistic_names",
     "trace",

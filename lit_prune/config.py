@@ -37,9 +37,9 @@ from lit_prune.calibration.terms import Term
 from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import GroupSet
 from lit_prune.ranking.budget_selection import check_budgets
-from lit_prune.ranking.model_table import group_table, model_size, original_sizes
+from lit_prune.ranking.model_table import group_table, model_size, original_sizes, select_in_model
 from lit_prune.ranking.registry import NORMALIZATIONS, criteria, get_criterion
-from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget, select
+from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget
 from lit_prune.repair.refit import REPAIRS
 
 DEFAULT = "default"
@@ -84,6 +84,7 @@ _RULES: dict[str, Rule] = {
     "recalibrate_batch_norm": FLAG,
     "polish_epochs": NATURAL,
     "offload_hidden_states": optional(FLAG),
+    "rotate_hidden": FLAG,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
     "budget_share": Rule("a number above 0, up to 1", Annotated[float, Field(gt=0, le=1)]),
 }
@@ -123,6 +124,9 @@ class PruningConfig:
         offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
             those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
             device's memory.
+        rotate_hidden: Whether hidden states are turned to their principal directions before each cut, so that directions are
+            removed in place of channels (:func:`lit_prune.rotate_hidden`); only with ``"hidden"`` among the kinds, and for
+            root-mean-square norms. One more forward pass. A tied head becomes a parameter of its own.
         reference: Numbers of all and of prunable parameters that the ratio refers to, if they are not those of the
             given model (later stages of a schedule). Parameters that are removed already count towards the ratio.
         budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`Budget`, a mapping of its
@@ -145,6 +149,7 @@ class PruningConfig:
     recalibrate_batch_norm: bool = True
     polish_epochs: int = 0
     offload_hidden_states: bool | None = None
+    rotate_hidden: bool = False
     reference: tuple[int, int] | None = None
     budget: Budget | str | None = None
     budget_share: float = 1.0
@@ -164,6 +169,22 @@ class PruningConfig:
                     f"Give pruning_ratio or budget; found pruning_ratio={self.pruning_ratio},"
                     f" ratio_of={self.ratio_of!r} and {self.budget}."
                 )
+        if self.limits.hidden and self.repair == "bias":
+            raise ArgumentValueError(
+                "repair='bias' would give every layer that reads hidden states a bias where kinds has 'hidden'; expected"
+                " 'least_squares' or None."
+            )
+        if self.limits.hidden and (self.budget is not None or self.polish_epochs):
+            raise ArgumentValueError(
+                "Hidden channels are removed by a pruning_ratio, and change what a model's head reads; expected neither budget"
+                f" nor polish_epochs where kinds has 'hidden', found budget={self.budget} and"
+                f" polish_epochs={self.polish_epochs}."
+            )
+        if self.rotate_hidden and not self.limits.hidden:
+            raise ArgumentValueError(
+                f"rotate_hidden=True turns hidden states so that directions can be removed; expected 'hidden' among the kinds,"
+                f" found kinds={self.limits.kinds!r}."
+            )
         for weights in self.candidates.values():
             for name in weights:
                 if name not in criteria():
@@ -230,7 +251,7 @@ class PruningConfig:
             resources, multiple = self.resources(model, group_sets, goals)
             check_budgets(table, resources, self.limits, original_sizes(model), multiple)
             return
-        select(table, self.budget_of_parameters(model, group_sets), self.limits, original_sizes(model))
+        select_in_model(model, group_sets, table, self.budget_of_parameters(model, group_sets), self.limits)
 
     def resources(
         self, model: nn.Module, group_sets: Sequence[GroupSet], goals: Goals

@@ -308,6 +308,10 @@ def learn_gates(
         lit_prune.prune(model, batches, loss, config, importance=importance)
     """
     options = GateOptions() if options is None else options
+    if config.limits.hidden:
+        raise ArgumentValueError(
+            f"Gates of hidden channels cannot be learned; expected no 'hidden' among kinds={config.limits.kinds}."
+        )
     if config.budget is not None:
         raise ArgumentValueError(
             f"Gates are learned under a number of parameters; expected pruning_ratio, found {config.budget}."

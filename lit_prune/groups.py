@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_prune._renamed import RenamedAttribute, renamed_fields
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.modeling_pruned import BLOCK as BLOCK
+from lit_prune.modeling_pruned import HIDDEN as HIDDEN
 from lit_prune.modeling_pruned import attribute_value
 
 
@@ -143,7 +144,7 @@ class GroupSet:
         name: Qualified name of the module that the groups are parts of; unique together with ``kind``.
         layer: Index of the layer.
         kind: ``"attention"``, ``"mlp"`` or whatever an architecture's description calls it; ``"block"`` for a whole block,
-            which holds the other sets of that block.
+            which holds the other sets of that block; ``"hidden"`` for the channels of the hidden states, which every layer has.
         size: Number of groups.
         cost: Number of parameters that are removed with one group.
         slices: The parameter slices that the groups couple.

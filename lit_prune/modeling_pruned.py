@@ -6,8 +6,9 @@ the weights of a pruned model, and ``trust_remote_code=True`` then loads the mod
 A pruned model's ``config.json`` is that of its dense model with three more entries: ``per_layer_config``, by which
 transformers says what single layers have other than the rest; ``base_model_type``, the dense model's type; and ``pruning``,
 which lists for every place that lost groups which of them were kept, which dimension of which parameter they lie along, and
-how many positions of it a group takes; and for every list of blocks that lost some, which were kept. Where blocks left, the
-config says how many there are, and ``pruning`` what the dense model's config says in the same fields.
+how many positions of it a group takes (several dimensions are a list of such pairs); and for every list of blocks that lost
+some, which were kept. Where blocks or hidden channels left, the config says how many there are, and ``pruning`` what the
+dense model's config says in the same fields.
 
 Where ``per_layer_config`` says all of it, the config keeps the dense model's ``model_type``, and building the model means
 building every layer from ``config.per_layer_config[i]``, as a transformers that reads this in the model's own code would. Where
@@ -38,6 +39,7 @@ from transformers.utils import cached_file
 MODEL_TYPE = "lit_prune"
 VERSION = 1
 BLOCK = "block"
+HIDDEN = "hidden"
 LAYER_INDICES = ("layer_idx", "layer_id", "block_idx")
 PREFIX = "Pruned"
 # the entry of ``pruning`` that says that ``per_layer_config`` is enough to build the model
@@ -104,6 +106,8 @@ def sync_features(module: nn.Module) -> None:
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif weight.dim() == 2 and hasattr(module, "nf") and hasattr(module, "nx"):
         module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
     elif weight.dim() == 1 and isinstance(getattr(module, "normalized_shape", None), tuple):
         module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
 
@@ -182,11 +186,17 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
     try:
         for entry in pruning["groups"]:
             kept = len(from_ranges(entry["kept"], entry["size"]))
-            for name, (dim, width) in entry["parameters"].items():
-                dims = lost.setdefault(local_name(model, name), {})
-                dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
+            for name, places in entry["parameters"].items():
+                own = local_name(model, name)
+                # a head has hidden channels, too, and a model may be loaded without it
+                if entry["kind"] == HIDDEN and not _holds(model, own):
+                    continue
+                for dim, width in [places] if isinstance(places[0], int) else places:
+                    dims = lost.setdefault(own, {})
+                    dims[dim] = dims.get(dim, 0) + width * (entry["size"] - kept)
         for name, dims in lost.items():
             _shrink(model, name, dims)
+        _narrow_heads(model, pruning)
         if not isinstance(pruning["biases"], list):
             raise PrunedPlanError(f"Expected a list of biases in config.json; found {_short(pruning['biases'])}.")
         for name in pruning["biases"]:
@@ -203,6 +213,9 @@ def resize(model: nn.Module, pruning: Mapping[str, Any]) -> None:
                 stay = from_ranges(entry["kept"], entry["size"])
                 keep_blocks(blocks, stay)
                 change_config(model, {n: of_kept_blocks(v, stay) for n, v in pruning["dense"].items()})
+            elif entry["kind"] == HIDDEN:
+                kept = len(from_ranges(entry["kept"], entry["size"]))
+                change_config(model, dict.fromkeys(pruning.get("dense_width", {}), kept))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PrunedModelError):
             raise
@@ -221,6 +234,14 @@ def local_name(model: nn.Module, name: str) -> str:
     return name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"
 
 
+def _holds(model: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return attribute in model.get_submodule(owner)._parameters
+    except AttributeError:
+        return False
+
+
 def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -235,8 +256,23 @@ def _shrink(model: nn.Module, name: str, lost: Mapping[int, int]) -> None:
         data = data.narrow(dim, 0, data.shape[dim] - count)
     smaller = nn.Parameter(data.clone(), requires_grad=parameter.requires_grad)
     smaller.__dict__.update(parameter.__dict__)
-    setattr(module, attribute, smaller)
-    sync_features(module)
+    # a tied head is the embedding
+    for owner_of_it in model.modules():
+        for key in [k for k, p in owner_of_it._parameters.items() if p is parameter]:
+            setattr(owner_of_it, key, smaller)
+            sync_features(owner_of_it)
+
+
+def _narrow_heads(model: nn.Module, pruning: Mapping[str, Any]) -> None:
+    """Let heads that the saved model did not have read as many hidden channels as there are."""
+    inner = getattr(model, "base_model", model)
+    inside = {id(module) for module in inner.modules()}
+    for entry in pruning["groups"]:
+        if entry["kind"] == HIDDEN:
+            kept = len(from_ranges(entry["kept"], entry["size"]))
+            for name, module in model.named_modules():
+                if id(module) not in inside and isinstance(module, nn.Linear) and module.in_features == entry["size"]:
+                    _shrink(model, f"{name}.weight", {1: entry["size"] - kept})
 
 
 def overridden(config: Any, name: str, value: Any) -> ConfigView:
@@ -761,7 +797,7 @@ class _Pruned:
         pruning = config.pruning if isinstance(config.pruning, Mapping) else {}
         stated = config.__dict__.pop(SET_ASIDE, None) or stated_layers(config)
         by_layers = build is resize and is_complete(pruning)
-        depth = {} if by_layers else pruning.get("dense", {})
+        depth = {} if by_layers else {**pruning.get("dense", {}), **pruning.get("dense_width", {})}
         plain = same_in_all_layers(config) if by_layers else as_dense(config, depth, pruning.get(DENSE_LAYERS, {}))
         plain.__dict__[SET_ASIDE] = stated
         super().__init__(plain, *args, **kwargs)  # type: ignore[call-arg]
@@ -769,6 +805,7 @@ class _Pruned:
         # some task heads build their inner model by an Auto class, which gives a pruned one already
         if any(isinstance(module, _Pruned) for module in self.modules() if module is not self):  # type: ignore[attr-defined]
             change_config(self, {name: getattr(config, name) for name in depth})  # type: ignore[arg-type]
+            _narrow_heads(self, pruning)  # type: ignore[arg-type]
         elif by_layers:
             build_layers(self, stated)  # type: ignore[arg-type]
         else:

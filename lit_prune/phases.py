@@ -14,7 +14,7 @@ from lit_prune.repair.batch_norm import batch_norms
 from lit_prune.repair.replay import is_chain
 
 CHECK, CALIBRATION, COMPENSATION, COMPARISON, REPAIR = "check", "calibration", "compensation", "comparison", "repair"
-RECALIBRATION, POLISH = "recalibration", "polish"
+RECALIBRATION, ROTATION, POLISH = "recalibration", "rotation", "polish"
 
 
 # what no batches are run for
@@ -39,6 +39,8 @@ def expected_work(
         dry_run: Whether nothing is cut, so that there is one iteration.
     """
     one = expected_statistics(model, group_sets, config, batches)
+    if config.rotate_hidden:
+        one.insert(0, Work(ROTATION, batches, batches))
     if (candidates := len(config.candidates)) > 1:
         one.append(Work(PLANNING, candidates * batches / HELD_BACK, candidates * batches))
     if not dry_run:

@@ -26,9 +26,10 @@ from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
 from lit_prune.detection import check_traceable, find_or_trace
+from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.distributed.shards import check_layout
-from lit_prune.errors import SmallBudgetError
+from lit_prune.errors import SmallBudgetError, UnsupportedStrategyError
 from lit_prune.group_data import keep_group_sets
 from lit_prune.groups import GroupSet
 from lit_prune.phases import (
@@ -40,6 +41,7 @@ from lit_prune.phases import (
     POLISH,
     RECALIBRATION,
     REPAIR,
+    ROTATION,
     SURGERY,
     expected_work,
 )
@@ -51,6 +53,7 @@ from lit_prune.ranking.candidates import masked_loss
 from lit_prune.ranking.table import GroupTable
 from lit_prune.repair.batch_norm import batch_norms, recalibrate_batch_norms
 from lit_prune.repair.recording import Recording
+from lit_prune.repair.rotation import apply_rotation, find_rotation
 from lit_prune.repairing import completed, recording_of, repaired, unexplained
 from lit_prune.surgery.apply import check_holders, cut
 from lit_prune.surgery.plan_cuts import touched_parameters
@@ -162,7 +165,9 @@ def prune(
         inner = find_model(model)[1]
 
         def work(count: int) -> Sequence[Work]:
-            return expected_work(inner, find_group_sets(inner, blocks=config.limits.blocks), config, count)
+            limits = config.limits
+            sets = find_group_sets(inner, blocks=limits.blocks, hidden=limits.hidden)
+            return expected_work(inner, sets, config, count)
 
         with Progress(work, terminal_bar if progress else None) as bar:
             if progress and (count := length_hint(batches)):
@@ -205,7 +210,8 @@ def prune_with(
             :func:`lit_prune.calibration.module_checks.check_computation`), ``"calibration"``, ``"compensation"`` (what a
             repair could make up for), ``"comparison"`` (of candidates) or ``"repair"``; gives a context in which they are
             run, with the batches, the same ones every time, and the loss function. It may be called several times for
-            ``"repair"`` and ``"polish"``, and once with ``"recalibration"`` for batch norms.
+            ``"repair"`` and ``"polish"``, once with ``"recalibration"`` for batch norms, and with ``"rotation"`` for hidden
+            states.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
         root: The module that holds the model, if there is more to a forward pass than the model.
@@ -217,13 +223,13 @@ def prune_with(
         dry_run: Plan, in one iteration, and cut nothing.
         costs: Takes what every phase takes: ``"check"``, ``"calibration"``, ``"compensation"``, ``"planning"`` (with the
             comparison of candidates), ``"repair"``, ``"surgery"``, in a model with batch norms ``"recalibration"``, and, where
-            it is wanted, ``"polish"``.
+            they are wanted, ``"rotation"`` and ``"polish"``.
         learned: Importance that was learned for the whole budget, in place of the criterion's; in one iteration.
     """
     all_reduce = None if ranks is None else ranks.sum
     optimizers = list(optimizers)
-    blocks = config.limits.blocks
-    group_sets = find_group_sets(model, blocks=blocks)
+    find = partial(find_group_sets, model, blocks=config.limits.blocks, hidden=config.limits.hidden)
+    group_sets = find()
     costs = Costs() if costs is None else costs
     phase = partial(costs.phase, device=next(model.parameters()).device)
     with phase(CHECK):
@@ -239,7 +245,12 @@ def prune_with(
     made: PruningPlan | None = None
     with _undone_at_error(undos, ranks):
         for number, step in enumerate(steps[-1:] if dry_run or learned is not None else steps):
-            group_sets = find_group_sets(model, blocks=blocks)
+            if step.rotate_hidden:
+                with phase(ROTATION), together(ranks, "rotation"):
+                    with data(ROTATION) as (batches, forward):
+                        rotation = find_rotation(model, batches, forward, root=root, all_reduce=all_reduce)
+                    undos.append(apply_rotation(model, rotation, optimizers, root=root))
+            group_sets = find()
             try:
                 step.check(model, group_sets, goals)
             except SmallBudgetError:
@@ -313,11 +324,13 @@ def prune_with(
         assert made is not None
         if epochs:
             with phase(POLISH):
-                info, undo = polishing.polish(find_group_sets(model, blocks=blocks))
+                info, undo = polishing.polish(find())
             undos.append(undo)
             made = replace(made, info={**made.info, **info})
         with phase(CHECK):
             made = with_measured(model, made, goals, cut=not dry_run)
+        if dry_run:
+            undo_all(undos)
         with together(ranks, "taking over the result"):
             if (forget := record(table, made)) is not None:
                 undos.append(forget)
@@ -336,6 +349,11 @@ def _check_before(
     cuts: bool,
 ) -> Goals | None:
     """Refuse, before any work is done, what could not be carried out later; return the goals of the budget, if there is one."""
+    if config.limits.hidden and shards.any_sharded(model.parameters()) is not None:
+        raise UnsupportedStrategyError(
+            f"{type(model).__name__} is sharded by FSDP2, whose repair and rotation of hidden states are not there: leave"
+            " 'hidden' out of the kinds, or prune before sharding."
+        )
     goals = find_goals(model, group_sets, config, partial(data, CHECK), ranks)
     config.check(model, group_sets, goals)
     check_layout(model, group_sets)

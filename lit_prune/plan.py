@@ -16,7 +16,7 @@ from lit_prune._files import read_json, write_text
 from lit_prune._renamed import RenamedAttribute
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.group_data import GroupData
-from lit_prune.groups import BLOCK, GroupSet, is_inside, stack_of
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet, is_inside, stack_of
 from lit_prune.modeling_pruned import VERSION as CONFIG_VERSION
 from lit_prune.modeling_pruned import local_name, to_ranges
 from lit_prune.plan_entries import PlanEntry, _integer, _kept, _list, _moved, _renumbered, _text
@@ -28,6 +28,8 @@ FORMAT = "lit_prune.plan"
 # version 1 listed every index, and did not say what model the plan is for
 VERSION = 2
 BEFORE, AFTER = "parameters_before", "parameters_after"
+# set on a model whose hidden states were turned
+ROTATED_ATTRIBUTE = "_lit_prune_rotated"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class PruningPlan:
             empty if that is not known.
         groups: The group sets themselves, for a model that no description covers: they were found by running it, and the plan
             can be applied without running it again. ``None`` where a description finds them.
+        rotated: Whether hidden states were turned (:func:`lit_prune.rotate_hidden`) before channels left: the hidden channels
+            of the plan are then directions, which only the weights that were saved with it have.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -54,6 +58,7 @@ class PruningPlan:
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sets: tuple[tuple[str, str, int], ...] = field(default=(), compare=False)
     groups: GroupData | None = field(default=None, repr=False)
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         """Leave out what leaves with its block."""
@@ -72,6 +77,11 @@ class PruningPlan:
     def group_entries(self) -> tuple[PlanEntry, ...]:
         """The entries for group sets."""
         return tuple(e for e in self.entries if e.kind != BLOCK)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the channels of the hidden states are among the group sets that the plan is for."""
+        return any(kind == HIDDEN for kind in (*(e.kind for e in self.entries), *(kind for _, kind, _ in self.sets)))
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:
@@ -191,7 +201,7 @@ class PruningPlan:
             info.pop(name, None)
             if name in owner:
                 info[name] = owner[name]
-        return PruningPlan(tuple(entries), biases, info, self.sets, self.groups)
+        return PruningPlan(tuple(entries), biases, info, self.sets, self.groups, self.rotated or later.rotated)
 
     def counted(self, before: int | None, after: int) -> PruningPlan:
         """The same plan with the parameter counts before (if known) and after it is applied in its ``info``."""
@@ -226,6 +236,8 @@ class PruningPlan:
         content = {"format": FORMAT, "version": 1, "group_sets": groups, "biases": list(self.biases)}
         if self.groups is not None:
             content["groups"] = self.groups.digest()
+        if self.rotated:
+            content["rotated"] = True
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,6 +253,7 @@ class PruningPlan:
             "model": [list(group_set) for group_set in self.sets],
             "info": json.loads(json.dumps(dict(self.info))),
             **({} if self.groups is None else {"groups": self.groups.to_dict()}),
+            **({"rotated": True} if self.rotated else {}),
         }
 
     @classmethod
@@ -277,7 +290,9 @@ class PruningPlan:
         if len({e.key for e in entries}) != len(entries):
             raise PlanError("The plan names a group set twice.")
         groups = GroupData.from_dict(data["groups"]) if data.get("groups") is not None else None
-        return cls(entries, biases, dict(info), sets, groups)
+        if not isinstance(rotated := data.get("rotated", False), bool):
+            raise PlanError(f"The plan is malformed: expected true or false for rotated, found {rotated!r}.")
+        return cls(entries, biases, dict(info), sets, groups, rotated)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, one line a group set."""
@@ -344,6 +359,7 @@ def plan_from_config(config: Any) -> PruningPlan | None:
             {**{key: g[key] for key in ("name", "kind", "layer", "size")}, "kept": g["kept"]} for g in pruning["groups"]
         ]
         content = {"biases": pruning["biases"], "info": pruning.get("info", {}), "group_sets": groups}
+        content["rotated"] = pruning.get("rotated", False)
     except (KeyError, TypeError) as error:
         raise PlanError(f"The plan in config.json is malformed: {type(error).__name__}: {error}.") from error
     plan = PruningPlan.from_dict({"format": FORMAT, "version": VERSION, **content})

@@ -16,7 +16,7 @@ from lit_prune.errors import (
     ArgumentValueError,
 )
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
-from lit_prune.plan import PruningPlan
+from lit_prune.plan import ROTATED_ATTRIBUTE, PruningPlan
 from lit_prune.ranking.budget_selection import select_for_budgets
 from lit_prune.ranking.importance import group_importance, mixed_importance
 from lit_prune.ranking.model_table import group_table, original_sizes, select_in_model
@@ -137,7 +137,8 @@ def _ranked(
         "parameters_before": before,
         "parameters_after": before - removed,
     }
-    return table, with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
+    made = with_kept_groups(model, PruningPlan.from_kept(group_sets, table.kept_groups(), info))
+    return table, replace(made, rotated=getattr(model, ROTATED_ATTRIBUTE, False))
 
 
 def _discounted(

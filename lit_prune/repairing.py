@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from lit_prune.config import AUTO, PruningConfig
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.distributed.sharing import shared_work
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.bias import bias_fold
 from lit_prune.repair.channel_redundancy import unexplained_anywhere
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.recording import Recording
 from lit_prune.repair.redundancy import unexplained_shares
-from lit_prune.repair.refit import least_squares
+from lit_prune.repair.refit import DAMPING, least_squares
 from lit_prune.repair.replay import is_chain
+from lit_prune.repair.stream import refit_narrower, scaled_norms
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ def recording_of(
         ``None`` where nothing is repaired layer by layer.
     """
     repairs = config.repair == "least_squares" and not dry_run
-    if not (repairs or config.compensates) or not is_chain(model, group_sets):
+    wanted = (repairs or config.compensates) and not config.limits.hidden
+    if not wanted or not is_chain(model, group_sets):
         return None
     # gradients that are kept take that memory
     keeps_gradients = bool(split_mask_terms(config.terms, group_sets)[1])
@@ -132,6 +135,7 @@ def unexplained(
     """
     all_reduce = None if ranks is None else ranks.sum
     what = "measuring unexplained shares"
+    group_sets = [s for s in group_sets if s.kind != HIDDEN]
     scored = [s for s in group_sets if s.kind != BLOCK]
     if is_chain(model, scored):
         try:
@@ -212,25 +216,29 @@ def repaired(
     """What :func:`repair` does, for callers that have to prepare something every time that batches are run: in ``data``."""
     if config.repair == "bias":
         return bias_fold(model, group_sets, plan, statistics)
+    narrower = any(e.kind == HIDDEN for e in plan.entries)
     if config.repair != "least_squares":
-        return plan, {}
+        return plan, scaled_norms(model, plan) if narrower and config.rotate_hidden else {}
     all_reduce = None if ranks is None else ranks.sum
-    if is_chain(model, group_sets):
+    if narrower or is_chain(model, group_sets):
+        refit = (
+            partial(refit_narrower, damping=DAMPING)
+            if narrower
+            else partial(least_squares, recording=recording, offload=config.offload_hidden_states)
+        )
         try:
-            with _data(data, recording) as (batches, forward), together(ranks, "repair"), shared_work(ranks):
-                return plan, least_squares(
-                    model,
-                    group_sets,
-                    plan,
-                    batches,
-                    forward,
-                    root=root,
-                    progress=progress,
-                    all_reduce=all_reduce,
-                    recording=recording,
-                    offload=config.offload_hidden_states,
+            with (
+                _data(data, None if narrower else recording) as (batches, forward),
+                together(ranks, "repair"),
+                shared_work(ranks),
+            ):
+                return plan, refit(
+                    model, group_sets, plan, batches, forward, root=root, progress=progress, all_reduce=all_reduce
                 )
         except UnsupportedModelError as error:
+            if narrower:
+                warnings.warn(f"Nothing was repaired: {error}", stacklevel=3)
+                return plan, {}
             log.info(
                 "Layers are repaired in the order in which they run, in several passes over the batches: %s", error
             )

@@ -50,6 +50,7 @@ class Session:
         device: Where to compute.
         dtype: Data type of the weights.
         blocks: Whether whole decoder layers are groups.
+        hidden: Whether hidden channels are groups.
         like: A session whose held-out inputs are used, drawn labels included, if it is of the same sort.
     """
 
@@ -61,6 +62,7 @@ class Session:
         dtype: str,
         *,
         blocks: bool = False,
+        hidden: bool = False,
         like: Session | None = None,
     ) -> None:
         self.device = _device(device)
@@ -78,7 +80,7 @@ class Session:
         self.held_out: list[Batch] = []
         if calibration is not None:
             self._take_inputs(calibration, like)
-        self.group_sets = find_group_sets(self.model, blocks=blocks)
+        self.group_sets = find_group_sets(self.model, blocks=blocks, hidden=hidden)
 
     def _take_inputs(self, calibration: Calibration, like: Session | None) -> None:
         batches, held_out = (

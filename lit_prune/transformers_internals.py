@@ -50,6 +50,11 @@ def frames_of(module: nn.Module) -> Callable[[Any], Any] | None:
     return getattr(module, "_get_feat_extract_output_lengths", None)
 
 
+def embedding_scale(module: nn.Module) -> float | None:
+    """Return the number that an embedding of the Gemma family multiplies its vectors with, ``None`` if it has none."""
+    return getattr(module, "scalar_embed_scale", None)
+
+
 def mark_initialized(tensor: Tensor) -> None:
     """Keep transformers from filling a tensor when it loads a model, as it does for what no file holds."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]

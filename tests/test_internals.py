@@ -649,3 +649,15 @@ def test_a_compiled_module_gives_the_module_that_it_was_made_of():
     inner = torch.nn.Linear(2, 2)
     assert torch_internals.uncompiled(torch.compile(inner, backend="eager")) is inner
     assert torch_internals.uncompiled(inner) is inner
+
+
+def test_embedding_scale():
+    """Gemma's embedding multiplies by the square root of the hidden size, which its module keeps as a number."""
+    config = transformers.GemmaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+    )
+    embedding = transformers_internals.build(transformers.GemmaForCausalLM, config).get_input_embeddings()
+    assert transformers_internals.embedding_scale(embedding) == 4.0
+    ids = torch.tensor([1, 2])
+    torch.testing.assert_close(embedding(ids), embedding.weight[ids] * 4.0)
+    assert transformers_internals.embedding_scale(nn.Embedding(2, 2)) is None

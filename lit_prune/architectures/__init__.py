@@ -40,6 +40,7 @@ from lit_prune.architectures.slices import (
     produced,
     reader_adaptations,
 )
+from lit_prune.architectures.stream import Stream
 from lit_prune.architectures.tracing.traced import Traced
 from lit_prune.groups import Adaptation, Attribute, GroupSet, Slice
 
@@ -60,6 +61,7 @@ __all__ = [
     "Positions",
     "SequenceMixer",
     "Slice",
+    "Stream",
     "Traced",
     "architectures",
     "consumed",

@@ -12,6 +12,7 @@ from lit_prune._renamed import renamed_fields
 from lit_prune.architectures.arguments import POSITIONS, Positions
 from lit_prune.architectures.components import Component
 from lit_prune.architectures.identity import ClassRef, matching_class, namesakes, qualified_name, refers_to_any
+from lit_prune.architectures.stream import Stream, no_stream, stream_set
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
@@ -38,6 +39,7 @@ class Architecture:
         arguments: Names of the arguments of the model's forwards that hold sequences and their masks, if they are not
             among
             :data:`~lit_prune.architectures.arguments.POSITIONS`.
+        stream: What reads and writes the hidden states, so that their channels can be pruned; ``None`` if they cannot.
 
     Example::
 
@@ -57,6 +59,7 @@ class Architecture:
     check: Callable[[nn.Module], None] | None = None
     depth: tuple[str, ...] | None = None
     arguments: tuple[Positions, ...] = ()
+    stream: Stream | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module's class, or one of its bases, belongs to the family."""
@@ -222,7 +225,7 @@ def _layers_hint(module: nn.Module) -> str:
     )
 
 
-def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]:
+def find_group_sets(model: nn.Module, *, blocks: bool = False, hidden: bool = False) -> list[GroupSet]:
     """Find all group sets of a model. Sets that an earlier cut emptied are left out.
 
     Groups that were found by running the model (:func:`lit_prune.trace`) are kept beside it, and follow every cut.
@@ -231,17 +234,19 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
         model: A model of a registered architecture or one that was traced, or a module that holds one (see :func:`find_model`).
         blocks: Find whole blocks (decoder layers), too: group sets of the kind ``"block"`` and of one group, around the
             others.
+        hidden: Find the channels of the hidden states, too: one group set of the kind ``"hidden"`` for the whole model.
 
     Returns:
         The group sets in the order of the layers. Names are relative to the model.
 
     Raises:
         UnsupportedModelError: If the model has no description, its parts are not where the description expects them,
-            its weights are quantised, or ``blocks`` is set for a model whose blocks cannot be removed.
+            its weights are quantised, or ``blocks`` or ``hidden`` is set for a model whose blocks or hidden channels cannot
+            be removed.
     """
     model = find_model(model)[1]
     if (kept := kept_groups(model)) is not None:
-        return _kept_sets(model, kept, blocks)
+        return _kept_sets(model, kept, blocks, hidden)
     architecture = _architecture_of(model, anyway=True)
     assert architecture is not None
     if architecture.check is not None:
@@ -257,15 +262,24 @@ def find_group_sets(model: nn.Module, *, blocks: bool = False) -> list[GroupSet]
             )
         group_sets.extend(found)
     _check_alternatives(model, architecture, group_sets)
+    described = group_sets
     group_sets = [s for s in group_sets if s.size]
+    if hidden:
+        if architecture.stream is None:
+            raise no_stream(model, f"its description is that of the architecture {architecture.name!r}")
+        channels = stream_set(model, architecture.stream, architecture.components, described)
+        # its ties are its own affair: embedding and head lose the same channels
+        check_weights(model, [channels], ties=False)
     if blocks:
         group_sets.extend(_whole_blocks(model, architecture))
     group_sets.sort(key=lambda s: (s.layer, s.name))
     check_weights(model, group_sets, ties=not all(block.follows_ties for block in architecture.components))
-    return group_sets
+    return [channels, *group_sets] if hidden else group_sets
 
 
-def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool) -> list[GroupSet]:
+def _kept_sets(model: nn.Module, kept: KeptGroups, blocks: bool, hidden: bool) -> list[GroupSet]:
+    if hidden:
+        raise no_stream(model, "its groups were found by running it")
     if blocks:
         raise UnsupportedModelError(
             f"Whole blocks cannot leave {type(model).__name__}: its groups were found by running it, which tells nothing of"
@@ -293,6 +307,12 @@ def depth_of(model: nn.Module) -> tuple[str, ...] | None:
     """Where the model says how many blocks it has, see :class:`Architecture`."""
     architecture = _architecture_of(model)
     return None if architecture is None else architecture.depth
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """What reads and writes the model's hidden states, see :class:`Architecture`."""
+    architecture = _architecture_of(model)
+    return None if architecture is None else architecture.stream
 
 
 def arguments_of(model: nn.Module) -> tuple[Positions, ...]:

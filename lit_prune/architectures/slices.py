@@ -55,7 +55,7 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
     Raises:
         UnsupportedModelError: If it is missing, carries an adapter, or is not a linear projection.
     """
-    path = f"{owner}.{name}"
+    path = _joined(owner, name)
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -93,18 +93,24 @@ def projection(model: nn.Module, owner: str, name: str) -> Projection:
     return Projection(rows, columns, 0, has_bias) if transposed else Projection(columns, rows, 1, has_bias)
 
 
+def _joined(owner: str, name: str) -> str:
+    """The qualified name of a part of a module, which may be the model itself."""
+    return f"{owner}.{name}" if owner else name
+
+
 def produced(model: nn.Module, owner: str, name: str, rows: Tensor) -> Iterator[Slice]:
     """The slices of a projection whose outputs belong to the groups: weight rows and biases."""
     found = projection(model, owner, name)
-    yield Slice(f"{owner}.{name}.weight", 1 - found.input_dim, rows, found.input_dim)
+    path = _joined(owner, name)
+    yield Slice(f"{path}.weight", 1 - found.input_dim, rows, found.input_dim)
     if found.has_bias:
-        yield Slice(f"{owner}.{name}.bias", 0, rows)
+        yield Slice(f"{path}.bias", 0, rows)
 
 
 def consumed(model: nn.Module, owner: str, name: str, columns: Tensor) -> Slice:
     """The slice of a projection whose inputs belong to the groups. Its bias belongs to none of them."""
     found = projection(model, owner, name)
-    return Slice(f"{owner}.{name}.weight", found.input_dim, columns, found.input_dim)
+    return Slice(f"{_joined(owner, name)}.weight", found.input_dim, columns, found.input_dim)
 
 
 def reader_adaptations(model: nn.Module, owner: str, name: str) -> Iterator[Adaptation]:

@@ -57,9 +57,8 @@ def plan(
     pruning = pruning if budget is None else replace(pruning, budget=budget)
     if ratios is not None:
         RATIOS.check("ratios", ratios)
-    session = Session(
-        model, None if statistics is not None else calibration, device, dtype, blocks=pruning.limits.blocks
-    )
+    limits, inputs = pruning.limits, None if statistics is not None else calibration
+    session = Session(model, inputs, device, dtype, blocks=limits.blocks, hidden=limits.hidden)
     if ratios is None and statistics is None:
         with session.tracked(session.measuring, *session.pruning(pruning)):
             dense = session.metrics()

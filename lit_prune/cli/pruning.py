@@ -54,7 +54,8 @@ def apply(
     pruning = pruning if budget is None else replace(pruning, budget=budget)
     given = None if plan is None else PruningPlan.load(plan)
     blocks = pruning.limits.blocks if given is None else bool(given.blocks)
-    session = Session(model, calibration, device, dtype, blocks=blocks)
+    hidden = pruning.limits.hidden if given is None else given.hidden
+    session = Session(model, calibration, device, dtype, blocks=blocks, hidden=hidden)
     if given is not None:
         given.validate(session.group_sets)
     work = session.pruning(pruning) if given is None else session.cutting(pruning)

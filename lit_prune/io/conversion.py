@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.io.lightning_checkpoint import merge_adapters, saved_prunings
 from lit_prune.plan import get_plan
-from lit_prune.surgery.apply import apply_plan
+from lit_prune.surgery.apply import cut
 
 
 def convert_checkpoint(
@@ -52,7 +52,7 @@ def convert_checkpoint(
             raise PruningError(
                 f"{checkpoint} holds the plans of several models, {paths}; say which by name, found {name!r}."
             )
-    apply_plan(model, found[0].plan_for(get_plan(model)))
+    cut(model, found[0].plan_for(get_plan(model)))
     merge_adapters(model, content)
     weights = content["state_dict"]
     wanted = dict(model.state_dict())

@@ -22,7 +22,7 @@ from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
 from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
-from lit_prune.groups import Attribute, GroupSet, check_weights
+from lit_prune.groups import HIDDEN, Attribute, GroupSet, check_weights
 from lit_prune.io import hub
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
@@ -32,11 +32,12 @@ from lit_prune.io.model_card import model_card, write_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.io.per_layer import add_layers, restore_layers, stock_with_layers
-from lit_prune.io.stock import stock_config
+from lit_prune.io.stock import rescaled_embeddings, stock_config
 from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
+from lit_prune.surgery.width import head_size, hidden_entry, width_fields
 from lit_prune.transformers_internals import build
 
 
@@ -205,22 +206,22 @@ def _to_pretrained(
     with torch.device("meta"):
         dense = build(base, dense_config)
     # those of the dense model: a layer that lost everything has none left
-    group_sets = find_group_sets(dense)
+    group_sets = find_group_sets(dense, hidden=plan.hidden)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    check_weights(model, [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)])
-    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
-    pruned_depth = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
+    whole_sets = [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)]
+    # hidden channels are those of a tied head, too
+    check_weights(model, [s for s in whole_sets if s.kind != HIDDEN])
+    depth, width, changed = _changed_fields(dense, plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
-    stock = stock_config(model, base, dense_config, plan, shapes, pruned_depth)
+    stock = stock_config(model, base, dense_config, plan, shapes, changed)
     if stock is not None:
         config, replaced = stock
         config.base_model_type, config.pruning = dense_config.model_type, {**pruning, "dense": replaced}
         cls = base
     else:
-        if depth:
-            pruning["dense"] = {name: value for name, (value, _) in depth.items()}
-        fields = {**dense_config.to_dict(), **pruned_depth}
+        pruning |= {key: fields for key, fields in (("dense", depth), ("dense_width", width)) if fields}
+        fields = {**dense_config.to_dict(), **changed}
         fields.update(base_model_type=dense_config.model_type, pruning=pruning)
         fields = _with_layers(model, dense, fields, group_sets, plan, shapes)
         if self_contained:
@@ -232,6 +233,8 @@ def _to_pretrained(
     config.dtype = model.dtype
     with torch.device("meta"):
         whole = build(cls, config)
+    if plan.hidden:
+        weights.update(rescaled_embeddings(model, whole, weights))
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
     if model.can_generate():
@@ -261,6 +264,17 @@ def _with_layers(
     complete = {**fields, "pruning": {**fields["pruning"], modeling_pruned.COMPLETE: True}}
     stock = stock_with_layers(model, type(dense), type(dense.config), complete, shapes, bool(plan.blocks))
     return fields if stock is None else stock
+
+
+def _changed_fields(dense: nn.Module, plan: PruningPlan) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What the dense config says of depth and of hidden size, and what the pruned one says in place of both."""
+    depth = {name: (value, e.kept) for e in plan.blocks for name, value in depth_fields(dense, e).items()}
+    changed = {name: modeling_pruned.of_kept_blocks(value, kept) for name, (value, kept) in depth.items()}
+    channels = hidden_entry(plan)
+    width = {} if channels is None else width_fields(dense, channels)
+    if channels is not None:
+        changed |= {**head_size(dense), **dict.fromkeys(width, len(channels.kept))}
+    return {name: value for name, (value, _) in depth.items()}, width, changed
 
 
 def _check_self_contained(
@@ -303,7 +317,8 @@ def _dense_config(model: nn.Module) -> PreTrainedConfig:
     model_type = fields.pop("base_model_type", None) or config.model_type
     fields.update(getattr(model, DEPTH_ATTRIBUTE, {}))
     pruning = getattr(config, "pruning", None) or {}
-    fields.update(pruning.get("dense", {}))
+    for key in ("dense", "dense_width"):
+        fields.update(pruning.get(key, {}))
     fields.pop("model_type", None)
     if isinstance(config, PrunedConfig):
         own = pruning.get(modeling_pruned.DENSE_LAYERS, {})
@@ -317,13 +332,14 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
     groups = []
     for entry in plan.entries:
         group_set = by_key.get(entry.key)
-        parameters: dict[str, list[int]] = {}
+        places: dict[str, dict[int, int]] = {}
         for part in () if group_set is None else group_set.slices:
-            width = part.index.shape[1]
-            dim, before = parameters.get(part.parameter, (part.dim, 0))
-            if dim != part.dim:
-                raise UnsupportedModelError(f"{part.parameter!r} loses groups of {entry.name!r} along two dimensions.")
-            parameters[part.parameter] = [dim, before + width]
+            along = places.setdefault(part.parameter, {})
+            along[part.dim] = along.get(part.dim, 0) + part.index.shape[1]
+        parameters = {
+            name: next([d, w] for d, w in along.items()) if len(along) == 1 else [[d, w] for d, w in along.items()]
+            for name, along in places.items()
+        }
         attributes = () if group_set is None else group_set.attributes
         groups.append(
             {
@@ -337,7 +353,8 @@ def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, A
             }
         )
     info = json.loads(json.dumps(dict(plan.info)))
-    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info}
+    turned = {"rotated": True} if plan.rotated else {}
+    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info, **turned}
 
 
 def _attribute_rule(attribute: Attribute) -> int | list[int]:

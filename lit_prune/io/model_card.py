@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import modeling_pruned
 from lit_prune._files import write_text
-from lit_prune.groups import count_parameters
+from lit_prune.groups import HIDDEN, count_parameters
 from lit_prune.plan import get_plan
 from lit_prune.reporting.metrics import format_metric, label
 from lit_prune.text_escape import for_markdown
@@ -52,11 +52,14 @@ def model_card(
         lines.append("pipeline_tag: text-generation")
     lines += ["---", "", f"# A pruned {for_markdown(config.base_model_type)} model", ""]
     removed = f", {1 - after / before:.1%} fewer than before" if before else ""
-    what = ["attention heads and MLP channels"] * bool(plan.group_entries) + ["whole blocks"] * bool(plan.blocks)
+    channels = [e for e in plan.entries if e.kind == HIDDEN]
+    what = ["attention heads and MLP channels"] * (len(plan.group_entries) > len(channels))
+    what += ["hidden channels"] * bool(channels) + ["whole blocks"] * bool(plan.blocks)
     lines.append(f"{after:,} parameters{removed}: {' and '.join(what)} were cut out for good with lit_prune.")
     lines += ["", "| group set | of | kept |", "|---|---|---|"]
     lines += [f"| blocks | {e.size} | {len(e.kept)} |" for e in plan.blocks]
-    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
+    lines += [f"| hidden channels | {e.size} | {len(e.kept)} |" for e in channels]
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries if e.kind != HIDDEN):
         entries = [e for e in plan.entries if e.kind == kind]
         kept = [len(e.kept) for e in entries]
         lines.append(

@@ -7,13 +7,17 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lit_prune.architectures.norms import scale_offset, stream_norms
+from lit_prune.architectures.registry import find_group_sets
+from lit_prune.groups import HIDDEN
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.loading import load_pruned as load_pruned
 from lit_prune.plan import PruningPlan
-from lit_prune.transformers_internals import build
+from lit_prune.surgery.width import hidden_entry
+from lit_prune.transformers_internals import build, embedding_scale
 
 # by kind, the fields that say how many groups there are, or count something for each; those that a config lacks are passed over
 WIDTHS = {
@@ -39,6 +43,10 @@ WIDTHS = {
 }
 
 
+# fields of the width of MLPs that may be None: four times the hidden size
+_IMPLIED = ("n_inner",)
+
+
 def stock_config(
     model: nn.Module,
     base: type[PreTrainedModel],
@@ -53,7 +61,8 @@ def stock_config(
     where blocks left, every layer with the settings that it has, some of which may follow from its index.
     """
     fields, changed = dense.to_dict(), dict(depth)
-    for kind in dict.fromkeys(e.kind for e in plan.group_entries):
+    # of the hidden channels the fields are among those given
+    for kind in dict.fromkeys(e.kind for e in plan.group_entries if e.kind != HIDDEN):
         shares = {Fraction(len(e.kept), e.size) for e in plan.entries if e.kind == kind}
         if len(shares) > 1 or kind not in WIDTHS:
             return None
@@ -65,6 +74,8 @@ def stock_config(
     head_dim = of_all_layers(dense, "head_dim")
     if head_dim is not None:
         changed[dense.attribute_map.get("head_dim", "head_dim")] = head_dim
+    if hidden_entry(plan) is not None:
+        changed.update(_implied_widths(model, dense))
     try:
         config: Any = type(dense).from_dict({**fields, **changed})
         with torch.device("meta"):
@@ -75,7 +86,47 @@ def stock_config(
         return None
     if plan.blocks and not same_settings(built, model):
         return None
-    return config, {name: fields[name] for name in changed}
+    return config, {name: fields[name] for name in changed if name in fields}
+
+
+def _implied_widths(model: nn.Module, dense: PreTrainedConfig) -> dict[str, int]:
+    """Widths of MLPs that a config leaves out, as it takes them for a multiple of the hidden size."""
+    widths = {s.size for s in find_group_sets(model) if s.kind == "mlp"}
+    names = [name for name in _IMPLIED if getattr(dense, name, 0) is None]
+    return dict.fromkeys(names, widths.pop()) if len(widths) == 1 else {}
+
+
+def rescaled_embeddings(model: nn.Module, whole: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make up for an embedding whose scale follows from the hidden size that a stock config says.
+
+    The weights of the embedding take up the quotient of the scales and, where the head is tied to it, those of the last norm
+    the reverse.
+
+    Args:
+        model: The pruned model.
+        whole: The model as the stock config builds it.
+        weights: The weights of the pruned model by name.
+
+    Returns:
+        The weights that change, by name.
+    """
+    changed: dict[str, Tensor] = {}
+    for name, module in whole.named_modules():
+        before, after = (embedding_scale(m) for m in (model.get_submodule(name), module))
+        if before is None or after is None or before == after:
+            continue
+        key = f"{name}.weight"
+        changed[key] = (weights[key].double() * (before / after)).to(weights[key].dtype)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None and head.weight is model.get_parameter(key):
+            changed.update(
+                {n: changed[key] for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight}
+            )
+            norm = stream_norms(model)[-1]
+            offset = scale_offset(model.get_submodule(norm))
+            scale = (weights[f"{norm}.weight"].double() + offset) * (after / before) - offset
+            changed[f"{norm}.weight"] = scale.to(weights[f"{norm}.weight"].dtype)
+    return changed
 
 
 def of_all_layers(config: PreTrainedConfig, name: str) -> Any:

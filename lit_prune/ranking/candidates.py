@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.layers import passed_over
+from lit_prune.architectures.norms import norms_over_kept, stream_norms
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
 from lit_prune.errors import (
     CalibrationError,
     UnsupportedStrategyError,
 )
-from lit_prune.groups import GroupSet
+from lit_prune.groups import HIDDEN, GroupSet
 from lit_prune.plan import PruningPlan
 
 
@@ -42,7 +43,7 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
                     before.append((weight, part.dim, columns, weight.index_select(part.dim, columns)))
                     weight.index_fill_(part.dim, columns, 0.0)
         torch.clear_autocast_cache()
-        with passed_over(model, plan.removed_blocks):
+        with passed_over(model, plan.removed_blocks), _narrow_norms(model, plan):
             yield
     finally:
         with torch.no_grad():
@@ -50,6 +51,14 @@ def masked(model: nn.Module, group_sets: Sequence[GroupSet], plan: PruningPlan) 
             for tensor, dim, columns, values in reversed(before):
                 tensor.index_copy_(dim, columns, values)
         torch.clear_autocast_cache()
+
+
+def _narrow_norms(model: nn.Module, plan: PruningPlan) -> contextlib.AbstractContextManager[None]:
+    """Norms over the hidden channels count those that stay, as they will."""
+    for entry in plan.group_entries:
+        if entry.kind == HIDDEN:
+            return norms_over_kept(model, stream_norms(model), torch.tensor(entry.kept))
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_prune.groups import GroupSet, count_parameters, count_removed
+from lit_prune.errors import BudgetError
+from lit_prune.groups import HIDDEN, GroupSet, count_parameters, count_removed
 from lit_prune.plan import get_plan
 from lit_prune.ranking.selection import Limits, select
 from lit_prune.ranking.table import GroupTable
@@ -38,17 +40,44 @@ def select_in_model(
 ) -> int:
     """Mark in the table which groups stay, and give the number of parameters that leave.
 
-    Groups of different sets may share weights (a channel of all experts and a whole expert), which leave once but are in
-    the cost of both: as many groups more leave as that leaves short of the budget.
+    Groups of different sets may share weights (a channel of all experts and a whole expert; a hidden channel and one of an
+    MLP), which leave once but are in the cost of both: as many groups more leave as that leaves short of the budget.
+
+    Raises:
+        BudgetError: If the limits do not let so many parameters leave, or the budget is smaller than one step.
     """
     asked, best, chosen = budget, -1, table.kept
+    at_best, minimum = 0, table.minimum
     for _ in range(_ROUNDS):
-        table.kept = select(table, asked, limits, original_sizes(model))
+        try:
+            table.kept = select(table, asked, limits, original_sizes(model))
+        except BudgetError as error:
+            if best < 0:
+                raise
+            raise BudgetError(
+                f"The budget asks to remove {budget:,} parameters, but under the limits no more than about {best:,} can leave:"
+                " groups of different kinds share weights, which leave once. Lower the ratio, or relax the limits"
+                f" (min_fraction={limits.min_fraction}, rounding {limits.multiple_of}, kinds {limits.kinds})."
+            ) from error
         removed, nominal = count_removed(model, group_sets, table.removed_groups()), table.removed_cost
         if best < removed <= budget:
-            best, chosen = removed, table.kept
+            best, chosen, at_best = removed, table.kept, nominal
+        elif removed > budget and best >= 0 and (fixed := _without_wide_steps(table, chosen)) is not None:
+            # what is left of the budget is less than a step of hidden channels: smaller groups fill it up
+            table.minimum, asked = fixed, at_best + budget - best
+            continue
         if nominal == removed or 0 <= budget - removed < table.cost.min():
             break
         asked = nominal + budget - removed
-    table.kept = chosen
+    table.kept, table.minimum = chosen, minimum
     return best
+
+
+def _without_wide_steps(table: GroupTable, kept: np.ndarray) -> np.ndarray | None:
+    """The least numbers of groups under which no more hidden channels leave than in a choice; ``None`` if they hold already."""
+    minimum = np.zeros_like(table.sizes) if table.minimum is None else table.minimum.copy()
+    before = minimum.copy()
+    for position, (_, kind) in enumerate(table.keys):
+        if kind == HIDDEN:
+            minimum[position] = int(kept[table.offsets[position] : table.offsets[position + 1]].sum())
+    return None if (minimum == before).all() else minimum

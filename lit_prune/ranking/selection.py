@@ -33,7 +33,7 @@ from lit_prune.arguments import (
     sequence_of,
 )
 from lit_prune.errors import ArgumentValueError, BudgetError, SmallBudgetError
-from lit_prune.groups import BLOCK, stack_of
+from lit_prune.groups import BLOCK, HIDDEN, stack_of
 from lit_prune.ranking.steps import StepCosts, find_steps
 from lit_prune.ranking.table import GroupTable
 
@@ -70,13 +70,15 @@ class Limits:
             number of blocks, too, of which at least one is kept; a removed block is removed with everything in it.
         protect: Layers that stay whole: indices (negative ones count from the end) or regular expressions that
             are searched in the names of the group sets, and of the modules that they hold parameters of. A block is
-            kept if anything in it is protected.
+            kept if anything in it is protected. Hidden channels, which all layers have, are kept only by the name of their
+            own group set, that of the embedding.
         multiple_of: By kind, a number that the kept groups of a set must be a multiple of. Kinds that are not in it have what
             kernels ask for (8 for the heads of a Mamba-2), or 1. A set that starts out uneven may stay as it is. ``None``
             is the largest of :data:`ALIGNMENTS` for which a set has :data:`STEPS` such steps (64 for 3072 groups or more,
-            32 for 1536), and what kernels ask for.
-        kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers. ``None`` allows all
-            kinds but that.
+            32 for 1536), and what kernels ask for. Hidden channels stay a multiple of the number of heads as well where the
+            model's config insists on that.
+        kinds: The kinds of groups that may be removed; ``"block"`` stands for whole decoder layers, ``"hidden"`` for channels
+            of the hidden states. ``None`` allows all kinds but those two.
         uniform: Every group set of a kind keeps the same number of groups, so that the model fits a stock config. Where they
             differ in size from the start (experts and dense MLPs), those at the same place of each layer.
     """
@@ -102,6 +104,11 @@ class Limits:
         """Whether whole blocks may be removed."""
         return BLOCK in (self.kinds or ())
 
+    @property
+    def hidden(self) -> bool:
+        """Whether channels of the hidden states may be removed."""
+        return HIDDEN in (self.kinds or ())
+
     def floor(self, table: GroupTable, original: Mapping[tuple[str, str], int] | None = None) -> np.ndarray:
         """The number of groups that must stay in every group set, int array of shape ``(sets,)``.
 
@@ -118,6 +125,7 @@ class Limits:
         floor = np.minimum(np.maximum(least, fraction), sizes).astype(np.int64)
         whole_block = np.array([kind == BLOCK for _, kind in table.keys])
         floor[whole_block] = 0
+        hidden = np.array([kind == HIDDEN for _, kind in table.keys])
         known = sorted({kind for _, kind in table.keys})
         for kind in (*(self.kinds or ()), *(self.multiple_of or ())):
             if kind not in known:
@@ -128,7 +136,7 @@ class Limits:
         layers = int(table.layers.max()) + 1
         for entry in self.protect:
             if isinstance(entry, int):
-                chosen = table.layers == (entry + layers if entry < 0 else entry)
+                chosen = (table.layers == (entry + layers if entry < 0 else entry)) & ~hidden
             else:
                 chosen = np.array([any(re.search(entry, n) for n in names) for names in _names(table)])
             if not chosen.any():
@@ -148,6 +156,9 @@ class Limits:
             whole = _whole_sizes(table, original)
             return np.lcm(np.select([whole >= STEPS * a for a in ALIGNMENTS], ALIGNMENTS, 1), kernels)
         asked = [self.multiple_of.get(kind, least) for (_, kind), least in zip(table.keys, kernels, strict=True)]
+        # what a config asks of the hidden size is no matter of speed
+        pairs = zip(table.keys, asked, kernels, strict=True)
+        asked = [math.lcm(one, int(least)) if kind == HIDDEN else one for (_, kind), one, least in pairs]
         return np.array(asked, dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
@@ -167,7 +178,9 @@ class Limits:
 def _names(table: GroupTable) -> Iterator[tuple[str, ...]]:
     """For every set its name, and those of the modules that it holds parameters of."""
     members = table.members or ((),) * len(table.keys)
-    return ((name, *inner) for (name, _), inner in zip(table.keys, members, strict=True))
+    # every layer has hidden channels
+    own = ((name, () if kind == HIDDEN else inner) for (name, kind), inner in zip(table.keys, members, strict=True))
+    return ((name, *inner) for name, inner in own)
 
 
 def _whole_sizes(table: GroupTable, original: Mapping[tuple[str, str], int] | None) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_prune.architectures.features import is_convolution
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
-from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.groups import BLOCK, HIDDEN, GroupSet
 from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.experts import StopForward
 from lit_prune.repair.hidden_states import HiddenStates
@@ -23,14 +23,14 @@ _MISSING = 1e-2
 
 
 def is_chain(model: nn.Module, group_sets: Sequence[GroupSet]) -> bool:
-    """Whether all groups are in blocks that are described, and none is read by a convolution.
+    """Whether all groups but hidden channels are in blocks that are described, and none is read by a convolution.
 
     Whether the blocks follow each other shows when they run.
     """
     return all(
         s.block and not any(is_convolution(model.get_submodule(p.module)) for p in s.repairable)
         for s in group_sets
-        if s.kind != BLOCK
+        if s.kind not in (BLOCK, HIDDEN)
     )
 
 

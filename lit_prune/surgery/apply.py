@@ -16,7 +16,7 @@ from lit_prune.architectures.plain_modules import TRANSPOSED
 from lit_prune.distributed import shards
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
-from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, PruningPlan, get_plan
+from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, ROTATED_ATTRIBUTE, PruningPlan, get_plan
 from lit_prune.surgery import references
 from lit_prune.surgery.compiled import forget_compiled
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
@@ -29,6 +29,8 @@ from lit_prune.surgery.saving import save_with_plan
 from lit_prune.surgery.sharded import cut_sharded
 from lit_prune.surgery.tensors import DimensionCut, UndoCut, cut_tensor, set_data
 from lit_prune.surgery.undoing import module_state, undo_all
+from lit_prune.surgery.untying import untie_head
+from lit_prune.surgery.width import narrow_config
 from lit_prune.torch_internals import tables
 
 
@@ -101,10 +103,17 @@ def apply_plan(
             the plan adds among them.
 
     Raises:
-        PlanError: If the plan or ``weights`` do not fit the model.
+        PlanError: If the plan or ``weights`` do not fit the model, or the plan is of turned hidden states (``plan.rotated``)
+            and those of the model were not turned.
         OptimizerStateError: If an optimizer's state cannot be cut, or the optimizer is of another model.
         ReferenceHeldError: If something else holds tensors of the old sizes.
     """
+    if plan.rotated and not any(getattr(m, ROTATED_ATTRIBUTE, False) for m in model.modules()):
+        raise PlanError(
+            "The plan was made once hidden states were turned (rotate_hidden), so that its hidden channels are none of this"
+            f" {type(model).__name__}. Load the weights that were saved with it, by lit_prune.load_pruned or from the"
+            " checkpoint."
+        )
     cut(model, plan, optimizers, weights)
 
 
@@ -119,6 +128,8 @@ def cut(
 ) -> Callable[[], None]:
     """Do what :func:`apply_plan` does, and return a function that undoes it; that holds on to everything that was removed.
 
+    A plan of turned hidden states may be applied to any model: the weights that it goes with are loaded afterwards.
+
     Args:
         model: The model, or a module that holds one.
         plan: A plan that fits it.
@@ -126,6 +137,30 @@ def cut(
         weights: New values for some parameters.
         root: The module that holds the model, and what else may hold parameters of it; ``model`` if ``None``.
     """
+    if not plan.rotated:
+        return _cut(model, plan, optimizers, weights, root=root)
+    journal: list[Callable[[], None]] = []
+    optimizers = list(optimizers)
+    try:
+        inner = model_and_group_sets(model, plan)[0]
+        untie_head(inner, find_optimizers(optimizers, model if root is None else root), journal)
+        _set_attribute(inner, ROTATED_ATTRIBUTE, True, journal)
+        journal.append(_cut(model, plan, optimizers, weights, root=root))
+    except BaseException:
+        undo_all(journal)
+        raise
+    return lambda: undo_all(journal)
+
+
+def _cut(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Any] = (),
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    root: nn.Module | None = None,
+) -> Callable[[], None]:
+    """What :func:`cut` does once the model has the parameters that the plan is of."""
     root = model if root is None else root
     model, group_sets = model_and_group_sets(model, plan)
     plan = with_kept_groups(model, plan)
@@ -163,6 +198,7 @@ def cut(
         for module in plan.biases:
             _add_bias(model, module, weights.get(f"{module}.bias"), cutter, journal)
         _set_attributes(model, group_sets, plan, journal)
+        narrow_config(model, plan, journal)
         for entry in plan.blocks:
             _remove_blocks(model, entry, cutter, journal)
         journal.append(keep_groups())

@@ -40,7 +40,7 @@ def model_and_group_sets(module: nn.Module, plan: PruningPlan) -> tuple[nn.Modul
     """
     if plan.groups is None:
         model = find_model(module)[1]
-        return model, find_group_sets(model, blocks=bool(plan.blocks))
+        return model, find_group_sets(model, blocks=bool(plan.blocks), hidden=plan.hidden)
     model = module
     if not plan.groups.names_fit(module):
         try:

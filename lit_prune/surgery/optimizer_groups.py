@@ -91,6 +91,33 @@ def add_bias(
         group["params"].insert(position, bias)
 
 
+def add_beside(
+    optimizers: Sequence[Any],
+    model: nn.Module,
+    new: Tensor,
+    like: Tensor,
+    journal: list[Callable[[], None]],
+) -> None:
+    """Put a new parameter of the model in the groups that hold another one, in the model's order.
+
+    Args:
+        optimizers: All optimizers.
+        model: The model, with the new parameter.
+        new: The new parameter.
+        like: The other one.
+        journal: Takes what undoes this.
+    """
+    order = {id(p): k for k, p in enumerate(model.parameters())}
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in param_groups(optimizers):
+        if any(p is like for p in group["params"]):
+            _remember(group, journal)
+            position = _position(group["params"], like, order[id(new)], order)
+            if "param_names" in group:
+                group["param_names"].insert(position, names[id(new)])
+            group["params"].insert(position, new)
+
+
 def _groups_for(
     model: nn.Module,
     groups: Sequence[dict[str, Any]],

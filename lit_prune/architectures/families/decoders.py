@@ -5,7 +5,21 @@ from torch import nn
 from lit_prune.architectures.components import MLP, Attention
 from lit_prune.architectures.families.mixers import GATED_DELTA_NET
 from lit_prune.architectures.registry import Architecture, register_architecture
+from lit_prune.architectures.stream import Stream
 from lit_prune.errors import UnsupportedModelError
+
+# of all families here: one has a norm before each part, another behind it, a third both
+STREAM = Stream(
+    embeddings=("embed_tokens",),
+    norms=(
+        "layers.*.input_layernorm",
+        "layers.*.post_attention_layernorm",
+        "layers.*.pre_feedforward_layernorm",
+        "layers.*.post_feedforward_layernorm",
+        "norm",
+    ),
+    readers=("lm_head", "score", "qa_outputs"),
+)
 
 register_architecture(
     Architecture(
@@ -36,6 +50,7 @@ register_architecture(
             MLP(path="layers.*.mlp"),
         ),
         depth=("config.num_hidden_layers", "config.layer_types", "config.no_rope_layers"),
+        stream=STREAM,
     )
 )
 
@@ -86,6 +101,7 @@ register_architecture(
             MLP(path="layers.*.mlp"),
         ),
         depth=("config.num_hidden_layers", "config.layer_types"),
+        stream=STREAM,
     )
 )
 

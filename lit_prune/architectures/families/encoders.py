@@ -2,6 +2,7 @@
 
 from lit_prune.architectures.components import MLP, Attention
 from lit_prune.architectures.registry import Architecture, register_architecture
+from lit_prune.architectures.stream import Stream
 
 _HEADS = {"num_attention_heads": "query_heads", "all_head_size": "query_features"}
 
@@ -30,6 +31,34 @@ register_architecture(
             MLP(path="layer.*", inputs=("intermediate.dense",), output="output.dense"),
         ),
         depth=("config.num_hidden_layers",),
+        # what a pooler or the transform before a tied decoder gives is as wide in every config
+        stream=Stream(
+            embeddings=(
+                "embeddings.word_embeddings",
+                "embeddings.position_embeddings",
+                "embeddings.token_type_embeddings",
+            ),
+            norms=(
+                "embeddings.LayerNorm",
+                "layer.*.attention.output.LayerNorm",
+                "layer.*.output.LayerNorm",
+                "transform.LayerNorm",
+                "lm_head.layer_norm",
+            ),
+            readers=(
+                "pooler.dense",
+                "transform.dense",
+                "predictions.decoder",
+                "cls.seq_relationship",
+                "lm_head.dense",
+                "lm_head.decoder",
+                "classifier",
+                "classifier.dense",
+                "classifier.out_proj",
+                "qa_outputs",
+            ),
+            writers=("pooler.dense", "transform.dense", "lm_head.dense", "classifier.dense"),
+        ),
     )
 )
 
@@ -122,6 +151,18 @@ register_architecture(
             MLP(path="layers.*.mlp", inputs=("fc1",), output="fc2"),
         ),
         depth=("config.num_hidden_layers",),
+        stream=Stream(
+            embeddings=("embeddings.patch_embeddings.projection",),
+            norms=("layers.*.layernorm_before", "layers.*.layernorm_after", "layernorm"),
+            readers=("pooler.dense", "classifier", "cls_classifier", "distillation_classifier"),
+            writers=("pooler.dense",),
+            parameters=(
+                ("embeddings.cls_token", 2),
+                ("embeddings.distillation_token", 2),
+                ("embeddings.mask_token", 2),
+                ("embeddings.position_embeddings", 2),
+            ),
+        ),
     )
 )
 

@@ -9,6 +9,7 @@ from lit_prune.architectures.components import MLP, Attention
 from lit_prune.architectures.families.alibi import own_slopes
 from lit_prune.architectures.registry import Architecture, register_architecture
 from lit_prune.architectures.slices import INTERLEAVED
+from lit_prune.architectures.stream import Stream
 from lit_prune.errors import UnsupportedModelError
 
 register_architecture(
@@ -29,6 +30,11 @@ register_architecture(
             MLP(path="layers.*.mlp", inputs=("gate_up_proj",), parts=2),
         ),
         depth=("config.num_hidden_layers",),
+        stream=Stream(
+            embeddings=("embed_tokens",),
+            norms=("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm"),
+            readers=("lm_head", "score"),
+        ),
     )
 )
 
@@ -47,6 +53,11 @@ register_architecture(
             MLP(path="h.*.mlp", inputs=("c_fc",), output="c_proj"),
         ),
         depth=("config.num_hidden_layers",),
+        stream=Stream(
+            embeddings=("wte", "wpe"),
+            norms=("h.*.ln_1", "h.*.ln_2", "ln_f"),
+            readers=("lm_head", "score", "classifier", "qa_outputs"),
+        ),
     )
 )
 
