@@ -55,7 +55,8 @@ from lit_prune.surgery.tensors import DimensionCut
 REPAIRS = ("least_squares", "bias")
 
 
-# measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much
+# measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much. Relative to the
+# size of each input (32 sequences, one iteration): perplexity 30.84 at 10% and 37.22 at 20%; to the mean size 30.88 and 37.62
 DAMPING = 4.0
 
 
