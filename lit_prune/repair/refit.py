@@ -295,7 +295,7 @@ def _normal_equations(
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
     gram: Gram | None = None
-    cross = torch.empty(0)
+    cross: Tensor | None = None
     tokens = torch.zeros((), dtype=torch.float64, device=dense[0].device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
     earlier = order[: order.index(path)]
@@ -318,7 +318,9 @@ def _normal_equations(
         if gram is None:
             gram = Gram(a.shape[1], a.device, wide)
             cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
+        assert cross is not None
         gram.add(a)
         add_product(cross, b, a)
     assert gram is not None
+    assert cross is not None
     return gram.matrix, cross, tokens
