@@ -54,7 +54,8 @@ from lit_prune.surgery.tensors import DimensionCut
 REPAIRS = ("least_squares", "bias")
 
 
-# measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much
+# measured on SmolLM2-135M with 128 sequences of 128 tokens: twice or half of it is hardly worse, a tenth much. Relative to the
+# size of each input (32 sequences, one iteration): perplexity 30.84 at 10% and 37.22 at 20%; to the mean size 30.88 and 37.62
 DAMPING = 4.0
 
 
@@ -339,7 +340,7 @@ def _normal_equations(
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
     gram: Gram | None = None
-    cross = torch.empty(0)
+    cross: Tensor | None = None
     weight = smaller.get_parameter(f"{path}.weight")
     tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
     bias = getattr(smaller.get_submodule(path), "bias", None)
@@ -356,7 +357,9 @@ def _normal_equations(
         if gram is None:
             gram = Gram(a.shape[1], a.device, wide)
             cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
+        assert cross is not None
         gram.add(a)
         add_product(cross, b, a)
     assert gram is not None
+    assert cross is not None
     return gram.matrix, cross, tokens

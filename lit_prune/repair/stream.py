@@ -25,9 +25,11 @@ from lit_prune.groups import HIDDEN, GroupSet, Slice, is_inside
 from lit_prune.modeling_pruned import sync_features
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
+from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.regression import _relative, ridge
-from lit_prune.repair.replay import _adds_up, _record, _run, _runs_when_cut, _Stream, _trace
+from lit_prune.repair.replay import _adds_up, _run, _runs_when_cut, _trace
 from lit_prune.repair.stream_calls import Unit, called_before, read_behind, units
+from lit_prune.repair.streams import _record, _Stream
 from lit_prune.surgery.apply import cut_block
 from lit_prune.surgery.plan_cuts import parameter_cuts
 
@@ -140,19 +142,19 @@ class _Refit:
         self.norms = stream_norms(model)
         self.weights: dict[str, Tensor] = {}
 
-    def first_inputs(self, stream: _Stream, batches: Sequence[Any], forward: Callable[[Any], Any]) -> list[Tensor]:
+    def first_inputs(self, stream: _Stream, batches: Sequence[Any], forward: Callable[[Any], Any]) -> HiddenStates:
         """What the first block of the narrower model is called with."""
         first = self.model.get_submodule(stream.blocks[0])
         before = called_before(self.model, self.norms, first, lambda: forward(batches[0]))
         if not before:
-            return [x.index_select(-1, self.kept) for x in stream.inputs]
+            return HiddenStates(stream.storage, (x.index_select(-1, self.kept) for x in stream.inputs))
         with norms_over_kept(self.model, before, self.kept):
             again = _record(self.model, self.group_sets, batches, forward)[0]
-        return [x.index_select(-1, self.kept) for x in again.inputs]
+        return HiddenStates(again.storage, (x.index_select(-1, self.kept) for x in again.inputs))
 
     def block(
-        self, name: str, block: nn.Module, dense: Sequence[Tensor], pruned: Sequence[Tensor], stream: _Stream
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, name: str, block: nn.Module, dense: HiddenStates, pruned: HiddenStates, stream: _Stream
+    ) -> tuple[HiddenStates, HiddenStates]:
         """Refit one block; what it gives in the dense stream, and cut and refitted in the pruned one."""
         prefix = f"{name}."
         smaller = copy_to_cut(block, [n for n, _ in block.named_parameters(remove_duplicate=False)])
@@ -176,14 +178,15 @@ class _Refit:
             return following, _run(smaller, pruned, stream, name)
 
     def _dense(
-        self, block: nn.Module, members: Sequence[Unit], dense: Sequence[Tensor], stream: _Stream, name: str
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        self, block: nn.Module, members: Sequence[Unit], dense: HiddenStates, stream: _Stream, name: str
+    ) -> tuple[HiddenStates, list[dict[str, Tensor]]]:
         """What the dense block gives for every batch, what its readers read, and what its consumers give."""
-        following, given = [], []
+        following = HiddenStates(stream.storage)
+        given = []
         for x, call in zip(dense, stream.calls[name], strict=True):
             output, found = _trace(block, [u.paths[0] for u in members], x, call, name)
             assert output is not None
-            if not following:
+            if len(following) == 0:
                 stream.check_replay(name, output)
             following.append(output)
             given.append({u.paths[0]: found[u.paths[0]][0 if u.reads else 1] for u in members})
@@ -194,8 +197,8 @@ class _Refit:
         smaller: nn.Module,
         unit: Unit,
         earlier: Sequence[str],
-        dense: Sequence[Tensor],
-        pruned: Sequence[Tensor],
+        dense: HiddenStates,
+        pruned: HiddenStates,
         given: Sequence[Mapping[str, Tensor]],
         stream: _Stream,
         name: str,
@@ -279,8 +282,8 @@ class _Refit:
     def behind(
         self,
         stream: _Stream,
-        dense: Sequence[Tensor],
-        pruned: Sequence[Tensor],
+        dense: HiddenStates,
+        pruned: HiddenStates,
         batches: Sequence[Any],
         forward: Callable[[Any], Any],
     ) -> None:

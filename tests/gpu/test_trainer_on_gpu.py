@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_device import DEVICE, needs_gpu
 from test_matrix import CASES, LOOSE, Base, Mask
 from test_pruning import fit, pruning
 
@@ -15,6 +16,13 @@ ROWS = (
     *("bf16-mixed", "bf16-true", "gradient checkpointing", "torch.compile", "iterable dataset", "dict batches"),
     *("no validation", "at step 0"),
 )
+
+pytestmark = needs_gpu
+
+
+@pytest.fixture
+def device():
+    return DEVICE
 
 
 def options_for(device, **options):

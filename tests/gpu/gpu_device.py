@@ -18,15 +18,9 @@ if importlib.util.find_spec("lit_prune.callbacks") is None:
 ON_CPU = os.environ.get("LIT_PRUNE_GPU_TESTS") == "cpu"
 
 
-def pytest_collection_modifyitems(items):
-    here = os.path.dirname(__file__)
-    for item in items:
-        if str(item.path).startswith(here):
-            item.add_marker(pytest.mark.gpu)
-            if not (torch.cuda.is_available() or ON_CPU):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() or ON_CPU), reason="needs a GPU"),
+]
 
-
-@pytest.fixture
-def device():
-    return torch.device("cpu" if ON_CPU else "cuda")
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
