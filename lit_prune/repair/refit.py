@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,15 +103,9 @@ def least_squares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     if not is_chain(model, group_sets):
+        data = partial(contextlib.nullcontext, (batches, forward))
         return refit_in_order(
-            model,
-            group_sets,
-            plan,
-            lambda: contextlib.nullcontext((batches, forward)),
-            damping=damping,
-            root=root,
-            progress=progress,
-            all_reduce=all_reduce,
+            model, group_sets, plan, data, damping=damping, root=root, progress=progress, all_reduce=all_reduce
         )
     damping = DAMPING if damping is None else damping
     cuts = parameter_cuts(model, plan, group_sets)
