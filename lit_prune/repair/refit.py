@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.partial_runs import PartialRuns
+from lit_prune.repair.passes import Data
 from lit_prune.repair.recording import CallOutputs, Recording
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
@@ -103,7 +103,7 @@ def least_squares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     if not is_chain(model, group_sets):
-        data = partial(contextlib.nullcontext, (batches, forward))
+        data = _again(batches, forward)
         return refit_in_order(
             model, group_sets, plan, data, damping=damping, root=root, progress=progress, all_reduce=all_reduce
         )
@@ -146,6 +146,11 @@ def least_squares(
                 )
                 weights |= refitted
     return weights
+
+
+def _again(batches: Iterable[Any], forward: Callable[[Any], Any]) -> Data:
+    """Batches that are at hand, for several passes."""
+    return lambda: contextlib.nullcontext((batches, forward))
 
 
 def _refit_layer(
