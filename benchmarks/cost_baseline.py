@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from common import BARE, Peak, bare, build, loss_of, make_batches, markdown, synchronize
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -75,10 +77,13 @@ def _model_and_batches(name: str, options: argparse.Namespace) -> tuple[torch.nn
 
 def _timed(action: Any, options: argparse.Namespace) -> dict[str, float]:
     synchronize(options)
+    counter = FlopCounterMode(display=False) if options.flops else contextlib.nullcontext()
     wall, cpu = time.perf_counter(), time.process_time()
-    action()
+    with counter:
+        action()
     synchronize(options)
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    return seconds | ({"flops": float(counter.get_total_flops())} if isinstance(counter, FlopCounterMode) else {})
 
 
 def _worker(root: Path, name: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def _worker(root: Path, name: str, path: Path, options: argparse.Namespace) -> d
     for option in ("device", "dtype", "threads", "tokens"):
         command += [f"--{option}", str(getattr(options, option))]
     command += ["--text", str(options.text)] if options.text is not None else []
+    command += ["--flops"] if options.flops else []
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
@@ -157,7 +163,7 @@ def report_baseline(found: Mapping[str, Any]) -> str:
         "gradients dropped",
     )
     text = markdown(heads, table)
-    for clock in MEASURED:
+    for clock in (*MEASURED, *(["flops"] if "flops" in rows["here"][0]["prune"] else [])):
         pairs = zip(rows["baseline"], rows["here"], strict=True)
         ratios = [there["prune"][clock] / here["prune"][clock] for there, here in pairs]
         text += (
@@ -184,6 +190,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--flops",
+        action="store_true",
+        help="count products as well, which a busy machine does not change; slows the clocks",
+    )
     parser.add_argument("--measure", help="measure once and print it; used inside")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -199,7 +199,7 @@ class Recording:
             self._running[name] = hidden_input(args, kwargs).shape[:-1], CallOutputs()
 
         def end(_: nn.Module, __: Any, output: Any) -> None:
-            _, outputs = self._running.pop(name)
+            outputs = self._running.pop(name)[1]
             if name in self.outputs:
                 outputs.output = _states(output, name).detach()
                 self._keep(stream, name, outputs)

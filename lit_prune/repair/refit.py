@@ -38,6 +38,7 @@ from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
 from lit_prune.repair.partial_runs import PartialRuns
+from lit_prune.repair.passes import Data
 from lit_prune.repair.recording import CallOutputs, Recording
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import (
@@ -103,15 +104,9 @@ def least_squares(
         UnsupportedModelError: If the blocks cannot be run on their own, one after the other.
     """
     if not is_chain(model, group_sets):
+        data = _again(batches, forward)
         return refit_in_order(
-            model,
-            group_sets,
-            plan,
-            lambda: contextlib.nullcontext((batches, forward)),
-            damping=damping,
-            root=root,
-            progress=progress,
-            all_reduce=all_reduce,
+            model, group_sets, plan, data, damping=damping, root=root, progress=progress, all_reduce=all_reduce
         )
     damping = DAMPING if damping is None else damping
     cuts = parameter_cuts(model, plan, group_sets)
@@ -152,6 +147,11 @@ def least_squares(
                 )
                 weights |= refitted
     return weights
+
+
+def _again(batches: Iterable[Any], forward: Callable[[Any], Any]) -> Data:
+    """Batches that are at hand, for several passes."""
+    return lambda: contextlib.nullcontext((batches, forward))
 
 
 def _refit_layer(

@@ -18,6 +18,7 @@ from test_pruning import Module, pruning
 import lit_prune.callbacks.cutting
 import lit_prune.callbacks.report
 import lit_prune.pipeline
+import lit_prune.repairing
 from lit_prune import CalibrationError, PruningError
 from lit_prune.callbacks import PruningReport
 from lit_prune.distributed.ranks import Ranks
@@ -67,9 +68,9 @@ def raises(error):
     return odd
 
 
-def on_rank_1(patched: str, error: Exception):
-    """In place of a function of the pipeline: it fails on the second process."""
-    own = getattr(lit_prune.pipeline, patched)
+def on_rank_1(module, patched: str, error: Exception):
+    """In place of a function: it fails on the second process."""
+    own = getattr(module, patched)
 
     def failing(*args, **kwargs):
         if os.environ["LOCAL_RANK"] == "1":
@@ -80,8 +81,8 @@ def on_rank_1(patched: str, error: Exception):
 
 
 CASES = {
-    # where the error comes (of one batch to check modules by, and two each to calibrate, for what repair can make up for, and
-    # to repair), what it is, what it is raised as, and what the message says
+    # where the error comes (of one batch to check modules by, and two to calibrate; the repair works with what was recorded
+    # there), what it is, what it is raised as, and what the message says
     "first batch": ({"calls": (1,)}, Boom("bad batch"), RankError, "in calibration: Boom: bad batch"),
     "second batch": (
         {"calls": (2,)},
@@ -90,13 +91,18 @@ CASES = {
         "in calibration: CalibrationError: odd",
     ),
     "forward only": ({"calls": (2,), "importance": "wanda"}, Boom("late"), RankError, "in calibration: Boom: late"),
-    "compensation": ({"calls": (4,)}, Boom("far"), RankError, "in measuring unexplained shares: Boom: far"),
-    "repair": ({"calls": (6,)}, Boom("farther"), RankError, "in repair: Boom: farther"),
+    "unexplained_shares": (
+        {"patch": lit_prune.repairing},
+        Boom("far"),
+        RankError,
+        "in measuring unexplained shares: Boom: far",
+    ),
+    "least_squares": ({"patch": lit_prune.repairing}, Boom("farther"), RankError, "in repair: Boom: farther"),
     "dataloader": ({"loader": True}, Boom("no file"), RankError, "in calibration: Boom: no file"),
     "on_pruning_start": ({"hook": True}, Boom("mine"), RankError, "in pruning: Boom: mine"),
     "on_pruning_end": ({"hook": True}, Boom("mine"), RankError, "in pruning: Boom: mine"),
-    "make_plan": ({"patch": True}, PlanError("torn"), PlanError, "in pruning: PlanError: torn"),
-    "cut": ({"patch": True}, Boom("out of memory"), RankError, "in surgery: Boom: out of memory"),
+    "make_plan": ({"patch": lit_prune.pipeline}, PlanError("torn"), PlanError, "in pruning: PlanError: torn"),
+    "cut": ({"patch": lit_prune.pipeline}, Boom("out of memory"), RankError, "in surgery: Boom: out of memory"),
 }
 
 
@@ -128,14 +134,14 @@ def fails_alone(folder: str) -> None:
         trainer = trainer_of(RANKS, pruning(**options), Raises(name if "hook" in where else None, error), max_epochs=1)
         own = None
         if "patch" in where:
-            own, failing = on_rank_1(name, error)
-            setattr(lit_prune.pipeline, name, failing)
+            own, failing = on_rank_1(where["patch"], name, error)
+            setattr(where["patch"], name, failing)
         try:
             with pytest.raises(PruningError, match=rf"process 1 of 2, {message}") as caught:
                 trainer.fit(module)
         finally:
             if own is not None:
-                setattr(lit_prune.pipeline, name, own)
+                setattr(where["patch"], name, own)
         assert type(caught.value) is kind, name
         if rank == 1:
             assert caught.value.__cause__ is error, name
