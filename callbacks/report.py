@@ -365,7 +365,7 @@ class PruningReport(Callback):
     @rank_zero_only
     def _print(self, trainer: pl.Trainer) -> None:
         console, pruning = Console(), self._pruning
-        for table in report_tables(self.metrics, pruning and pruning.plan, pruning.costs if pruning else {}):
+        for table in report_tables(self.metrics, pruning.plan if pruning else None, pruning.costs if pruning else {}):
             console.print(table)
         if note := self._note_on_metrics(trainer):
             console.print(for_console(note), soft_wrap=True)

@@ -121,8 +121,9 @@ def measure_table(
             " give the file as budget.latency_table."
         )
     variants = list(_variants(group_sets))
-    plans = {(v.kind, v.size, v.kept): v.plan(model, group_sets) for v in variants}
-    seconds = time_plans(workload, phase, {None: None, **plans}, patience, clock=clock)
+    plans: dict[object, PruningPlan | None] = {None: None}
+    plans |= {(v.kind, v.size, v.kept): v.plan(model, group_sets) for v in variants}
+    seconds = time_plans(workload, phase, plans, patience, clock=clock)
     dense = min(seconds[None])
     noise = _spread(seconds[None]) / dense
     times = []

@@ -103,7 +103,7 @@ class LatencyTable:
 def setting_of(model: nn.Module, group_sets: Sequence[GroupSet], phase: str, batch: int, length: int) -> dict[str, Any]:
     """What the times of a model depend on, as plain data."""
     weight = next(model.parameters())
-    described = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()]
+    described: list[list[Any]] = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()]
     described += [[*s.key, s.size] for s in group_sets]
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor()
     return {
