@@ -179,7 +179,8 @@ class _Refit:
         self, block: nn.Module, members: Sequence[Unit], dense: Sequence[Tensor], stream: _Stream, name: str
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """What the dense block gives for every batch, what its readers read, and what its consumers give."""
-        following, given = [], []
+        following: list[Tensor] = []
+        given: list[dict[str, Tensor]] = []
         for x, call in zip(dense, stream.calls[name], strict=True):
             output, found = _trace(block, [u.paths[0] for u in members], x, call, name)
             assert output is not None
