@@ -21,12 +21,12 @@ def _probed(norm: nn.Module, weight: float, x: torch.Tensor) -> torch.Tensor:
     # the values of the parameters are replaced: they may be on any device, or nowhere
     memo = {id(p): nn.Parameter(torch.zeros(p.shape, dtype=torch.float32)) for p in norm.parameters(recurse=False)}
     probe = copy.deepcopy(norm, memo)
-    probe.weight.fill_(weight)  # type: ignore[operator, union-attr]
+    probe.weight.fill_(weight)  # type: ignore[operator]
     return probe(x)
 
 
 def _spread(norm: nn.Module, mean: float) -> torch.Tensor:
-    return torch.linspace(-1.0, 1.0, int(norm.weight.numel()), dtype=torch.float32)[None] + mean  # type: ignore[operator, union-attr, arg-type]
+    return torch.linspace(-1.0, 1.0, int(norm.weight.numel()), dtype=torch.float32)[None] + mean  # type: ignore[operator]
 
 
 def scale_offset(norm: nn.Module) -> float:

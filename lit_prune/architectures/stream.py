@@ -72,7 +72,7 @@ def stream_set(
         )
     name = named[0]
     weight = model.get_submodule(name).weight
-    width = int(weight.shape[1 if isinstance(model.get_submodule(name), nn.Embedding) else 0])  # type: ignore[index, union-attr]
+    width = int(weight.shape[1 if isinstance(model.get_submodule(name), nn.Embedding) else 0])  # type: ignore[index]
     found = _distinct(model, _slices(model, stream, components, width))
     _check_covered(model, found, group_sets, width)
     cost, step = group_cost(model, found), _required_multiple(model, stream, width)
@@ -164,6 +164,7 @@ def _projections(model: nn.Module, components: Sequence[Component]) -> tuple[lis
         ]
         if not places:
             continue
+        inputs: tuple[str, ...]
         if isinstance(component, Attention):
             inputs = (component.fused,) if component.fused else (component.query, component.key, component.value)
         elif isinstance(component, MLP) and not component.routed:

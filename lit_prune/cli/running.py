@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from lit_prune.cli import COMMANDS, DEBUG, PROGRAM
+from lit_prune.extras import missing
 from lit_prune.user_errors import DEBUG_HELP, check_groups, errors_as_sentences
+
+try:
+    from jsonargparse import ArgumentParser
+except ImportError as error:
+    raise missing("jsonargparse", "cli", PROGRAM) from error
 
 _MARKUP = re.compile(r"(?::\w+:`|``)([^`]+)``?")
 _EXAMPLES = {

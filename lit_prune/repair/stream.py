@@ -182,7 +182,7 @@ class _Refit:
     ) -> tuple[HiddenStates, list[dict[str, Tensor]]]:
         """What the dense block gives for every batch, what its readers read, and what its consumers give."""
         following = HiddenStates(stream.storage)
-        given = []
+        given: list[dict[str, Tensor]] = []
         for x, call in zip(dense, stream.calls[name], strict=True):
             output, found = _trace(block, [u.paths[0] for u in members], x, call, name)
             assert output is not None

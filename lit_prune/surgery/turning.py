@@ -118,5 +118,9 @@ def _turned_state(value: Tensor, turn: Turn) -> Tensor:
 def _write(tensor: Tensor, values: Tensor, journal: list[Callable[[], None]]) -> None:
     """Give a tensor object other values; it is the object that is undone, whatever its size is in between."""
     before = tensor.detach().cpu().clone()
-    journal.append(lambda: tensor.copy_(before))
+
+    def undo() -> None:
+        tensor.copy_(before)
+
+    journal.append(undo)
     tensor.copy_(values)
