@@ -446,7 +446,7 @@ def build_layers(model: nn.Module, stated: Mapping[str, Mapping[int, Mapping[str
             for module in model.modules()
             if plain is not None and module.__dict__.get("config") is plain
             for child in module.children()
-            if isinstance(child, nn.ModuleList) and len(child) == plain.num_hidden_layers
+            if isinstance(child, nn.ModuleList) and len(child) == getattr(plain, "num_hidden_layers", None)
         ]
         if len(stacks) != 1:
             raise PrunedPlanError(

@@ -27,7 +27,8 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
     try:
-        torch.mm(*torch.zeros(2, 16, 16, device=device, dtype=dtype), out_dtype=torch.float32)
+        square = torch.zeros(16, 16, device=device, dtype=dtype)
+        torch.mm(square, square, out_dtype=torch.float32)
     except (RuntimeError, TypeError):
         return False
     return True

@@ -7,6 +7,7 @@ import importlib
 import sys
 from typing import NoReturn
 
+from lit_prune.extras import MissingPackageError
 from lit_prune.version import __version__
 
 PROGRAM = "lit-prune"
@@ -63,7 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
     except _Usage as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    importlib.import_module(f"{__name__}.running").run(name, own, debug=DEBUG in given)
+    try:
+        running = importlib.import_module(f"{__name__}.running")
+    except MissingPackageError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    running.run(name, own, debug=DEBUG in given)
 
 
 if __name__ == "__main__":
