@@ -25,7 +25,7 @@ from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.callbacks.calibration import uncompiled
 from lit_prune.callbacks.cutting import _batches
 from lit_prune.callbacks.detection import find_groups
-from lit_prune.callbacks.manual_optimization import replaced
+from lit_prune.callbacks.manual_optimization import held_step, replaced
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.progress import progress_over
 from lit_prune.callbacks.pruning import StructuredPruning
@@ -249,7 +249,7 @@ class LearnedGates(Callback):
             if not self.train_weights:
                 for optimizer in trainer.optimizers:
                     mark_as_stepped(optimizer)
-                    stack.enter_context(replaced(optimizer, "step", _held(optimizer.step)))
+                    stack.enter_context(replaced(optimizer, "step", held_step(optimizer.step)))
             self._stack = stack.pop_all()
 
     def _with_divergence(self, own: Callable[..., Any], agreement: Agreement) -> Callable[..., Any]:
@@ -397,16 +397,3 @@ class LearnedGates(Callback):
             state_dict["random"],
             None if importance is None else tuple(importance),
         )
-
-
-def _held(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of an optimizer that runs its closure and changes nothing."""
-
-    @functools.wraps(step)
-    def held(closure: Callable[[], Any] | None = None, *_: Any, **__: Any) -> Any:
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
-
-    return held

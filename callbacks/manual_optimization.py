@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -249,3 +250,16 @@ def _graph(loss: Tensor) -> Iterator[Any]:
             if other not in seen:
                 seen.add(other)
                 stack.append(other)
+
+
+def held_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of an optimizer that runs its closure and changes nothing."""
+
+    @functools.wraps(step)
+    def held(closure: Callable[[], Any] | None = None, *_: Any, **__: Any) -> Any:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    return held

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_prune.architectures.registry import has_groups
-from lit_prune.arguments import BATCHES, COUNT, FLAG, MOST_GROUPS, PATH, RATIO, TEXT, count, optional
+from lit_prune.arguments import BATCHES, COUNT, FLAG, PATH, RATIO, TEXT, optional
 from lit_prune.budgets.budget import Budget
 from lit_prune.callbacks.calibration import check_calibration_loader
 from lit_prune.callbacks.cutting import finish_stage, prune_stage, put_off
@@ -29,16 +29,16 @@ from lit_prune.callbacks.schedule import (
     Stage,
     begin_epoch_anew,
     check_reachable,
-    check_stages,
     check_timing,
     due_stage,
     skips_epoch_start,
+    stages_of,
 )
 from lit_prune.callbacks.strategies import check_strategy, follow_checkpoints, stop_rebuilding
 from lit_prune.config import PruningConfig
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.plan import FORMAT, PruningPlan
-from lit_prune.ranking.selection import Limits
+from lit_prune.ranking.selection import Limits, mlp_multiples
 from lit_prune.ranking.table import GroupTable
 
 
@@ -187,20 +187,10 @@ class StructuredPruning(Callback):
         super().__init__()
         check_timing(schedule, epoch, step, budget)
         pruning_ratio = RATIO.check("pruning_ratio", pruning_ratio)
-        if isinstance(schedule, CubicSchedule):
-            self.stages = schedule.resolve(pruning_ratio)
-        elif schedule is not None:
-            self.stages = check_stages(schedule)
-        else:
-            self.stages = (Stage(pruning_ratio, 1 if epoch is None and step is None else epoch, step),)
+        self.stages = stages_of(schedule, pruning_ratio, epoch, step)
         self.calibration_batches = COUNT.check("calibration_batches", calibration_batches)
         self.calibration_dataloader = optional(BATCHES).check("calibration_dataloader", calibration_dataloader)
         check_calibration_loader(calibration_dataloader)
-        multiple_of = None
-        mlp_multiple_of = optional(count(1, MOST_GROUPS)).check("mlp_multiple_of", mlp_multiple_of)
-        if mlp_multiple_of is not None:
-            # 1 is any width, of models without MLPs, too
-            multiple_of = {} if mlp_multiple_of == 1 else {"mlp": mlp_multiple_of}
         self.config = PruningConfig(
             importance=importance,
             pruning_ratio=self.stages[-1].ratio,
@@ -214,7 +204,7 @@ class StructuredPruning(Callback):
                 min_groups=min_groups,
                 min_fraction=min_fraction,
                 protect=protect,
-                multiple_of=multiple_of,
+                multiple_of=mlp_multiples(mlp_multiple_of),
                 kinds=kinds,
                 uniform=uniform,
             ),

@@ -206,3 +206,21 @@ def _steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tupl
             factors += callback.scheduling.values()
     skips = is_overridden("on_train_batch_start", pl_module)
     return 0 if skips else math.ceil(batches / max(factors)), math.ceil(batches / min(factors))
+
+
+def stages_of(
+    schedule: Sequence[Stage] | CubicSchedule | None, ratio: float, epoch: int | None, step: int | None
+) -> tuple[Stage, ...]:
+    """The stages of a schedule; without one, a single stage, by default at the start of epoch 1.
+
+    Args:
+        schedule: The schedule, checked by :func:`check_timing`.
+        ratio: Fraction of the parameters that is removed after the last stage.
+        epoch: When the single stage is due.
+        step: When it is due, in optimizer steps.
+    """
+    if isinstance(schedule, CubicSchedule):
+        return schedule.resolve(ratio)
+    if schedule is not None:
+        return check_stages(schedule)
+    return (Stage(ratio, 1 if epoch is None and step is None else epoch, step),)

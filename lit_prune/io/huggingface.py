@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,7 @@ def _to_pretrained(
         dense = build(base, dense_config)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense, hidden=plan.hidden)
-    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    whole_sets = [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)]
-    # hidden channels are those of a tied head, too
-    check_weights(model, [s for s in whole_sets if s.kind != HIDDEN])
+    _check_held(model, group_sets)
     depth, width, changed = _changed_fields(dense, plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
@@ -241,6 +238,14 @@ def _to_pretrained(
         whole.generation_config = model.generation_config
     set_plan(whole, plan)
     return whole.eval()
+
+
+def _check_held(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
+    """Check the weights of the group sets that a model still has."""
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    whole = [s for s in group_sets if held.issuperset(part.parameter for part in s.slices)]
+    # hidden channels are those of a tied head, too
+    check_weights(model, [s for s in whole if s.kind != HIDDEN])
 
 
 saving.to_pretrained = to_pretrained

@@ -58,6 +58,20 @@ _RULES: dict[str, Rule] = {
 }
 
 
+def mlp_multiples(multiple: int | None) -> dict[str, int] | None:
+    """What ``Limits.multiple_of`` is where MLP widths are to be multiples of one number.
+
+    Args:
+        multiple: The number; 1 is any width, also of models without MLPs, and ``None`` the default.
+
+    Raises:
+        ArgumentTypeError: If it is no integer.
+        ArgumentValueError: If it is not positive, or larger than any width.
+    """
+    multiple = optional(count(1, MOST_GROUPS)).check("mlp_multiple_of", multiple)
+    return None if multiple is None else {} if multiple == 1 else {"mlp": multiple}
+
+
 @dataclass(frozen=True)
 class Limits:
     """Constraints on which groups may be removed.
