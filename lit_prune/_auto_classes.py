@@ -50,11 +50,12 @@ def _register(module: ModuleType) -> None:
             return known[MODEL_TYPE].from_pretrained(*args, **kwargs)
 
     module.AutoConfig.register(MODEL_TYPE, PrunedConfigOnDemand)
-    stock = module.AutoConfig.__dict__["from_pretrained"]
+    stock = module.AutoConfig.__dict__["from_pretrained"].__func__
 
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        """Import what knows folders with layers of their own, which puts its own method here, and call that."""
-        module.AutoConfig.from_pretrained = stock
+        """Import what knows folders whose layers differ, which wraps this method, and begin again."""
+        if getattr(module.AutoConfig.from_pretrained, "knows_pruned_layers", False):
+            return stock(cls, *args, **kwargs)
         importlib.import_module("lit_prune.io.loading")
         return module.AutoConfig.from_pretrained(*args, **kwargs)
 
