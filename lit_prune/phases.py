@@ -74,7 +74,8 @@ def _needs_gradients(config: PruningConfig) -> bool:
 def _walk(phase: str, model: nn.Module, group_sets: Sequence[GroupSet], batches: int, passes: int) -> Work:
     scored = [s for s in group_sets if s.kind != BLOCK]
     if is_chain(model, scored):
-        return Work(phase, batches, batches, passes * batches)
+        # calibration recorded what the layers read
+        return Work(phase, walk=passes * batches)
     # a pass for what is measured in all layers at once, and one for each layer that is refitted
     layers = len({part.module for s in scored for part in s.repairable})
     return Work(phase, batches, batches, 0 if passes == _MEASURING else layers * batches)

@@ -94,10 +94,12 @@ class Progress:
         """Show that a phase goes on, and at its end that it is done."""
         self._phase = name
         self._begin(name)
-        yield
-        if self._begun:
-            self._move(self._ends[self._at])
-        self._phase, self._begun = None, False
+        try:
+            yield
+            if self._begun:
+                self._move(self._ends[self._at])
+        finally:
+            self._phase, self._begun = None, False
 
     def _begin(self, name: str) -> None:
         """Go to the next expected phase of that name; those before it are skipped."""

@@ -109,7 +109,7 @@ PLAN = {
     "--config=calibration-5.yaml": "calibration must be a mapping of options; found 5 (int).",
     "--config=broken.yaml": "Problems parsing config",
     "--config=list.yaml": "Unexpected config",
-    "--config=typo.yaml": "does not accept option 'pruning.pruning_ratoi'",
+    "--config=typo.yaml": "does not accept option 'pruning_ratoi'",
     "--config=absent.yaml": "File does not exist",
     "--nope=3": "unrecognized arguments: --nope=3",
 }

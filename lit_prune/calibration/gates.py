@@ -168,7 +168,7 @@ class Gates:
         by_key = {s.key: change for s, change in zip(self._group_sets, changes, strict=True)}
         for name, parts in self.parts.items():
             features = self._features(name)
-            line = self._changes[name] = torch.zeros(features)
+            line = self._changes[name] = torch.zeros(features, dtype=torch.float32)
             for group_set, index in parts:
                 line[index.flatten()] = by_key[group_set.key].to(line).repeat_interleave(index.shape[1])
         for group_set in self._group_sets:

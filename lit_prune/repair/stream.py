@@ -206,7 +206,7 @@ class _Refit:
     ) -> _Sums:
         """The normal equations of a unit, over all batches."""
         path, sums = unit.paths[0], _Sums()
-        rows = self._kept_rows(unit.parts[0]) if unit.parts else torch.empty(0)
+        rows = self._kept_rows(unit.parts[0]) if unit.parts else torch.empty(0, dtype=torch.long)
         bias = getattr(smaller.get_submodule(path), "bias", None)
         for number, (x, narrow, call, mask) in enumerate(
             zip(dense, pruned, stream.calls[name], stream.masks, strict=True)

@@ -110,10 +110,12 @@ def test_predictors_are_ridge_regressions():
         expected = torch.zeros(2, 12, dtype=torch.float64)
         expected[:, sources] = regression(group, sources)
         torch.testing.assert_close(found[group], expected)
-        # of the output, with the damping counted as more rows of inputs
-        left = (x.double() - x.double() @ found.T)[:, group] @ weight[:, group].double().T
-        share = float(left.square().sum() / (x[:, group] @ weight[:, group].T).square().sum())
-        assert float(shares[groups.tolist().index(group)]) == pytest.approx(min(share, 1), rel=0.1)
+        # of the output, the Schur complement of the others; of a kept group with its damping, as of rows of inputs
+        own = gram[group][:, group] + damping * torch.eye(2, dtype=torch.float64) * bool(keep[group].all())
+        left = own - regression(group, sources) @ gram[sources][:, group]
+        columns = weight[:, group].double()
+        share = float(torch.trace(columns @ left @ columns.T) / torch.trace(columns @ gram[group][:, group] @ columns.T))
+        assert float(shares[groups.tolist().index(group)]) == pytest.approx(min(share, 1), rel=1e-6)
 
 
 def test_what_is_removed_is_what_a_refit_would_make_of_it(tokens, batches, loss_of):

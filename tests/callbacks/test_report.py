@@ -83,6 +83,8 @@ def test_a_dry_run_is_reported_without_a_model(tmp_path):
         "report.json",
         "scores.png",
         "timeline.png",
+        "trade_off.png",
+        "trade_offs.json",
     ]
 
 

@@ -69,9 +69,9 @@ def test_a_killed_process_resumed_ends_with_the_same_weights_bit_for_bit(tmp_pat
     whole.mkdir()
     run_well(train, str(whole), None, False, folder=whole)
     expected = torch.load(whole / "end.pt", weights_only=True)
-    # an epoch is 6 steps; a stage has a call to check modules, and each of its two iterations 3 calls to calibrate, 3 for
-    # what repair can make up for and 3 to repair
-    assert expected["steps"] == 4 * 6 + 2 * (1 + 2 * 9)
+    # an epoch is 6 steps; a stage has a call to check modules, and each of its two iterations 3 calls to calibrate, which
+    # record what compensation and repair need
+    assert expected["steps"] == 4 * 6 + 2 * (1 + 2 * 3)
     points = {
         "first epoch": 3,
         "calibration": 8,
