@@ -263,10 +263,9 @@ def prune_with(
             recording = None
             if learned is None or step.repair == "bias":
                 recording = recording_of(model, group_sets, step, dry_run=dry_run)
-                with phase(CALIBRATION), suspended_hooks(holder), data(CALIBRATION) as (batches, loss):
-                    with together(ranks, "calibration"):
-                        statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
                 with phase(CALIBRATION):
+                    with suspended_hooks(holder), data(CALIBRATION) as (batches, loss), together(ranks, "calibration"):
+                        statistics = _collect(model, group_sets, batches, loss, step, root, ranks, recording)
                     recording = completed(recording, partial(data, CALIBRATION), step, holder, ranks)
 
             if step.compensates and learned is None:

@@ -54,7 +54,7 @@ def predict(gram: Tensor, tokens: float, groups: Sequence[Tensor], keep: Tensor,
     result = torch.zeros_like(gram, dtype=torch.float64)
     gone = (~keep).nonzero().flatten()
     result[gone[:, None], kept] = gram[gone][:, kept].double() @ inverse
-    place = torch.full((len(gram),), -1, device=gram.device)
+    place = torch.full((len(gram),), -1, dtype=torch.long, device=gram.device)
     place[kept] = torch.arange(len(kept), device=gram.device)
     columns, shares = weight.double(), []
     for index in groups:
