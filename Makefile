@@ -80,7 +80,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt torch
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[lora]' pytest pytest-xdist hypothesis psutil pytorch-optimizer schedulefree
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[lora,cli,plots]' pytest pytest-xdist hypothesis psutil pytorch-optimizer schedulefree
 	touch $(OLDEST)/.installed
 
 $(DOCS)/.installed: pyproject.toml constraints.txt
