@@ -23,6 +23,12 @@ ROLE = re.compile(r":(?:func|class|meth|attr|data|mod|exc):`~?([\w.]+)`")
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
 
 
+def on_startup(command: str, dirty: bool) -> None:
+    """Make the folder that the package is laid out in: a search path that is not there yet would be left out."""
+    del command, dirty
+    LAID_OUT.mkdir(parents=True, exist_ok=True)
+
+
 def on_config(config: Any) -> Any:
     """Lay the package out for the reference."""
     documented = _documented()
