@@ -114,7 +114,9 @@ def test_predictors_are_ridge_regressions():
         own = gram[group][:, group] + damping * torch.eye(2, dtype=torch.float64) * bool(keep[group].all())
         left = own - regression(group, sources) @ gram[sources][:, group]
         columns = weight[:, group].double()
-        share = float(torch.trace(columns @ left @ columns.T) / torch.trace(columns @ gram[group][:, group] @ columns.T))
+        share = float(
+            torch.trace(columns @ left @ columns.T) / torch.trace(columns @ gram[group][:, group] @ columns.T)
+        )
         assert float(shares[groups.tolist().index(group)]) == pytest.approx(min(share, 1), rel=1e-6)
 
 
