@@ -1,4 +1,4 @@
-"""Loading a pruned folder takes torch, transformers, safetensors and what those require, and nothing else that is installed."""
+"""Loading a pruned folder takes torch, transformers, safetensors, pydantic and what those require, and nothing else."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def top_names(packages):
 
 
 def test_what_else_is_installed_is_not_imported(tmp_path, tokens):
-    allowed = top_names(with_requirements("torch", "transformers", "safetensors"))
+    allowed = top_names(with_requirements("torch", "transformers", "safetensors", "pydantic"))
     installed = top_names(distributions()) - {"lit_prune", "callbacks"}
     assert {"lightning", "wandb", "datasets", "torchmetrics", "jsonargparse", "matplotlib"} <= installed - allowed
     model = pruned()
