@@ -114,7 +114,10 @@ def _record(
     if not pruning.dry_run:
         assert before.reference is not None
         ratio, ratio_of = pruning.stages[stage].ratio, pruning.config.ratio_of
-        reached = max(reached, parameter_budget(ratio, ratio_of, *before.reference))
+        if pruning.config.budget is not None:
+            reached = max(reached, before.reference[0] - plan.info["parameters_after"])
+        else:
+            reached = max(reached, parameter_budget(ratio, ratio_of, *before.reference))
     run = replace(
         before.measured("pruned", {}),
         now=plan_digest(model),

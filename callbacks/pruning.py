@@ -369,7 +369,7 @@ class StructuredPruning(Callback):
         run = self.runs.current
         if self.dry_run:
             run = replace(run, plan=None, stages_done=0, unfinished=False)
-        schedule = schedule_state(self.stages, self.config.ratio_of, run.reached)
+        schedule = schedule_state(self.stages, self.config.ratio_of, run.reached, self.config.budget)
         path = run.path if self.model_path is None else self.model_path
         return {"format": FORMAT, "model_path": path, **run.state_dict(), **schedule}
 
@@ -385,7 +385,7 @@ class StructuredPruning(Callback):
             PlanError: If it has.
         """
         if trainer.state.fn == TrainerFn.FITTING:
-            check_goes_on(self.stages, self.config.ratio_of, state_dict)
+            check_goes_on(self.stages, self.config.ratio_of, state_dict, self.config.budget)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the plan and the metrics of a checkpoint; of the schedule, what is not done yet goes on.

@@ -11,15 +11,17 @@ from lit_prune.errors import PlanError
 from lit_prune.ranking.selection import parameter_budget
 
 
-def schedule_state(stages: Sequence[Stage], ratio_of: str, reached: int) -> dict[str, Any]:
+def schedule_state(stages: Sequence[Stage], ratio_of: str, reached: int, budget: object) -> dict[str, Any]:
     """The part of a pruning callback's state that says how far its schedule has come, as plain data.
 
     Args:
         stages: The schedule.
         ratio_of: What its ratios are of.
         reached: Parameters that the stages done were to remove from the model that the run began with.
+        budget: The budget in place of a ratio, ``None`` without one.
     """
-    return {"stages": [asdict(stage) for stage in stages], "ratio_of": ratio_of, "reached": reached}
+    asked = None if budget is None else str(budget)
+    return {"stages": [asdict(stage) for stage in stages], "ratio_of": ratio_of, "reached": reached, "budget": asked}
 
 
 def stages_behind(stages: Sequence[Stage], ratio_of: str, state: Mapping[str, Any]) -> int:
@@ -55,14 +57,20 @@ def budget_reached(state: Mapping[str, Any]) -> int:
     return parameter_budget(info["pruning_ratio"], info["ratio_of"], *state["reference"])
 
 
-def check_goes_on(stages: Sequence[Stage], ratio_of: str, state: Mapping[str, Any]) -> None:
-    """Refuse to resume with a schedule that asks for less than is gone already.
+def check_goes_on(stages: Sequence[Stage], ratio_of: str, state: Mapping[str, Any], budget: object) -> None:
+    """Refuse to resume with a schedule that asks for less than is gone already, or with another budget.
 
     Raises:
-        PlanError: Naming both ratios.
+        PlanError: Naming both ratios, or both budgets.
     """
-    gone = budget_reached(state)
-    if not gone or parameter_budget(stages[-1].ratio, ratio_of, *state["reference"]) >= gone:
+    gone, saved = budget_reached(state), state.get("budget")
+    asked = None if budget is None else str(budget)
+    if gone and asked != saved:
+        raise PlanError(
+            f"The checkpoint's model was pruned to the budget {saved}, and the callback's is {asked}: a budget is reached at one"
+            " point of a run. Resume with the same one, or begin a run from the pruned model."
+        )
+    if asked is not None or not gone or parameter_budget(stages[-1].ratio, ratio_of, *state["reference"]) >= gone:
         return
     whole = state["reference"][0 if ratio_of == "all" else 1]
     raise PlanError(

@@ -134,7 +134,8 @@ def with_measured(model: nn.Module, plan: PruningPlan, goals: Goals | None, *, c
     info[BUDGETS] = goals.rows(plan.info["predicted"], goals.measure(model) if cut else {})
     noted = get_plan(model)
     if cut and noted is not None:
-        set_plan(model, replace(noted, info=info))
+        first = {key: value for key, value in noted.info.items() if key == "parameters_before"}
+        set_plan(model, replace(noted, info={**noted.info, **info, **first}))
     return replace(plan, info=info)
 
 

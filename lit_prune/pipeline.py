@@ -45,8 +45,8 @@ from lit_prune.phases import (
     SURGERY,
     expected_work,
 )
-from lit_prune.plan import PruningPlan
-from lit_prune.planning import make_plan
+from lit_prune.plan import PruningPlan, get_plan, set_plan
+from lit_prune.planning import check_learned, make_plan
 from lit_prune.polishing import Polishing
 from lit_prune.progress import Progress, Work, terminal_bar
 from lit_prune.ranking.candidates import masked_loss
@@ -232,6 +232,7 @@ def prune_with(
     group_sets = find()
     costs = Costs() if costs is None else costs
     phase = partial(costs.phase, device=next(model.parameters()).device)
+    check_learned(group_sets, learned)
     with phase(CHECK):
         goals = _check_before(model, group_sets, data, config, optimizers, root, ranks, cuts=not dry_run)
     steps = config.steps(model, group_sets)
@@ -326,6 +327,8 @@ def prune_with(
                 info, undo = polishing.polish(find())
             undos.append(undo)
             made = replace(made, info={**made.info, **info})
+            if (noted := get_plan(model)) is not None:
+                set_plan(model, replace(noted, info={**noted.info, **info}))
         with phase(CHECK):
             made = with_measured(model, made, goals, cut=not dry_run)
         if dry_run:

@@ -13,6 +13,7 @@ from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import DEFAULT, PruningConfig
 from lit_prune.distributed import shards
 from lit_prune.errors import (
+    ArgumentTypeError,
     ArgumentValueError,
 )
 from lit_prune.groups import GroupSet, check_names, count_parameters, count_removed
@@ -87,6 +88,27 @@ def make_plan(
     best = min(measured, key=measured.__getitem__)
     table, plan = results[list(measured).index(best)]
     return table, replace(plan, info={**plan.info, "candidates": measured})
+
+
+def check_learned(group_sets: Sequence[GroupSet], importance: Sequence[Tensor] | None) -> None:
+    """Check importance that was learned against the groups that it is of.
+
+    Raises:
+        ArgumentTypeError: If it is no sequence of tensors.
+        ArgumentValueError: If it is of other groups.
+    """
+    if importance is None:
+        return
+    if isinstance(importance, (str, Tensor)) or not all(isinstance(part, Tensor) for part in importance):
+        raise ArgumentTypeError(
+            f"importance must be a tensor for each group set, as learn_gates gives it; found {importance!r}."
+        )
+    found, expected = [tuple(part.shape) for part in importance], [(s.size,) for s in group_sets]
+    if found != expected:
+        raise ArgumentValueError(
+            f"importance must have a number for each group of the {len(expected)} group sets that the limits allow; expected"
+            f" shapes {expected}, found {found}. Hidden channels cannot be learned."
+        )
 
 
 def _select(

@@ -10,6 +10,7 @@ from torch import nn
 from lit_prune.arguments import RATIO, sequence_of
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
+from lit_prune.errors import ArgumentValueError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.planning import make_plan
@@ -58,6 +59,8 @@ def checked_ratios(
         ArgumentValueError: If one is out of its range, or there is none.
     """
     checked = sorted(set(RATIOS.check("ratios", ratios)))
+    if config.budget is not None:
+        raise ArgumentValueError(f"Give ratios or a budget; found {checked} and {config.budget}.")
     configs = [replace(config, pruning_ratio=ratio, iterations=1) for ratio in checked]
     for each in configs:
         each.check(model, group_sets)

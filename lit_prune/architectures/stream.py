@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_prune.architectures.components import MLP, Attention, Component
 from lit_prune.architectures.features import output_dim
@@ -82,15 +84,26 @@ def stream_set(
 def _required_multiple(model: nn.Module, stream: Stream, width: int) -> int:
     """The number that the model's config wants the hidden size to be a multiple of: some check it against the heads."""
     config: Any = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if not hasattr(type(config), "from_dict") or not isinstance(heads, int) or heads < 2 or width % heads:
+    if not hasattr(type(config), "from_dict"):
         return 1
-    fields = {getattr(config, "attribute_map", {}).get(name, name): width - 1 for name in stream.fields}
+    whole = {n: v for n, v in config.to_dict().items() if n not in _OF_PRUNED_MODELS}
+    # also those of the dense model, beside which a folder says the hidden size
+    dense = (getattr(config, "pruning", None) or {}).get("dense", {})
+    heads = [
+        h for h in (fields.get("num_attention_heads") for fields in (whole, dense)) if isinstance(h, int) and h > 1
+    ]
+    heads = [h for h in heads if width % h == 0]
+    narrower = {getattr(config, "attribute_map", {}).get(name, name): width - 1 for name in stream.fields}
+    base = getattr(config, "base_model_type", None)
     try:
-        type(config).from_dict({**config.to_dict(), **fields})
+        (type(config) if base is None else CONFIG_MAPPING[base]).from_dict({**whole, **narrower})
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError):
-        return heads
+        return lcm(*heads)
     return 1
+
+
+# what a pruned model's config has beside the dense one's
+_OF_PRUNED_MODELS = ("pruning", "per_layer_config", "model_type", "base_model_type", "auto_map")
 
 
 def no_stream(model: nn.Module, why: str) -> UnsupportedModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import wraps
 from typing import Any
 
@@ -24,6 +25,8 @@ def install() -> None:
         with saving.plan_of_inner_model(self):
             if get_plan(self) is None:
                 return stock(self, repo_id, *args, **kwargs)
+            if saving.to_pretrained is None:
+                importlib.import_module("lit_prune.io.huggingface")
             assert saving.to_pretrained is not None
             described = saving.to_pretrained(self, self_contained=bool(getattr(self.config, "auto_map", None)))
         token = kwargs.get("token")

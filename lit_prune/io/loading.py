@@ -20,7 +20,7 @@ from lit_prune._files import read_json
 from lit_prune.architectures import find_group_sets
 from lit_prune.arguments import PATH, shown
 from lit_prune.errors import ArgumentValueError, PlanError, PruningError, UnsupportedModelError
-from lit_prune.io import auto_config
+from lit_prune.io import auto_config, hub
 from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
 from lit_prune.io.module_folder import is_module_folder, load_module
@@ -62,6 +62,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
 modeling_pruned.build = _build
 AutoConfig.register(modeling_pruned.MODEL_TYPE, PrunedConfig, exist_ok=True)
 auto_config.install()
+hub.install()
 
 
 def load_pruned(
