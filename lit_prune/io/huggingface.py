@@ -23,7 +23,6 @@ from lit_prune.architectures import find_group_sets
 from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
 from lit_prune.groups import HIDDEN, Attribute, GroupSet, check_weights
-from lit_prune.io import hub
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
@@ -250,7 +249,6 @@ def _check_held(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
 
 saving.to_pretrained = to_pretrained
 saving.write_card = write_card
-hub.install()
 
 
 def _with_layers(

@@ -31,7 +31,7 @@ class OutputReader:
         model: The model.
 
     Attributes:
-        calls: What the forward passes gave since the last :meth:`forget`: outputs of shape ``(..., features)``, each with a
+        calls: What the forward passes gave since the last :meth:`start_batch`: outputs of shape ``(..., features)``, each with a
             bool mask of its real positions, or ``None`` if all are.
     """
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.calibration.token_masks import TokenMasks
+from lit_prune.repair.consumer_grams import ConsumerGrams
 
 
 @torch.no_grad()
@@ -40,20 +40,13 @@ def input_grams(
         By name the matrix, shape ``(features, features)``, and the number of tokens. A layer that no batch went through on
         any process is left out.
     """
-    grams: dict[str, Tensor] = {}
-    tokens: dict[str, float] = {}
+    grams = ConsumerGrams()
 
     def observe(name: str, masks: TokenMasks) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if not is_observed():
-                return
-            inputs: Tensor = args[0].detach()
-            mask = masks.of(inputs)
-            rows = (inputs if mask is None else inputs[mask]).reshape(-1, inputs.shape[-1])
-            rows = rows.to(accumulation_dtype(rows.dtype))
-            product = transposed_product(rows, rows)
-            grams[name] = grams[name].add_(product) if name in grams else product
-            tokens[name] = tokens.get(name, 0.0) + len(rows)
+            if is_observed():
+                inputs: Tensor = args[0].detach()
+                grams.add(name, inputs, masks.of(inputs))
 
         return hook
 
@@ -65,10 +58,11 @@ def input_grams(
         for batch in batches:
             masks.start_batch(batch)
             forward(batch)
-    if all_reduce is not None:
-        for name, size in features.items():
-            weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-            empty = torch.zeros(size, size, dtype=accumulation_dtype(weight.dtype), device=weight.device)
-            grams[name] = all_reduce(grams.get(name, empty))
-            tokens[name] = float(all_reduce(torch.tensor(tokens.get(name, 0.0), dtype=torch.float64)))
-    return {name: (gram, tokens[name]) for name, gram in grams.items() if tokens[name]}
+    found = {}
+    for name in features:
+        # the inputs lie along the last dimension of a matrix of their own number
+        like = model.get_parameter(f"{name}.weight").new_empty(0, features[name])
+        gram, tokens = grams.take(name, like, 1, all_reduce)
+        if count := float(tokens):
+            found[name] = gram, count
+    return found

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.gram import Gram, add_product, real_rows
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet, Slice, count_bytes
 from lit_prune.plan import PruningPlan
@@ -37,6 +36,7 @@ from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
 from lit_prune.repair.hidden_states import HiddenStates
 from lit_prune.repair.module_order import refit_in_order
+from lit_prune.repair.normal_equations import NormalEquations
 from lit_prune.repair.partial_runs import PartialRuns
 from lit_prune.repair.passes import Data
 from lit_prune.repair.recording import CallOutputs, Recording
@@ -233,7 +233,7 @@ def _refit_consumers(
     for path in (p for p in targets.order if smaller.get_parameter(f"{p}.weight").numel()):
         with _runs_when_cut(name):
             equations = _normal_equations(smaller, path, targets, pruned, runs, stream)
-        gram, cross, tokens = (e if all_reduce is None else all_reduce(e) for e in equations)
+        gram, cross, tokens = equations.reduced(all_reduce)
         weight = smaller.get_parameter(f"{path}.weight")
         _solve(weight, gram, cross, _relative(damping, gram, tokens), transposed=parts[path].input_dim == 0)
         refitted[parts[path].parameter] = _as_in(model, parts[path].parameter, weight)
@@ -334,32 +334,18 @@ def _normal_equations(
     pruned: HiddenStates,
     runs: PartialRuns,
     stream: _Stream,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gram matrix of a consumer's inputs in the pruned stream, their products with what it should give, and their number.
+) -> NormalEquations:
+    """The products of a consumer's inputs in the pruned stream with each other and with what it should give.
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
-    gram: Gram | None = None
-    cross: Tensor | None = None
-    weight = smaller.get_parameter(f"{path}.weight")
-    tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
+    equations = NormalEquations()
     bias = getattr(smaller.get_submodule(path), "bias", None)
     for number, (x_pruned, mask) in enumerate(zip(pruned, stream.masks, strict=True)):
         given = runs.until(number, path)
         inputs = given[path][0]
         target = targets.of(number, path, x_pruned, {p: output for p, (_, output) in given.items()})
-        wide = target.dtype
         if bias is not None:
-            target = target - bias.to(wide)
-        a, count = real_rows(inputs, mask)
-        b, _ = real_rows(target, mask)
-        tokens += count
-        if gram is None:
-            gram = Gram(a.shape[1], a.device, wide)
-            cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
-        assert cross is not None
-        gram.add(a)
-        add_product(cross, b, a)
-    assert gram is not None
-    assert cross is not None
-    return gram.matrix, cross, tokens
+            target = target - bias.to(target.dtype)
+        equations.add(inputs, target, mask)
+    return equations

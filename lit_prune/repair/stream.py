@@ -10,7 +10,6 @@ own says, so that also a head that is tied to the embedding, and cannot be refit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.norms import norms_over_kept, scale_offset, stream_norms
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype, transposed_product
+from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.distributed import shards
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import HIDDEN, GroupSet, Slice, is_inside
@@ -26,6 +25,7 @@ from lit_prune.modeling_pruned import sync_features
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.hidden_states import HiddenStates
+from lit_prune.repair.normal_equations import NormalEquations
 from lit_prune.repair.regression import _relative, ridge
 from lit_prune.repair.replay import _adds_up, _run, _runs_when_cut, _trace
 from lit_prune.repair.stream_calls import Unit, called_before, read_behind, units
@@ -37,30 +37,6 @@ from lit_prune.surgery.plan_cuts import parameter_cuts
 _MOST = 4.0
 
 Reduce = Callable[[Tensor], Tensor] | None
-
-
-@dataclass
-class _Sums:
-    """Products of the inputs of a unit with each other, and with what the unit should be given or give."""
-
-    gram: Tensor | None = None
-    cross: Tensor | None = None
-    tokens: float = 0.0
-
-    def add(self, inputs: Tensor, wanted: Tensor) -> None:
-        """Add rows: inputs of shape ``(rows, features)``, and what is wanted of shape ``(rows, outputs)``."""
-        gram, cross = transposed_product(inputs, inputs), transposed_product(wanted, inputs)
-        self.gram = gram if self.gram is None else self.gram.add_(gram)
-        self.cross = cross if self.cross is None else self.cross.add_(cross)
-        self.tokens += len(inputs)
-
-    def reduced(self, all_reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over all processes, and the number of rows."""
-        assert self.gram is not None
-        assert self.cross is not None
-        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.gram.device)
-        values = (self.gram, self.cross, tokens)
-        return values if all_reduce is None else tuple(all_reduce(v) for v in values)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -203,9 +179,9 @@ class _Refit:
         stream: _Stream,
         name: str,
         residual: bool,
-    ) -> _Sums:
+    ) -> NormalEquations:
         """The normal equations of a unit, over all batches."""
-        path, sums = unit.paths[0], _Sums()
+        path, sums = unit.paths[0], NormalEquations()
         rows = self._kept_rows(unit.parts[0]) if unit.parts else torch.empty(0, dtype=torch.long)
         bias = getattr(smaller.get_submodule(path), "bias", None)
         for number, (x, narrow, call, mask) in enumerate(
@@ -224,9 +200,7 @@ class _Refit:
                         target = target + (wanted.to(wide) - found[before][1].to(wide))
                 if bias is not None:
                     target = target - bias.to(wide)
-            select = mask if mask is not None else slice(None)
-            flat = inputs[select].reshape(-1, inputs.shape[-1]).to(wide)
-            sums.add(flat, target[select].reshape(-1, target.shape[-1]))
+            sums.add(inputs, target, mask)
         return sums
 
     def _kept_rows(self, part: Slice) -> Tensor:
@@ -236,7 +210,7 @@ class _Refit:
         cut = next((c.kept for c in self.cuts.get(part.parameter, ()) if c.dim == dim), torch.arange(whole.shape[dim]))
         return cut.to(self.kept.device)
 
-    def _solve(self, block: nn.Module, smaller: nn.Module, name: str, unit: Unit, sums: _Sums) -> None:
+    def _solve(self, block: nn.Module, smaller: nn.Module, name: str, unit: Unit, sums: NormalEquations) -> None:
         """Give the layers of a unit, and the norm before them, their new weights."""
         gram, cross, tokens = sums.reduced(self.all_reduce)
         if unit.norm is not None:
@@ -301,15 +275,11 @@ class _Refit:
         for parameter in smaller.parameters():
             parameter.data = parameter.data.index_select(0, self.kept)
         sync_features(smaller)
-        sums = _Sums()
+        sums = NormalEquations()
         for x, narrow, mask, call in zip(dense, pruned, stream.masks, stream.calls[stream.blocks[-1]], strict=True):
             with call.precision.entered():
                 wanted, given = whole(x), smaller(narrow)
-            select = mask if mask is not None else slice(None)
-            wide = accumulation_dtype(given.dtype)
-            sums.add(
-                given[select].reshape(-1, given.shape[-1]).to(wide), wanted[select].reshape(-1, x.shape[-1]).to(wide)
-            )
+            sums.add(given, wanted, mask)
         gram, cross, tokens = sums.reduced(self.all_reduce)
         gram, cross = self._rescale(smaller, name, gram, cross)
         written = {id(self.model.get_parameter(p.parameter)) for p in self.channels.slices if not p.consumes}
