@@ -54,20 +54,24 @@ SEED = "taylor_2nd, h and g on the CPU (seed)"
 GIGABYTE = 1e9
 
 
-def build(size: str, options: argparse.Namespace) -> nn.Module:
-    """A model with random weights; of the large sizes only the shapes, on the meta device."""
-    torch.manual_seed(0)
-    hidden, width, layers, heads, kv_heads, vocabulary = SHAPES[size]
-    config = LlamaConfig(
+def llama_config(shape: Sequence[int], **fields: Any) -> LlamaConfig:
+    """The config of a Llama of a shape as in :data:`SHAPES`, with other fields."""
+    hidden, width, layers, heads, kv_heads, vocabulary = shape
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        tie_word_embeddings=size not in LARGE,
-        max_position_embeddings=4096,
+        **fields,
     )
+
+
+def build(size: str, options: argparse.Namespace) -> nn.Module:
+    """A model with random weights; of the large sizes only the shapes, on the meta device."""
+    torch.manual_seed(0)
+    config = llama_config(SHAPES[size], tie_word_embeddings=size not in LARGE, max_position_embeddings=4096)
     with torch.device("meta" if size in LARGE else options.device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
 

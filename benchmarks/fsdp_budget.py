@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import yaml
 from allocations import Allocations
-from common import SHAPES, markdown
+from common import SHAPES, llama_config, markdown
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from lit_prune import PruningPlan, find_group_sets
 from lit_prune._files import write_text
@@ -37,15 +37,8 @@ HALF, FULL = 2, 4
 
 def shaped(size: str, layers: int) -> nn.Module:
     """Return a Llama of some shape without values, with fewer decoder layers; activations are recomputed in training."""
-    hidden, width, _, heads, kv_heads, vocabulary = SHAPES[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-    )
+    hidden, width, _, *rest = SHAPES[size]
+    config = llama_config((hidden, width, layers, *rest))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from common import SHAPES, Peak, bare, loss_of, machine, markdown, synchronize  # noqa: E402
+from common import SHAPES, Peak, bare, llama_config, loss_of, machine, markdown, synchronize  # noqa: E402
 from cost_speed import decode, prefill  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from lit_prune import PruningConfig, find_group_sets  # noqa: E402
 from lit_prune._files import write_text  # noqa: E402
@@ -63,17 +63,8 @@ def arguments() -> argparse.Namespace:
 def build(size: str, options: argparse.Namespace) -> Any:
     """A random Llama on the device; activations of the largest are recomputed."""
     torch.manual_seed(0)
-    hidden, width, layers, heads, kv_heads, vocabulary = TINY if size == "tiny" else SHAPES[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=size != "8B",
-        max_position_embeddings=4096,
-    )
+    shape = TINY if size == "tiny" else SHAPES[size]
+    config = llama_config(shape, tie_word_embeddings=size != "8B", max_position_embeddings=4096)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     if size != "135M":

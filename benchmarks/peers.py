@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from lit_prune.groups import count_parameters
 from lit_prune.ranking.registry import criteria, register_criterion
 
 TOLERANCE = 0.002
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, importance: str) -> nn.Module:
@@ -30,18 +31,43 @@ def torch_pruning(model: nn.Module, batches: Sequence[Tensor], parameters: int, 
     if importance == "taylor":
         for batch in batches:
             (dense(input_ids=batch, labels=batch).loss / len(batches)).backward()
-    low, high, best = 0.0, 0.9, None
     before = count_parameters(dense)
-    ratio = 1.25 * (before - parameters) / before
-    for _ in range(8):
+
+    def cut(pruned: nn.Module, ratio: float) -> None:
+        cut_by_torch_pruning(pruned, batches[0][:, :16], importance, ratio)
+
+    return searched(dense, parameters, cut, first=1.25 * (before - parameters) / before, most=0.9, tries=8)
+
+
+def searched(
+    dense: nn.Module,
+    parameters: int,
+    cut: Callable[[nn.Module, float], None],
+    *,
+    first: float,
+    most: float,
+    tries: int,
+) -> nn.Module:
+    """A copy of a model, cut by the ratio that leaves about some number of parameters, which bisection searches for.
+
+    Args:
+        dense: The model; its copies have its gradients.
+        parameters: The number.
+        cut: Cuts a copy by a ratio, in place.
+        first: The first ratio tried.
+        most: The highest.
+        tries: How many are tried.
+    """
+    low, high, ratio, best = 0.0, most, first, None
+    for _ in range(tries):
         pruned = copy.deepcopy(dense)
         for copied, parameter in zip(pruned.parameters(), dense.parameters(), strict=True):
             copied.grad = parameter.grad
-        cut_by_torch_pruning(pruned, batches[0][:, :16], importance, ratio)
+        cut(pruned, ratio)
         found = count_parameters(pruned)
         if best is None or abs(found - parameters) < abs(count_parameters(best) - parameters):
             best = pruned
-        if abs(found - parameters) < TOLERANCE * before:
+        if abs(found - parameters) < TOLERANCE * count_parameters(dense):
             break
         low, high = (ratio, high) if found > parameters else (low, ratio)
         ratio = (low + high) / 2
@@ -108,7 +134,12 @@ def flap(
     return pruned
 
 
-def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float, *, heads_up: bool = False) -> nn.Module:
+def causal_loss(model: Any, batch: Tensor) -> Tensor:
+    """The loss of a language model on token ids."""
+    return model(input_ids=batch, labels=batch).loss
+
+
+def wanda_sp(model: nn.Module, batches: Sequence[Any], loss: Loss, parameters: int, *, heads_up: bool) -> nn.Module:
     """Wanda-sp (ibid.): mean over outputs of absolute weight times the norm of the input, the same ratio in every layer.
 
     With ``heads_up`` the number of heads removed from a layer is rounded up, else down; channels make up the rest.
@@ -116,17 +147,16 @@ def wanda_sp(model: nn.Module, batches: Sequence[Tensor], ratio: float, *, heads
     if "wanda_sp" not in criteria():
         register_criterion("wanda_sp", lambda w, norm: w.abs() * norm, "activation_l2", consumers_only=True)
     group_sets = find_group_sets(model)
-    config = PruningConfig(importance="wanda_sp", pruning_ratio=ratio, repair=None, iterations=1, compensation=False)
-    statistics = calibrate(model, group_sets, batches, lambda batch: model(input_ids=batch, labels=batch).loss, config)
+    config = PruningConfig(importance="wanda_sp", pruning_ratio=0.1, repair=None, iterations=1, compensation=False)
+    statistics = calibrate(model, group_sets, batches, lambda batch: loss(model, batch), config)
     table, _ = make_plan(model, group_sets, statistics, config)
-    prunable = sum(s.cost * s.size for s in group_sets)
-    budget = int(ratio * count_parameters(model))
-    share = budget / prunable
+    budget = count_parameters(model) - parameters
+    share = budget / sum(s.cost * s.size for s in group_sets)
     heads = [s for s in group_sets if s.kind == "attention"]
-    fewer = min(int(share * heads[0].size) + heads_up, heads[0].size - 1)
     channels = [s for s in group_sets if s.kind == "mlp"]
+    fewer = min(int(share * heads[0].size) + heads_up, heads[0].size - 1)
     left = budget - sum(fewer * s.cost for s in heads)
-    gone = {"attention": fewer, "mlp": left // sum(s.cost for s in channels)}
+    gone = {"attention": fewer, "mlp": min(left // sum(s.cost for s in channels), channels[0].size - 1)}
     kept = []
     for position, group_set in enumerate(group_sets):
         scores = torch.from_numpy(table.importance[table.offsets[position] : table.offsets[position + 1]])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peers import flap, torch_pruning, wanda_sp
+from peers import causal_loss, flap, torch_pruning, wanda_sp
 from peers_modegpt import modegpt
 from peers_slicegpt import slicegpt
 from peers_uniform import minitron, osscar
@@ -60,8 +60,8 @@ PEERS: dict[str, Peer] = {
     "torch-pruning 1.6.1, magnitude": lambda m, b, ratio, size: torch_pruning(m, b, size, "magnitude"),
     "FLAP": lambda m, b, ratio, size: flap(m, b, ratio),
     "FLAP, our repair": lambda m, b, ratio, size: flap(m, b, ratio, repair="least_squares"),
-    "Wanda-sp, heads rounded down": lambda m, b, ratio, size: wanda_sp(m, b, ratio),
-    "Wanda-sp, heads rounded up": lambda m, b, ratio, size: wanda_sp(m, b, ratio, heads_up=True),
+    "Wanda-sp, heads rounded down": lambda m, b, ratio, size: wanda_sp(m, b, causal_loss, size, heads_up=False),
+    "Wanda-sp, heads rounded up": lambda m, b, ratio, size: wanda_sp(m, b, causal_loss, size, heads_up=True),
     "Minitron's importance, heads rounded down": lambda m, b, ratio, size: minitron(m, b, size, heads_up=False),
     "Minitron's importance, heads rounded up": lambda m, b, ratio, size: minitron(m, b, size, heads_up=True),
     "OSSCAR, heads rounded down": lambda m, b, ratio, size: osscar(m, b, size, heads_up=False),

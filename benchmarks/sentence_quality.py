@@ -66,7 +66,8 @@ class Setting:
     def prunings(self, parameters: int, ratio: float) -> dict[str, Callable[[], nn.Module]]:
         """Every row's pruned copy of the model."""
         # torch-pruning is needed to measure, not to report
-        from sentence_peers import by_torch_pruning, wanda_sp
+        from peers import wanda_sp
+        from sentence_peers import by_torch_pruning
 
         def peer(way: Callable[..., nn.Module], *more: Any, **options: Any) -> Callable[[], nn.Module]:
             return lambda: way(self.model, self.batches, contrastive_loss, parameters, *more, **options)
