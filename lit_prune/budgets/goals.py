@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,15 @@ from lit_prune.budgets.latency_table import find_table, setting_of
 from lit_prune.budgets.memory import count_memory, memory_model
 from lit_prune.budgets.resources import Quantity, Resource
 from lit_prune.budgets.sizes import SizeModel, SizeSum
+from lit_prune.budgets.trials import time_trial
 from lit_prune.budgets.workloads import Example, Workload
 from lit_prune.groups import GroupSet, count_parameters
 from lit_prune.plan import PruningPlan, get_plan
 
-# a prediction this near to what was measured is not corrected further, and so many times at most
-_CLOSE, _TRIALS = 0.015, 2
-_TRIAL_SECONDS = 20.0
+# seconds of trial cuts, and of measuring the model that is left
+_CORRECTION_SECONDS, _MEASURING_SECONDS = 120.0, 20.0
+# the most that predicted savings are multiplied or divided by
+_MOST = 2.0
 
 
 class Goals:
@@ -123,35 +126,51 @@ class Goals:
         self,
         model: nn.Module,
         propose: Callable[[], tuple[PruningPlan, Mapping[str, float]]],
-        patience: float = _TRIAL_SECONDS,
+        patience: float = _CORRECTION_SECONDS,
         clock: Clock = time.perf_counter,
     ) -> None:
         """Correct predicted times by cuts like the one asked for, which are timed in turn with the model and undone.
 
+        A prediction is corrected only as far as it lies outside of the 95% interval of the trial, and predicted savings by
+        a factor of 2 at most, all trials together. Trials go on, each with the plan of the corrected prediction, until one
+        confirms it or the time is over.
+
         Args:
             model: The model as it was given.
             propose: Makes a plan that reaches the limits, with what it is predicted to take.
-            patience: Seconds of a trial, see :func:`lit_prune.budgets.latency.time_plans`.
-            clock: As for that function.
+            patience: Seconds after which no further trial begins, for all limits together.
+            clock: As for :func:`lit_prune.budgets.latency.time_plans`.
+
+        Warns:
+            UserWarning: If times spread so far that they say little, or savings are predicted more than 2 times wrong.
         """
         workload = self._workload(model)
-        for _ in range(_TRIALS):
+        until = time.perf_counter() + patience
+        latencies = {name: q for name, q in self.quantities.items() if isinstance(q, LatencyModel)}
+        confirmed, doubts = False, {}
+        while not confirmed:
             plan, predicted = propose()
-            close = True
-            for name, quantity in self.quantities.items():
-                if not isinstance(quantity, LatencyModel):
-                    continue
-                phase = name.partition(".")[2]
-                seconds = time_plans(workload, phase, {"dense": None, "cut": plan}, patience, clock=clock)
-                # both met the same disturbances, the table's times others
-                ratio = min(seconds["cut"]) / min(seconds["dense"])
+            confirmed, doubts = True, {}
+            for name, quantity in latencies.items():
                 expected = predicted[name] / self.dense[name]
-                if abs(ratio / expected - 1) > _CLOSE and expected < 1:
-                    close = False
-                    # what is nearly no saving is noise
-                    quantity.correction *= max((1 - ratio) / (1 - expected), 0.25)
-            if close:
-                return
+                if expected >= 1:
+                    continue
+                ratio = time_trial(workload, name.partition(".")[2], plan, expected, until, clock)
+                wanted = quantity.correction * (1 - ratio.nearest(expected)) / (1 - expected)
+                correction = min(max(wanted, 1 / _MOST), _MOST)
+                if not ratio.narrow or correction != wanted:
+                    doubts[name] = f"{expected:.3g} times that of the dense model; timed were {ratio}"
+                confirmed &= correction == quantity.correction
+                quantity.correction = correction
+            if time.perf_counter() >= until:
+                break
+        for name, doubt in doubts.items():
+            warnings.warn(
+                f"Trial cuts do not confirm what is predicted of {name}, which is {doubt}. Predicted savings are corrected by a"
+                f" factor of {latencies[name].correction:.2f}, and the budget may be missed. Prune while the machine does nothing"
+                " else, or give a latency_table that was measured then.",
+                stacklevel=2,
+            )
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """What the model takes now, measured, by name of the limit; times if they are of this machine."""
@@ -165,7 +184,7 @@ class Goals:
             elif kind == MEMORY:
                 found[name] = count_memory(self._holder(model), self.budget.served_as)
             elif self.measures_here:
-                found[name] = min(time_plans(self._workload(model), phase, {"": None}, _TRIAL_SECONDS)[""])
+                found[name] = min(time_plans(self._workload(model), phase, {"": None}, _MEASURING_SECONDS)[""])
         return found
 
     def rows(self, predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:
