@@ -230,9 +230,12 @@ def run(options: argparse.Namespace) -> None:
         results["setting"] = {**{name: getattr(options, name) for name in names}, "text": options.text.name}
         results["dense"] = {"losses": losses(bench.model, bench.windows), "parameters": count_parameters(bench.model)}
         save()
+    started = time.monotonic()
     for repeat in options.repeats:
         for name in options.rows:
             key = f"{name} {repeat}"
+            if time.monotonic() - started > 60 * options.minutes:
+                continue
             if options.time and key not in results["rows"]:
                 machine = setting_of(bench.model, bench.group_sets, "prefill", 1, LENGTH)
                 results["machine"] = {name: machine[name] for name in ("device", "torch", "threads")}
@@ -259,6 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("--time", action="store_true", help="make and time plans, in place of measuring perplexity")
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 3], help="numbers of the repeats to run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after so long")
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sequence")
     parser.add_argument("--windows", type=int, default=24, help=f"evaluation windows of {LENGTH} tokens")
