@@ -95,11 +95,11 @@ class Bench:
         """Plans for a row, kept as files, and their times."""
         begun = time.perf_counter()
         (phase,) = ROWS[name]
-        workload = Workload(self.model, 1, LENGTH)
+        workload = Workload(self.model, 1, self.options.tokens)
         table = self.plans / f"{phase}-{repeat}-times.json"
         if not table.exists():
             save_tables(table, [measure_table(workload, self.group_sets, phase, clock=self.clock)])
-        asked = replace(self.config, budget=Budget(latency=ROWS[name], length=LENGTH, latency_table=table))
+        asked = replace(self.config, budget=Budget(latency=ROWS[name], length=self.options.tokens, latency_table=table))
         goals = asked.goals(self.model, self.group_sets)
         assert goals is not None
         key = f"latency.{phase}"
@@ -208,9 +208,10 @@ def table(results: dict[str, Any]) -> str:
     setting, machine = results["setting"], results["machine"]
     lines += [
         "",
-        f"{setting['model']}, float32, {machine['clock']} time of {machine['threads']} threads of {machine['device']}, {LENGTH} tokens; dense perplexity"
-        f" {perplexity(dense['losses']):.2f}; {setting['sequences']} calibration sequences of {setting['length']} tokens and"
-        f" {setting['windows']} windows of {LENGTH} tokens of {setting['text']}; one cut, least squares.",
+        f"{setting['model']}, float32, {machine['clock']} time of {machine['threads']} threads of {machine['device']},"
+        f" {machine['tokens']} tokens; dense perplexity {perplexity(dense['losses']):.2f}; {setting['sequences']} calibration"
+        f" sequences of {setting['length']} tokens and {setting['windows']} windows of {LENGTH} tokens of {setting['text']}; one"
+        " cut, least squares.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -241,9 +242,9 @@ def run(options: argparse.Namespace) -> None:
             if time.monotonic() - started > 60 * options.minutes:
                 continue
             if options.time and key not in results["rows"]:
-                machine = setting_of(bench.model, bench.group_sets, "prefill", 1, LENGTH)
+                machine = setting_of(bench.model, bench.group_sets, "prefill", 1, options.tokens)
                 results["machine"] = {name: machine[name] for name in ("device", "torch", "threads")}
-                results["machine"]["clock"] = options.clock
+                results["machine"] |= {"clock": options.clock, "tokens": options.tokens}
                 results["rows"][key] = bench.timed(name, repeat)
                 save()
                 print(key, json.dumps(results["rows"][key]), flush=True)
@@ -264,6 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("outputs/budgets.json"), help="JSON file; added to")
     parser.add_argument("--plans", type=Path, default=Path("outputs/budgets"), help="folder of statistics and plans")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512, help="of prefill, and in the cache of decoding")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--time", action="store_true", help="make and time plans, in place of measuring perplexity")
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
