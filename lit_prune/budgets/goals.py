@@ -147,10 +147,11 @@ class Goals:
         workload = self._workload(model)
         until = time.perf_counter() + patience
         latencies = {name: q for name, q in self.quantities.items() if isinstance(q, LatencyModel)}
-        confirmed, doubts = False, {}
+        confirmed, doubts = False, dict[str, str]()
         while not confirmed:
             plan, predicted = propose()
-            confirmed, doubts = True, {}
+            confirmed = True
+            doubts.clear()
             for name, quantity in latencies.items():
                 expected = predicted[name] / self.dense[name]
                 if expected >= 1:
