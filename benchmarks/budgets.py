@@ -137,15 +137,15 @@ class Bench:
     def _by_parameters(self, workload: Workload, phase: str, goals: Goals, plan: PruningPlan, key: str) -> PruningPlan:
         """The plan by parameters that is measured to take as long as a plan for a budget."""
 
-        def timed(trial: PruningPlan, expected: float) -> Ratio:
+        def timed(trial: PruningPlan) -> Ratio:
             until = time.perf_counter() + self.options.seconds / 2
-            return time_trial(workload, phase, trial, expected, until, self.clock)
+            return time_trial(workload, phase, trial, until, self.clock)
 
-        wanted = timed(plan, 0).median
+        wanted = timed(plan).median
         aim = wanted
         for _ in range(TRIES):
             found = self._ratio_for(goals, key, aim)
-            taken = timed(found, wanted).median
+            taken = timed(found).median
             if abs(taken / wanted - 1) < CLOSE:
                 break
             aim *= wanted / taken

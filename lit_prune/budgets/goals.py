@@ -133,7 +133,7 @@ class Goals:
 
         A prediction is corrected only as far as it lies outside of the 95% interval of the trial, and predicted savings by
         a factor of 2 at most, all trials together. Trials go on, each with the plan of the corrected prediction, until one
-        confirms it or the time is over.
+        confirms it, the time is over, or times spread so far that further ones would follow the noise.
 
         Args:
             model: The model as it was given.
@@ -148,15 +148,14 @@ class Goals:
         until = time.perf_counter() + patience
         latencies = {name: q for name, q in self.quantities.items() if isinstance(q, LatencyModel)}
         confirmed, doubts = False, dict[str, str]()
-        while not confirmed:
+        while not confirmed and not doubts:
             plan, predicted = propose()
             confirmed = True
-            doubts.clear()
             for name, quantity in latencies.items():
                 expected = predicted[name] / self.dense[name]
                 if expected >= 1:
                     continue
-                ratio = time_trial(workload, name.partition(".")[2], plan, expected, until, clock)
+                ratio = time_trial(workload, name.partition(".")[2], plan, until, clock)
                 wanted = quantity.correction * (1 - ratio.nearest(expected)) / (1 - expected)
                 correction = min(max(wanted, 1 / _MOST), _MOST)
                 if not ratio.narrow or correction != wanted:

@@ -14,6 +14,7 @@ from lit_prune.plan import PruningPlan
 _LEVEL = 0.95
 # pairs of times between two looks at the interval: the fewest whose range holds the median with 95%
 _PAIRS = 6
+_MOST_PAIRS = 60
 # an interval no wider than this, as a part of the median, says enough
 _NARROW = 0.04
 # and one that a prediction misses by no more than this confirms it
@@ -45,7 +46,12 @@ class Ratio:
         return f"{self.median:.3g} times ({self.low:.3g} to {self.high:.3g} over {self.pairs} pairs)"
 
     def nearest(self, expected: float) -> float:
-        """The ratio of the interval that is nearest to an expected one; the expected one if it all but lies within."""
+        """The ratio of the interval that is nearest to an expected one.
+
+        The expected one if it all but lies within, or if there are too few pairs, and too different ones, to say.
+        """
+        if self.pairs < _PAIRS and not self.narrow:
+            return expected
         nearest = min(max(expected, self.low), self.high)
         return expected if abs(nearest / expected - 1) <= _CLOSE else nearest
 
@@ -72,15 +78,17 @@ def ratio_of_pairs(ratios: Sequence[float]) -> Ratio:
 
 
 def time_trial(
-    workload: Workload, phase: str, plan: PruningPlan, expected: float, until: float, clock: Clock = time.perf_counter
+    workload: Workload, phase: str, plan: PruningPlan, until: float, clock: Clock = time.perf_counter
 ) -> Ratio:
-    """Time a cut in turn with the model until the interval is narrow, or excludes what is expected, or time is over.
+    """Time a cut in turn with the model until the interval is narrow, 60 pairs are timed, or time is over.
+
+    When it ends does not depend on what is expected, as an interval that is looked at until it excludes something excludes
+    anything in the end.
 
     Args:
         workload: The model, the same after as before.
         phase: The phase.
         plan: The cut.
-        expected: The ratio that is predicted.
         until: The ``time.perf_counter()`` after which no further pairs are timed; there are two at least.
         clock: As for :func:`lit_prune.budgets.latency.time_plans`.
     """
@@ -90,5 +98,5 @@ def time_trial(
         seconds = time_plans(workload, phase, {"dense": None, "cut": plan}, left, rounds=_PAIRS, clock=clock)
         ratios += [c / d for c, d in zip(seconds["cut"], seconds["dense"], strict=True)]
         ratio = ratio_of_pairs(ratios)
-        if ratio.narrow or ratio.nearest(expected) != expected or time.perf_counter() >= until:
+        if ratio.narrow or len(ratios) >= _MOST_PAIRS or time.perf_counter() >= until:
             return ratio

@@ -53,7 +53,7 @@ class Machine:
         return self.now
 
 
-def pruned(tmp_path, claimed: float, noise: Noise, seed: int = 0, patience: float = 10.0) -> tuple[float, float]:
+def pruned(tmp_path, claimed: float, noise: Noise, seed: int = 0, patience: float = 300.0) -> tuple[float, float]:
     """Ask for 1.5x with a table that claims so many times what is saved; the true speedup, and the correction."""
     model = tiny(intermediate_size=96)
     machine, group_sets = Machine(model, noise, seed), find_group_sets(model)
@@ -91,14 +91,16 @@ def test_a_wrong_table_is_corrected(tmp_path, claimed):
 def test_disturbed_pairs_do_not_lead_astray(tmp_path, claimed, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        speedup, _ = pruned(tmp_path, claimed, bursts, seed, patience=3.0)
+        speedup, _ = pruned(tmp_path, claimed, bursts, seed)
     assert speedup == pytest.approx(1.5, rel=0.05)
 
 
+# two pairs of times, which say nothing, and as many as there may be
+@pytest.mark.parametrize("patience", [0.0, 300.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_noise_alone_corrects_nothing_and_is_reported(tmp_path, seed):
+def test_noise_alone_corrects_nothing_and_is_reported(tmp_path, seed, patience):
     with pytest.warns(UserWarning, match=r"do not confirm .* of latency.prefill, .* to .* over \d+ pairs"):
-        speedup, correction = pruned(tmp_path, 1.0, chaos, seed, patience=0.3)
+        speedup, correction = pruned(tmp_path, 1.0, chaos, seed, patience)
     assert correction == pytest.approx(1, rel=0.1) and speedup == pytest.approx(1.5, rel=0.05)
 
 
