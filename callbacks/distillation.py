@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -19,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lit_prune._files import replacing
 from lit_prune.arguments import (
@@ -31,7 +31,9 @@ from lit_prune.arguments import (
     choice,
     optional,
 )
-from lit_prune.calibration.token_masks import has_decoder, output_mask
+from lit_prune.calibration.divergence import distillation_loss, masked_mean, mixed_loss, without_labels
+from lit_prune.calibration.token_masks import output_mask
+from lit_prune.callbacks.manual_optimization import replaced
 from lit_prune.callbacks.output import check_output, warn_instead
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.pruning import StructuredPruning
@@ -49,23 +51,6 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WEIGHT: Rule[float] = Rule("a number above 0, at most 1", Annotated[float, Field(gt=0, le=1)])
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    r"""Mean over tokens of :math:`T^2\,\mathrm{KL}(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(s/T))`.
-
-    Args:
-        student: Logits s, shape ``(..., classes)``.
-        teacher: Logits t, same shape.
-        temperature: T, positive.
-        mask: Tokens that count, of the shape of ``student`` without its last dimension.
-
-    Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
-    """
-    log_student = functional.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _masked_mean(divergence, mask)
-
-
 def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean over layers of the squared error of hidden states, relative to the mean square of the teacher's.
 
@@ -77,7 +62,7 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask
     losses = []
     for s, t in zip(student, teacher, strict=True):
         error = (s.float() - t.float()).square().mean(-1)
-        losses.append(_masked_mean(error, mask) / _masked_mean(t.float().square().mean(-1), mask))
+        losses.append(masked_mean(error, mask) / masked_mean(t.float().square().mean(-1), mask))
     return torch.stack(losses).mean()
 
 
@@ -95,12 +80,6 @@ def _hidden_states(output: Any) -> Sequence[Tensor]:
     """The hidden states after each layer, those of the decoder if there are two stacks."""
     name = "decoder_hidden_states" if hasattr(output, "decoder_hidden_states") else "hidden_states"
     return getattr(output, name)[1:]
-
-
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None or mask.shape != values.shape:
-        return values.mean()
-    return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -306,21 +285,15 @@ class Distillation(Callback):
             self._undo.append(handle.remove)
         self._undo.append(model.register_forward_hook(self._compare(pl_module), with_kwargs=True).remove)
         own = pl_module.training_step
-        before = pl_module.__dict__.get("training_step")
 
         @functools.wraps(own)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._terms.clear()
             return self._added(pl_module, own(*args, **kwargs))
 
-        def restore() -> None:
-            if before is None:
-                del pl_module.__dict__["training_step"]
-            else:
-                pl_module.__dict__["training_step"] = before
-
-        pl_module.__dict__["training_step"] = training_step
-        self._undo.append(restore)
+        stack = contextlib.ExitStack()
+        stack.enter_context(replaced(pl_module, "training_step", training_step))
+        self._undo.append(stack.close)
 
     def _ask_for_hidden_states(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -338,10 +311,8 @@ class Distillation(Callback):
                 raise PruningError(
                     f"Distillation compares logits; the model's output is a {type(output).__name__} without any."
                 )
-            # some decoders read the labels, shifted by one
-            inputs = {name: value for name, value in kwargs.items() if name != "labels" or has_decoder(student)}
             with torch.no_grad():
-                taught = self._model(*args, **inputs)
+                taught = self._model(*args, **without_labels(student, kwargs))
             mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
             kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
             hidden = None
@@ -365,7 +336,7 @@ class Distillation(Callback):
         loss = output["loss"] if isinstance(output, Mapping) else output
         kl = torch.stack([k for k, _ in self._terms]).mean()
         pl_module.log("distillation_loss", kl.detach())
-        total = (1 - self.weight) * loss + self.weight * kl
+        total = mixed_loss(loss, kl, self.weight)
         hidden = [h for _, h in self._terms if h is not None]
         if hidden:
             mean = torch.stack(hidden).mean()

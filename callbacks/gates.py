@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_prune.architectures.registry import find_group_sets, has_groups
 from lit_prune.arguments import FLAG
 from lit_prune.calibration.agreement import Agreement
+from lit_prune.calibration.divergence import mixed_loss
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gates import Gates
 from lit_prune.calibration.random_state import random_state_kept
@@ -34,7 +35,7 @@ from lit_prune.callbacks.renewal import _pruning_callbacks
 from lit_prune.callbacks.runs import PerModule
 from lit_prune.config import AUTO
 from lit_prune.errors import ArgumentValueError, CalibrationError, PruningError, UnsupportedStrategyError
-from lit_prune.gating import GateOptions, GateTraining, first_table, mixed
+from lit_prune.gating import GateOptions, GateTraining, first_table
 from lit_prune.progress import Progress
 from lit_prune.ranking.model_table import group_table
 from lit_prune.torch_internals import mark_as_stepped
@@ -259,7 +260,7 @@ class LearnedGates(Callback):
             if output is None or not self._entered:
                 return output
             loss = output["loss"] if isinstance(output, Mapping) else output
-            total = mixed(loss, agreement.take(), self.options.distillation)
+            total = mixed_loss(loss, agreement.take(), self.options.distillation)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
         return training_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lit_prune.errors import BudgetError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan, get_plan, set_plan
 from lit_prune.planning import make_plan
-from lit_prune.ranking.budget_selection import trade_off
+from lit_prune.ranking.budget_selection import trade_offs
 from lit_prune.ranking.model_table import original_sizes
 from lit_prune.ranking.table import GroupTable
 
@@ -142,7 +143,8 @@ def with_measured(model: nn.Module, plan: PruningPlan, goals: Goals | None, *, c
 def with_trade_offs(
     model: nn.Module, group_sets: Sequence[GroupSet], table: GroupTable, config: PruningConfig, goals: Goals | None
 ) -> GroupTable:
-    """The table with what cuts of rising size would cost and save, of every limit, or of parameters if there is no budget."""
+    """The table with what computes its trade-offs for every limit, or for parameters if there is no budget, once the model is
+    cut and a report asks."""
     if goals is None:
         sizes = SizeModel(model, group_sets)
         ones = np.ones(len(sizes.names), dtype=np.int64)
@@ -150,8 +152,5 @@ def with_trade_offs(
         resources, multiple = [Resource(PARAMS, count, 0.0)], None
     else:
         resources, multiple = config.resources(model, group_sets, goals)
-    found = {}
-    for resource in resources:
-        others = [r for r in resources if r is not resource]
-        found[resource.name] = trade_off(table, resource, others, config.limits, original_sizes(model), multiple)
-    return replace(table, trade_offs=found)
+    planned = partial(trade_offs, table, resources, config.limits, original_sizes(model), multiple)
+    return replace(table, plan_trade_offs=planned)

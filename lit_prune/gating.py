@@ -16,6 +16,7 @@ from lit_prune.architectures import find_group_sets, find_model
 from lit_prune.architectures.features import output_dim
 from lit_prune.arguments import BATCHES, COUNT, FLAG, Rule, check_fields, optional
 from lit_prune.calibration.agreement import Agreement
+from lit_prune.calibration.divergence import mixed_loss
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gates import Gates
 from lit_prune.config import AUTO, PruningConfig
@@ -363,7 +364,7 @@ def _learned(
                 if not isinstance(loss, Tensor):
                     raise CalibrationError(f"The loss function returned a {type(loss).__name__}; expected a tensor.")
                 if agreement is not None:
-                    loss = mixed(loss, agreement.take(), options.distillation)
+                    loss = mixed_loss(loss, agreement.take(), options.distillation)
                 loss.backward()
                 losses.append(float(loss.detach()))
                 training.accumulate()
@@ -372,11 +373,6 @@ def _learned(
             if progress is not None:
                 progress(training.scores.steps, sum(losses) / len(losses), training.scores.changed)
     return training.scores.importance()
-
-
-def mixed(loss: Tensor, divergence: Tensor, share: float) -> Tensor:
-    """Return the loss that gates are learned by: ``(1 - share) * loss + share * divergence``."""
-    return (1 - share) * loss + share * divergence
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterable[Any]:

@@ -167,6 +167,19 @@ class PruningPlan:
                     " all."
                 )
 
+    def check_rotation(self, model: nn.Module) -> None:
+        """Refuse a model whose hidden states were not turned, if the plan is of turned ones (``rotated``).
+
+        Raises:
+            PlanError: If that is so.
+        """
+        if self.rotated and not any(getattr(m, ROTATED_ATTRIBUTE, False) for m in model.modules()):
+            raise PlanError(
+                "The plan was made once hidden states were turned (rotate_hidden), so that its hidden channels are none of"
+                f" this {type(model).__name__}. Load the weights that were saved with it, by lit_prune.load_pruned or from"
+                " the checkpoint."
+            )
+
     then = RenamedAttribute("compose")
     afterwards = RenamedAttribute("entries_after")
 

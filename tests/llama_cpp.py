@@ -13,12 +13,12 @@ import xllamacpp
 class LlamaCpp:
     """A running server; loopback only."""
 
-    def __init__(self, path: Path, context: int = 128, threads: int = 1) -> None:
+    def __init__(self, path: Path, context: int = 128) -> None:
         options = xllamacpp.CommonParams()
         options.model.path = str(path)
         options.n_ctx = context
         options.n_parallel = 1
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
         options.warmup = False
         options.port = 0
         options.hostnames = ["127.0.0.1"]

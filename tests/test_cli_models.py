@@ -209,3 +209,20 @@ def test_inputs_that_do_not_suit_the_model(inputs, tmp_path, capsys):
         capsys, "plan", bert, out, inputs["text"]
     )
     assert not out.exists()
+
+
+def test_what_a_traced_model_cannot_hold_is_refused_before_anything_is_measured(inputs, tmp_path, capsys):
+    model = write_case(tmp_path / "model", "ResNetForImageClassification")
+    passes: dict[str, int] = {}
+    for held_out in ("0", "4"):
+        options = [*SMALL[:2], f"--calibration.held_out={held_out}", "--self_contained=true"]
+
+        def count(module, *_, held_out=held_out):
+            if isinstance(module, transformers.ResNetForImageClassification):
+                passes[held_out] = passes.get(held_out, 0) + 1
+
+        with torch.nn.modules.module.register_module_forward_hook(count):
+            said = refused(capsys, "apply", model, tmp_path / "out", inputs["images"], *options)
+        assert "Leave --self_contained out" in said
+    # each held-out image once, for the class that the dense model draws for it
+    assert passes["4"] - passes["0"] == 4

@@ -15,7 +15,7 @@ from local_assets import chains, write_model, write_text
 from test_pruning import fit, pruning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune import GroupTable, PruningConfig, PruningPlan, find_group_sets, get_plan, load_pruned, prune
+from lit_prune import GroupTable, Limits, PruningConfig, PruningPlan, find_group_sets, get_plan, load_pruned, prune
 from lit_prune.cli import main
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.io.text import load_texts, pack
@@ -167,3 +167,21 @@ def test_mistakes_end_with_a_sentence(model, text, tmp_path, capsys):
     run("plan", other, tmp_path / "plan", *text, "--calibration.held_out=0")
     said = refused(capsys, "apply", model, out, *text, "--plan", tmp_path / "plan" / "plan.json")
     assert "the plan was made for 20" in said
+
+
+def test_a_plan_of_turned_states_is_refused_before_anything_is_measured(model, text, tmp_path, capsys):
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    limits = Limits(kinds=("hidden",), multiple_of={"hidden": 4})
+    config = PruningConfig("magnitude", 0.4, limits=limits, rotate_hidden=True, iterations=1)
+    tokens = [torch.arange(2, 14)[None]]
+    _, plan = prune(dense, tokens, lambda b: dense(input_ids=b, labels=b).loss, config)
+    plan.save(tmp_path / "plan.json")
+    passes = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: passes.append(module) if isinstance(module, type(dense)) else None
+    )
+    with handle:
+        said = refused(capsys, "apply", model, tmp_path / "out", *text, "--plan", tmp_path / "plan.json")
+    assert "turned" in said
+    # the one batch that shows whether the model runs
+    assert len(passes) == 1 and not (tmp_path / "out").exists()

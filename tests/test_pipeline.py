@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -229,6 +230,22 @@ def test_iterations_are_cuts_one_after_the_other(batches, loss_of):
         assert torch.equal(optimizer.state[a]["exp_avg"], other.state[b]["exp_avg"])
     once, _ = trained(batches, loss_of)
     assert prune(once, batches, loss_of(once), config)[1].digest() != plan.digest()
+
+
+def test_trade_offs_that_are_read_after_the_cuts_are_those_of_the_dense_model(batches, loss_of):
+    model, size = tiny("llama"), sum(p.numel() for p in tiny("llama").parameters())
+    config = prune_config(importance="magnitude", pruning_ratio=0.4)
+    table, _ = prune(model, batches, loss_of(model), config)
+    copied = pickle.loads(pickle.dumps(table))
+    points = table.trade_offs["params"]
+    assert points[0] == {"params": size, "importance": 0}
+    assert copied.trade_offs == table.trade_offs
+    dense, group_sets = tiny("llama"), find_group_sets(tiny("llama"))
+    for point in points[1:]:
+        ratio = (size - point["params"] + 0.5) / size
+        planned, plan = make_plan(dense, group_sets, None, replace(config, pruning_ratio=ratio, iterations=1))
+        assert plan.info["parameters_after"] == point["params"]
+        assert planned.importance[~planned.kept].sum() == pytest.approx(point["importance"])
 
 
 def test_more_iterations_than_groups_leave_what_one_leaves(batches, loss_of):

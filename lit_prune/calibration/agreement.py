@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.calibration.divergence import distillation_loss, without_labels
 from lit_prune.calibration.gates import Gates
-from lit_prune.calibration.token_masks import has_decoder, output_mask
+from lit_prune.calibration.token_masks import output_mask
 from lit_prune.errors import CalibrationError
 
 
@@ -47,17 +47,9 @@ class Agreement:
                 f"Gates that learn to agree with the whole model compare logits; the output of {type(model).__name__} is a"
                 f" {type(output).__name__} without any. Learn them by the loss alone (distillation=0)."
             )
-        # some decoders read the labels, shifted by one
-        inputs = {name: value for name, value in kwargs.items() if name != "labels" or has_decoder(model)}
         with self._gates.closed(), torch.no_grad():
-            whole = model.forward(*args, **inputs).logits
-        mask = output_mask(model, args, kwargs, logits.shape[:-1])
-        target, found = functional.log_softmax(whole.float(), dim=-1), functional.log_softmax(logits.float(), dim=-1)
-        divergence = functional.kl_div(found, target, reduction="none", log_target=True).sum(dim=-1)
-        if mask is None or mask.shape != divergence.shape:
-            self._terms.append(divergence.mean())
-        else:
-            self._terms.append((divergence * mask).sum() / mask.sum().clamp_min(1))
+            whole = model.forward(*args, **without_labels(model, kwargs)).logits
+        self._terms.append(distillation_loss(logits, whole, mask=output_mask(model, args, kwargs, logits.shape[:-1])))
 
     def take(self) -> Tensor:
         """Return the mean over the passes since the last call.

@@ -10,6 +10,7 @@ from lit_prune.calibration_input import Calibration
 from lit_prune.cli.printing import print_report
 from lit_prune.config import PruningConfig
 from lit_prune.errors import ArgumentValueError
+from lit_prune.group_data import kept_group_sets
 from lit_prune.io.huggingface import to_pretrained, write_pruned
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
@@ -58,6 +59,12 @@ def apply(
     session = Session(model, calibration, device, dtype, blocks=blocks, hidden=hidden)
     if given is not None:
         given.validate(session.group_sets)
+        given.check_rotation(session.model)
+    if self_contained and kept_group_sets(session.model) is not None:
+        raise ArgumentValueError(
+            f"The groups of {type(session.model).__name__} were found by running it, and its config cannot say how it was"
+            " cut. Leave --self_contained out; lit_prune.load_pruned(folder, model=...) loads it."
+        )
     work = session.pruning(pruning) if given is None else session.cutting(pruning)
     table = None
     with session.tracked(session.measuring, *work, session.measuring):
@@ -72,11 +79,6 @@ def apply(
     assert cut is not None
     traced = cut.groups is not None
     if traced:
-        if self_contained:
-            raise ArgumentValueError(
-                f"The groups of {type(session.model).__name__} were found by running it, and its config cannot say how it was"
-                " cut. Leave --self_contained out; lit_prune.load_pruned(folder, model=...) loads it."
-            )
         check_saveable(session.model)
     whole = session.model if traced else to_pretrained(session.model, self_contained=self_contained)
     with replacing_folder(output, [model]) as temporary:

@@ -33,7 +33,7 @@ from lit_prune.io.manifest import verify_weights
 from lit_prune.io.module_folder import distinct_tensors
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.plan import PruningPlan, get_plan, set_plan
-from lit_prune.surgery.apply import apply_plan
+from lit_prune.surgery.apply import cut_as_saved
 
 # LitGPT's own names
 CONFIG, WEIGHTS = "model_config.yaml", "lit_model.pth"
@@ -168,8 +168,7 @@ def load_litgpt(
         set_plan(model, plan)
         note_dense_config(model, dense)
     else:
-        with torch.device("cpu"):
-            apply_plan(model, plan)
+        cut_as_saved(model, plan)
     _fill(model, weights, ties, weights_file)
     if stock:
         _check_plan(model, plan, folder)
@@ -201,8 +200,7 @@ def _check_rebuilds(model: nn.Module, dense: Any, plan: PruningPlan) -> None:
     assert cls is not None
     with torch.device("meta"):
         built = cls(dense)
-    with torch.device("cpu"):
-        apply_plan(built, plan)
+    cut_as_saved(built, plan)
     expected = {name: tuple(t.shape) for name, t in built.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name in (*found, *expected):

@@ -37,7 +37,7 @@ from lit_prune.modeling_pruned import (
     weight_headers,
 )
 from lit_prune.plan import get_plan, plan_from_config, set_plan
-from lit_prune.surgery.apply import cut
+from lit_prune.surgery.apply import cut_as_saved
 from lit_prune.surgery.saving import save_plainly
 
 # how the classes of transformers refuse a config
@@ -51,8 +51,7 @@ def _build(model: PreTrainedModel, pruning: Any) -> None:
         plan = plan_from_config(model.config)
         assert plan is not None
         set_plan(model, None)
-        with torch.device("cpu"):
-            cut(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
+        cut_as_saved(model, plan.renamed(lambda name: modeling_pruned.local_name(model, name)))
         # its config says what was cut
         save_plainly(model)
     except PruningError as error:

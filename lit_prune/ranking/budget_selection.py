@@ -133,6 +133,28 @@ def trade_off(
     return found
 
 
+def trade_offs(
+    table: GroupTable,
+    resources: Sequence[Resource],
+    limits: Limits,
+    original: Mapping[tuple[str, str], int] | None = None,
+    multiple: np.ndarray | None = None,
+) -> dict[str, list[dict[str, float]]]:
+    """The :func:`trade_off` of every quantity, with the others reported beside it, by name of the quantity.
+
+    Args:
+        table: The group table.
+        resources: The quantities.
+        limits: Floors, protections and rounding.
+        original: As for :func:`trade_off`.
+        multiple: As for :func:`trade_off`.
+    """
+    return {
+        r.name: trade_off(table, r, [other for other in resources if other is not r], limits, original, multiple)
+        for r in resources
+    }
+
+
 class _Search:
     """The steps of a table under some limits, and what becomes of the quantities when steps leave."""
 

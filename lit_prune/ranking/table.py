@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +54,7 @@ class GroupTable:
             files.
         price: What the removal of each group saves, weighted over the limits of a budget, float array of shape ``(rows,)``;
             scores are importance / price then. ``None`` if the budget is one of parameters. Not written to files.
-        trade_offs: By quantity of a budget, what cuts of rising size cost in importance and save; see
-            :func:`lit_prune.ranking.budget_selection.trade_off`. Not written to files.
+        plan_trade_offs: Computes :attr:`trade_offs`, which takes several more selections. Not written to files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -68,7 +68,7 @@ class GroupTable:
     multiple_of: np.ndarray | None = None
     members: tuple[tuple[str, ...], ...] | None = None
     price: np.ndarray | None = None
-    trade_offs: Mapping[str, Sequence[Mapping[str, float]]] | None = None
+    plan_trade_offs: Callable[[], Mapping[str, Sequence[Mapping[str, float]]]] | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -102,6 +102,12 @@ class GroupTable:
 
     def __len__(self) -> int:
         return len(self.importance)
+
+    @cached_property
+    def trade_offs(self) -> Mapping[str, Sequence[Mapping[str, float]]]:
+        """By quantity of a budget, what cuts of rising size cost in importance and save, planned when it is first read; empty
+        if the table was read from a file. See :func:`lit_prune.ranking.budget_selection.trade_off`."""
+        return {} if self.plan_trade_offs is None else self.plan_trade_offs()
 
     @property
     def sizes(self) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from lit_prune.calibration.divergence import distillation_loss
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.random_state import random_state_kept
@@ -81,7 +81,7 @@ class OutputReader:
             return _Divergence.apply(given, dense, self._model.get_submodule(self._head))
         given, dense = given.to(accumulation_dtype(given.dtype)), dense.to(accumulation_dtype(dense.dtype))
         if self._gives_logits and dense.shape[-1] > 1:
-            return _divergence(given, dense)
+            return distillation_loss(given, dense)
         return (given - dense).square().mean() / dense.square().mean().clamp_min(torch.finfo(dense.dtype).tiny)
 
     @property
@@ -102,7 +102,7 @@ class _Divergence(torch.autograd.Function):
             with torch.no_grad():
                 wanted = head(teacher).float()
             with torch.enable_grad():
-                loss = _divergence(head(student).float(), wanted) * len(student)
+                loss = distillation_loss(head(student).float(), wanted) * len(student)
                 gradients.append(torch.autograd.grad(loss, student)[0])
             total += loss.detach()
         context.save_for_backward(torch.cat(gradients) / len(given))
@@ -112,12 +112,6 @@ class _Divergence(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = context.saved_tensors
         return (saved * gradients[0]).to(saved.dtype), None, None
-
-
-def _divergence(given: Tensor, dense: Tensor) -> Tensor:
-    return functional.kl_div(
-        functional.log_softmax(given, -1), functional.log_softmax(dense, -1), log_target=True, reduction="batchmean"
-    )
 
 
 def record_outputs(

@@ -32,8 +32,9 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.equations import Equations
-from lit_prune.repair.passes import WAY_OUT, Call, Data, Passes, Replacements, sample
+from lit_prune.repair.passes import Call, Data, Passes, Replacements, sample
 from lit_prune.repair.patches import count_rows, input_rows, is_product, matrix_of, output_rows, taps, weight_of
+from lit_prune.repair.reruns import WAY_OUT
 from lit_prune.surgery.plan_cuts import parameter_cuts
 from lit_prune.surgery.tensors import DimensionCut
 from lit_prune.torch_internals import version_of

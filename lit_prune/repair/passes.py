@@ -16,13 +16,13 @@ from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.calibration.random_state import random_state, random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
-from lit_prune.errors import PruningError, UnsupportedModelError
+from lit_prune.errors import UnsupportedModelError
+from lit_prune.repair.reruns import WAY_OUT, rerun
 
 T = TypeVar("T")
 
 Data = Callable[[], contextlib.AbstractContextManager[tuple[Iterable[Any], Callable[[Any], Any]]]]
 
-WAY_OUT = "Use repair='bias' or repair=None."
 
 # values of an input that are kept to tell batches apart by
 _SAMPLE = 4096
@@ -203,7 +203,7 @@ class Passes:
                 runs += 1
                 skipped = False
                 try:
-                    with _rerun(runs - 1):
+                    with rerun(f"Calibration batch {runs - 1} ran before, and cannot be run again"):
                         skipped = forward(batch) is SKIPPED
                 except _Over:
                     self._known[runs - 1].rewind()
@@ -289,23 +289,6 @@ def _hooked(
                 stack.callback(module.register_forward_pre_hook(ahead, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(hook, after, name), with_kwargs=True).remove)
         yield
-
-
-@contextlib.contextmanager
-def _rerun(number: int) -> Iterator[None]:
-    """Turn an error in a batch that calibration has run before into one that says so.
-
-    Raises:
-        UnsupportedModelError: In place of what the model raised; memory that runs out, and our own errors, stay.
-    """
-    try:
-        yield
-    except (PruningError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"Calibration batch {number} ran before, and cannot be run again ({type(error).__name__}: {error}). {WAY_OUT}"
-        ) from error
 
 
 class Replacements:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.features import is_convolution
 from lit_prune.calibration.precision import accumulation_dtype
-from lit_prune.errors import PlanError, PruningError, UnsupportedModelError
+from lit_prune.errors import PlanError, UnsupportedModelError
 from lit_prune.groups import BLOCK, HIDDEN, GroupSet
 from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.experts import StopForward
 from lit_prune.repair.hidden_states import HiddenStates
-from lit_prune.repair.streams import _WAY_OUT, _states, _Stream
+from lit_prune.repair.reruns import rerun
+from lit_prune.repair.streams import _states, _Stream
 
 # how much of what its consumers add may be missing from the output of a block that counts as a sum
 _MISSING = 1e-2
@@ -34,23 +35,9 @@ def is_chain(model: nn.Module, group_sets: Sequence[GroupSet]) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _replayed(name: str) -> Iterator[None]:
-    """Turn an error in a block that is run on its own into one that says so.
-
-    Raises:
-        UnsupportedModelError: In place of what the block raised; memory that runs out, and our own errors, stay.
-    """
-    try:
-        yield
-    except (StopForward, PruningError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # the user's forward, called as it was not written to be called, may raise anything
-        raise UnsupportedModelError(
-            f"{name} cannot be run on its own with what it was called with in the model ({type(error).__name__}: {error})."
-            f" {_WAY_OUT}"
-        ) from error
+def _replayed(name: str) -> contextlib.AbstractContextManager[None]:
+    """Turn an error in a block that is run on its own into one that says so."""
+    return rerun(f"{name} cannot be run on its own with what it was called with in the model")
 
 
 @contextlib.contextmanager

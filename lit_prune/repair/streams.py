@@ -21,6 +21,7 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
 from lit_prune.repair.calls import BlockCall
 from lit_prune.repair.hidden_states import HiddenStates, Storage
+from lit_prune.repair.reruns import WAY_OUT
 from lit_prune.torch_internals import tree_map, version_of
 
 # values of a block's first output that are kept to check its replay by
@@ -29,9 +30,6 @@ _SAMPLE = 4096
 
 # rounding adds up over the blocks before
 _REPLAY_SLACK = 8.0
-
-
-_WAY_OUT = "Use repair='bias' or repair=None."
 
 
 @dataclass
@@ -77,7 +75,7 @@ class _Stream:
         if not apart <= tolerance(own, precision) * _REPLAY_SLACK:
             raise UnsupportedModelError(
                 f"{name}, run on its own with what it was called with, does not give what it gave in the model (largest relative"
-                f" difference {apart:.3g}): it depends on a cache or another state. {_WAY_OUT}"
+                f" difference {apart:.3g}): it depends on a cache or another state. {WAY_OUT}"
             )
 
 
@@ -252,7 +250,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Te
     if not isinstance(hidden, Tensor):
         raise UnsupportedModelError(
             f"{name} was called with {[type(a).__name__ for a in args]} and {sorted(kwargs)}; expected hidden states, a tensor,"
-            f" as its first argument or as hidden_states=. {_WAY_OUT}"
+            f" as its first argument or as hidden_states=. {WAY_OUT}"
         )
     return hidden, rest, named
 
@@ -267,7 +265,7 @@ def _refuse_filled_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any], name:
         if held := filled(cache):
             raise UnsupportedModelError(
                 f"{name} is called with a cache that holds {held} already (prefix tuning, or a sequence in several"
-                f" pieces), without which the blocks cannot be run again one after the other. {_WAY_OUT}"
+                f" pieces), without which the blocks cannot be run again one after the other. {WAY_OUT}"
             )
 
 
@@ -276,6 +274,6 @@ def _states(output: Any, name: str) -> Tensor:
     states = hidden_output(output)
     if not isinstance(states, Tensor):
         raise UnsupportedModelError(
-            f"{name} gives a {type(output).__name__}; expected hidden states, or a tuple that begins with them. {_WAY_OUT}"
+            f"{name} gives a {type(output).__name__}; expected hidden states, or a tuple that begins with them. {WAY_OUT}"
         )
     return states

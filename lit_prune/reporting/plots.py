@@ -182,7 +182,7 @@ def trade_off_figure(table: GroupTable) -> Figure:
     Args:
         table: A group table with ``trade_offs``: for each quantity that can be limited, the cuts that are best for it.
     """
-    curves = dict(table.trade_offs or {})
+    curves = dict(table.trade_offs)
     names = list(curves)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

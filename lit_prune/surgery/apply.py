@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lit_prune.architectures.plain_modules import TRANSPOSED
 from lit_prune.distributed import shards
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.groups import GroupSet, count_parameters
-from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, ROTATED_ATTRIBUTE, PruningPlan, get_plan
+from lit_prune.plan import BEFORE, PLAN_ATTRIBUTE, ROTATED_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import references
 from lit_prune.surgery.compiled import forget_compiled
 from lit_prune.surgery.depth import _leaving, _remove_blocks, _set_attribute
@@ -108,12 +109,7 @@ def apply_plan(
         OptimizerStateError: If an optimizer's state cannot be cut, or the optimizer is of another model.
         ReferenceHeldError: If something else holds tensors of the old sizes.
     """
-    if plan.rotated and not any(getattr(m, ROTATED_ATTRIBUTE, False) for m in model.modules()):
-        raise PlanError(
-            "The plan was made once hidden states were turned (rotate_hidden), so that its hidden channels are none of this"
-            f" {type(model).__name__}. Load the weights that were saved with it, by lit_prune.load_pruned or from the"
-            " checkpoint."
-        )
+    plan.check_rotation(model)
     cut(model, plan, optimizers, weights)
 
 
@@ -150,6 +146,18 @@ def cut(
         undo_all(journal)
         raise
     return lambda: undo_all(journal)
+
+
+def cut_as_saved(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut a freshly built dense model by the plan of a saved one, whose weights are loaded afterwards.
+
+    What the plan says of how it came about stays: such a model may not be tied yet, so that its parameters cannot be counted.
+    """
+    with torch.device("cpu"):
+        cut(model, plan)
+    noted = get_plan(model)
+    assert noted is not None
+    set_plan(model, replace(noted, info=plan.info))
 
 
 def _cut(

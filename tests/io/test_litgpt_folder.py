@@ -151,6 +151,7 @@ def test_a_model_that_no_config_describes_is_saved_in_our_form(tmp_path, name):
     assert torch.equal(loaded(ids()), model(ids()))
     assert get_plan(loaded) == get_plan(model)
     assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == (name == "tied")
+    assert get_plan(loaded).info == get_plan(model).info
     # it is cut and saved again, and replaces what was there
     group_sets = find_group_sets(loaded)
     apply_plan(loaded, PruningPlan.from_kept(group_sets, [range(s.size - (s.size > 2)) for s in group_sets]))

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from architecture_cases import CASES
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from test_pruning import fit, pruning
@@ -119,6 +120,34 @@ def test_pruning_twice_counts_from_the_first_model(tmp_path, batches, loss_of):
     for given in (model, load_pruned(save_pruned(model, tmp_path / "model"))):
         assert get_plan(given).info[BEFORE] == before
         assert get_plan(given).info[AFTER] == numel(model) == numel(given)
+
+
+TIED = (
+    "Llama, tied embeddings",
+    "GPT-2",
+    "BERT, masked language model",
+    "Gemma 3 with images",
+    "BART",
+    "T5",
+    "Whisper",
+    "Mamba",
+    "LFM2-MoE",
+)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_what_is_tied_is_counted_once_in_a_loaded_model(tmp_path, name):
+    (case,) = (c for c in CASES if c.name == name)
+    model = case.build()
+    before = numel(model)
+    assert len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
+    sets = find_group_sets(model)
+    apply_plan(model, PruningPlan.from_kept(sets, [range(max(s.minimum, s.size - 1)) for s in sets], {"ratio": 0.5}))
+    loaded = load_pruned(save_pruned(model, tmp_path / "model"))
+    assert (get_plan(loaded).info[BEFORE], get_plan(loaded).info[AFTER]) == (before, numel(loaded))
+    assert get_plan(loaded).info == get_plan(model).info
+    card = (save_pruned(loaded, tmp_path / "again") / "README.md").read_text()
+    assert f"{numel(model):,} parameters, {1 - numel(model) / before:.1%} fewer" in card
 
 
 def test_composing_takes_before_from_the_first_and_after_from_the_last():
