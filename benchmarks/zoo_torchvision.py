@@ -150,7 +150,7 @@ def _video(name: str) -> Callable[[], nn.Module]:
         if name == "mvit_v2":
             sizes = ((16, 32, (1, 2, 2)), (32, 32, (1, 1, 1)))
             blocks = [
-                models.video.mvit.MSBlockConfig(2, before, after, (3, 3, 3), stride, (3, 3, 3), (1, 2, 2))
+                models.video.mvit.MSBlockConfig(2, before, after, (3, 3, 3), (3, 3, 3), stride, (1, 2, 2))
                 for before, after, stride in sizes
             ]
             options = ("residual_pool", "residual_with_cls_embed", "rel_pos_embed", "proj_after_attn")

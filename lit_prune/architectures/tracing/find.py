@@ -153,8 +153,8 @@ def _training_run(
         tracer.running.clear()
         warnings.warn(
             f"{left[:3]} ({len(left)} parameters) of {type(model).__name__} are not used in evaluation mode, and the example"
-            f" batch does not run in training mode ({first_line(error)}). If they read what is removed they will not fit: protect what they read,"
-            " or give larger batches.",
+            f" batch does not run in training mode ({first_line(error)}). If they read what is removed they"
+            " will not fit: protect what they read, or give larger batches.",
             UserWarning,
             stacklevel=4,
         )
