@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import torch
 from any_module_models import Row, float_leaves
 from torch import nn
+
+from lit_prune.errors import first_line
 
 __all__ = ["compare", "first_line", "float_leaves", "train_one_step"]
 
@@ -41,12 +42,3 @@ def train_one_step(row: Row, model: nn.Module, batch: Any, optimizer: torch.opti
     optimizer.step()
     model.train(training)
     return float(loss.detach())
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error, cut to 160 characters."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        lines = [f"in {place.name}: {place.line}"]
-    return f"{type(error).__name__}: {lines[0]}"[:160]

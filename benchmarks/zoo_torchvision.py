@@ -148,8 +148,13 @@ def _video(name: str) -> Callable[[], nn.Module]:
         from torchvision import models
 
         if name == "mvit_v2":
-            blocks = [models.video.mvit.MSBlockConfig(2, 16, 32, (3, 3, 3), (1, 2, 2), (3, 3, 3), (1, 2, 2))]
-            return models.video.mvit.MViT((8, 32, 32), 4, blocks, True, True, True, num_classes=CLASSES)
+            sizes = ((16, 32, (1, 2, 2)), (32, 32, (1, 1, 1)))
+            blocks = [
+                models.video.mvit.MSBlockConfig(2, before, after, (3, 3, 3), (3, 3, 3), stride, (1, 2, 2))
+                for before, after, stride in sizes
+            ]
+            options = ("residual_pool", "residual_with_cls_embed", "rel_pos_embed", "proj_after_attn")
+            return models.video.mvit.MViT((32, 32), 8, blocks, **dict.fromkeys(options, True), num_classes=CLASSES)
         return models.get_model(name, weights=None, num_classes=CLASSES)
 
     return build

@@ -1,5 +1,9 @@
 """The errors that lit_prune raises, so that callers can tell them from programming mistakes."""
 
+from __future__ import annotations
+
+import traceback
+
 
 class PruningError(Exception):
     """Base class of every error that lit_prune raises on purpose."""
@@ -59,3 +63,12 @@ class ReferenceHeldError(PruningError):
 
 class OptimizerStateError(PruningError):
     """The state of an optimizer cannot follow the cut."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error, at most 160 characters; of an empty one, where it was raised."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"in {frames[-1].name}: {frames[-1].line}" if frames else "without a message"]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

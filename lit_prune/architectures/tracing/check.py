@@ -13,6 +13,7 @@ from lit_prune.architectures.tracing.integers import Proposal, proposals, with_p
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.architectures.tracing.trial import masked, telling_values, without
+from lit_prune.errors import first_line
 from lit_prune.groups import GroupSet
 from lit_prune.torch_internals import tree_leaves
 
@@ -128,7 +129,7 @@ class Check:
                         self._also()
         # whatever the user's forward raises with other sizes
         except Exception as error:
-            return f"the cut model does not run ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+            return f"the cut model does not run ({first_line(error)})"
         return _difference(expected, found)
 
     def _outputs(self) -> list[Tensor]:

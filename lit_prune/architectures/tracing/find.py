@@ -17,7 +17,7 @@ from lit_prune.architectures.tracing.mode import LabelTracer, follow, trace
 from lit_prune.architectures.tracing.report import Untraceable, kept_whole, summary
 from lit_prune.architectures.tracing.sets import FoundSet, find_sets
 from lit_prune.architectures.tracing.trial import training_mode
-from lit_prune.errors import ArgumentTypeError, ArgumentValueError, UnsupportedModelError
+from lit_prune.errors import ArgumentTypeError, ArgumentValueError, UnsupportedModelError, first_line
 from lit_prune.groups import GroupSet, check_weights, count_parameters, count_removed
 from lit_prune.torch_internals import move_buffers, tables
 
@@ -153,8 +153,8 @@ def _training_run(
         tracer.running.clear()
         warnings.warn(
             f"{left[:3]} ({len(left)} parameters) of {type(model).__name__} are not used in evaluation mode, and the example"
-            f" batch does not run in training mode ({type(error).__name__}: {str(error).splitlines()[0][:150]}). If they read"
-            " what is removed they will not fit: protect what they read, or give larger batches.",
+            f" batch does not run in training mode ({first_line(error)}). If they read what is removed they"
+            " will not fit: protect what they read, or give larger batches.",
             UserWarning,
             stacklevel=4,
         )

@@ -125,6 +125,34 @@ def test_a_set_for_which_cut_and_masked_differ_is_dropped_loudly():
         assert len(trace_groups(model, lambda: model(x), check=False).group_sets) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError(), r"AssertionError: in forward: raise error"),
+        (StopIteration(), r"StopIteration: in forward: raise error"),
+        (ValueError("\n\nwidth\nof 8"), r"ValueError: width\)"),
+        (KeyError("width"), r"KeyError: 'width'"),
+    ],
+    ids=["no message", "stop", "lines", "key"],
+)
+def test_whatever_a_model_raises_at_another_width_is_said(error, said):
+    class Insists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            if hidden.shape[-1] != 8:
+                raise error
+            return self.c(self.b(hidden).relu())
+
+    model, x = Insists(), torch.randn(2, 6)
+    with pytest.warns(UserWarning, match=rf"'a'.*failed the check: the cut model does not run \({said}"):
+        found = trace_groups(model, lambda: model(x))
+    assert [s.name for s in found.group_sets] == ["b"]
+
+
 def test_residual_branches_that_start_at_zero_do_not_hide_a_wrong_cut():
     class Branch(nn.Module):
         def __init__(self) -> None:
