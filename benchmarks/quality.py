@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_data import PARTS, Text, losses
+from quality_data import PARTS, PRECISIONS, Text, losses
 from quality_report import report
 
 from lit_prune._files import write_text
@@ -48,6 +48,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sequence")
     parser.add_argument("--windows", type=int, default=48, help="windows of 512 tokens that measure a domain")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of forward passes that measure, and of our calibration; other people's always calibrate in float32",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -96,13 +102,13 @@ def measure(options: argparse.Namespace, results: Results) -> None:
     parts = text.measured(options.part)
     for domain, windows in parts.items():
         if f"{options.part}/{domain}" not in results.read()["dense"]:
-            results.add("dense", f"{options.part}/{domain}", losses(model, windows))
-    for name in ("model", "sequences", "length", "windows"):
+            results.add("dense", f"{options.part}/{domain}", losses(model, windows, options.precision))
+    for name in ("model", "sequences", "length", "windows", "precision"):
         results.add("protocol", name, getattr(options, name))
     results.add("protocol", "text", options.text.name)
     results.add("protocol", "parameters", count_parameters(model))
     for seed in options.seeds:
-        setting = Setting(model, text.calibration(options.sequences, options.length, seed), seed)
+        setting = Setting(model, text.calibration(options.sequences, options.length, seed), seed, options.precision)
         for row, ratio, kind, key in wanted(options, rows, list(CRITERIA), seed):
             if key in results.read()["runs"]:
                 continue
@@ -111,7 +117,7 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             run: dict[str, Any] = {"row": row, "ratio": ratio, "repair": kind, "seed": seed, "part": options.part}
             run |= {"chosen": chosen, "seconds": round(time.perf_counter() - start, 1), "commit": commit()}
             run["parameters"] = getattr(pruned, "stored_parameters", None) or count_parameters(pruned)
-            run["losses"] = {domain: losses(pruned, windows) for domain, windows in parts.items()}
+            run["losses"] = {domain: losses(pruned, windows, options.precision) for domain, windows in parts.items()}
             results.add("runs", key, run)
             if options.part == "reporting":
                 results.add("looks", None, {"date": time.strftime("%Y-%m-%d"), "run": key})

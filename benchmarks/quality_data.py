@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pydoc_data.topics import topics
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 LENGTH = 512
 # which domains a part is measured on; "python" is the documentation that the standard library ships
+PRECISIONS = ("32-true", "bf16-mixed")
 PARTS = {"tuning": ("wikitext",), "reporting": ("wikitext", "python")}
 
 
@@ -50,11 +52,18 @@ class Text:
         return ids[: whole * LENGTH].view(whole, LENGTH)[chosen]
 
 
-@torch.inference_mode()
-def losses(model: nn.Module, windows: Sequence[Tensor]) -> list[float]:
+def computing(precision: str) -> contextlib.AbstractContextManager[object]:
+    """The context of a forward pass, named as Lightning names precisions."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+
+# weights are cast once where gradients are off, in every pass in inference mode
+@torch.no_grad()
+def losses(model: nn.Module, windows: Sequence[Tensor], precision: str = "32-true") -> list[float]:
     """Mean negative log-likelihood a predicted token, in nats, of every window."""
     found = []
-    for window in windows:
-        logits = model(input_ids=window[None]).logits[0, :-1].float()
-        found.append(round(torch.nn.functional.cross_entropy(logits, window[1:]).item(), 6))
+    with computing(precision):
+        for window in windows:
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            found.append(round(torch.nn.functional.cross_entropy(logits, window[1:]).item(), 6))
     return found

@@ -11,6 +11,7 @@ from peers import causal_loss, flap, torch_pruning, wanda_sp
 from peers_modegpt import modegpt
 from peers_slicegpt import slicegpt
 from peers_uniform import minitron, osscar
+from quality_data import PRECISIONS, computing
 from torch import Tensor, nn
 
 from lit_prune import PruningConfig, apply_plan, calibrate, find_group_sets, make_plan, prune, repair
@@ -78,10 +79,12 @@ STACK = 8
 
 
 class Setting:
-    """The model and one choice of calibration sequences."""
+    """The model, one choice of calibration sequences, and the precision that ours are calibrated in."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], seed: int) -> None:
-        self.model, self.batches, self.seed = model, batches, seed
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Tensor], seed: int, precision: str = PRECISIONS[0]
+    ) -> None:
+        self.model, self.batches, self.seed, self.precision = model, batches, seed, precision
         # the same sequences, for what does not depend on the size of the batches: faster
         self.stacked = list(torch.cat(list(batches)).split(STACK))
         self.group_sets = find_group_sets(model)
@@ -89,7 +92,16 @@ class Setting:
         self._statistics: Statistics | None = None
 
     def loss(self, batch: Tensor) -> Tensor:
-        return self.model(input_ids=batch, labels=batch).loss
+        return self._loss_of(self.model, batch)
+
+    def _loss_of(self, model: nn.Module, batch: Tensor) -> Tensor:
+        with computing(self.precision):
+            return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    def _hidden(self, batch: Tensor) -> Tensor:
+        base: Any = self.model.base_model
+        with computing(self.precision):
+            return base(input_ids=batch, use_cache=False)
 
     def statistics(self, rows: Sequence[str]) -> Statistics:
         """What all criteria of some rows need, from one pass over the calibration sequences."""
@@ -112,7 +124,7 @@ class Setting:
         if row in WHOLE:
             model = copy.deepcopy(self.model)
             config = PruningConfig(**WHOLE[row], pruning_ratio=ratio)
-            _, plan = prune(model, self.stacked, lambda b: model(input_ids=b, labels=b).loss, config)
+            _, plan = prune(model, self.stacked, lambda b: self._loss_of(model, b), config)
             return model, plan.info["importance"]
         alone = {"iterations": 1, "compensation": False, "limits": ANY_WIDTH}
         config = PruningConfig(
@@ -132,10 +144,7 @@ class Setting:
             config,
             measure=lambda p: masked_loss(self.model, self.group_sets, p, self.batches, self.loss, config.holds_back),
         )
-        base: Any = self.model.base_model
-        plan, weights = repair(
-            self.model, self.group_sets, plan, own, self.stacked, lambda b: base(input_ids=b, use_cache=False), config
-        )
+        plan, weights = repair(self.model, self.group_sets, plan, own, self.stacked, self._hidden, config)
         model = copy.deepcopy(self.model)
         apply_plan(model, plan, weights=weights)
         return model, plan.info["importance"]
