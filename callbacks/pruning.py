@@ -121,6 +121,7 @@ class StructuredPruning(Callback):
             batches after every cut.
         polish_epochs: Number of passes over the calibration batches in which, after the last cut of a stage, the layers that a
             repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
+        quality: ``"fast"`` or ``"best"`` in place of these three, see :class:`lit_prune.PruningConfig`.
         budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`lit_prune.Budget`, or text
             like ``"latency=1.5x,memory=6GB"``.
         rotate_hidden: Turn hidden states to their principal directions before each cut; see :class:`lit_prune.PruningConfig`.
@@ -135,8 +136,7 @@ class StructuredPruning(Callback):
         runs: State of the run of every model that the callback was given.
         costs: What each phase of the last stage took, its iterations together, and all of them (``"total"``):
             ``"PHASE_seconds"``, and ``"PHASE_peak_bytes"``, the highest use of memory so far when it ended, see
-            :class:`lit_prune.costs.PhaseCost`. The phases are ``"check"``, ``"calibration"``, ``"compensation"``,
-            ``"planning"``, ``"repair"``, ``"surgery"`` and, in a model with batch norms, ``"recalibration"``.
+            :class:`lit_prune.costs.PhaseCost`. The phases are named in :func:`lit_prune.pipeline.prune_with`.
 
     Raises:
         ArgumentTypeError: If an argument is of another type. Scalars of numpy and torch count as numbers.
@@ -181,6 +181,7 @@ class StructuredPruning(Callback):
         iterations: int = PruningConfig.iterations,
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
         polish_epochs: int = PruningConfig.polish_epochs,
+        quality: Literal["fast", "best"] | None = None,
         budget: Budget | str | None = None,
         rotate_hidden: bool = PruningConfig.rotate_hidden,
     ) -> None:
@@ -214,6 +215,7 @@ class StructuredPruning(Callback):
             iterations=iterations,
             recalibrate_batch_norm=recalibrate_batch_norm,
             polish_epochs=polish_epochs,
+            quality=quality,
             budget=budget,
             rotate_hidden=rotate_hidden,
         )

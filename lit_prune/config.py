@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,13 @@ CANDIDATES: dict[str, dict[str, float]] = {
 HELD_BACK = 8
 
 
+# what each quality stands for
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"iterations": 1, "compensation": False, "polish_epochs": 0},
+    "best": {"iterations": 2, "compensation": True, "polish_epochs": 2},
+}
+
+
 # smaller or larger ones would vanish in float32, or be infinite
 _WEIGHT: Rule[float] = Rule("a number from 1e-6 to 1e6", Annotated[float, Field(ge=1e-6, le=1e6)])
 
@@ -83,6 +90,7 @@ _RULES: dict[str, Rule] = {
     "iterations": CUTS,
     "recalibrate_batch_norm": FLAG,
     "polish_epochs": NATURAL,
+    "quality": optional(choice(*QUALITIES)),
     "offload_hidden_states": optional(FLAG),
     "rotate_hidden": FLAG,
     "reference": optional(pair("two numbers of parameters", NATURAL.hint)),
@@ -121,6 +129,8 @@ class PruningConfig:
         polish_epochs: Number of passes over the calibration batches in which, after the last cut, the layers that a repair refits
             are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
             costs about as much as one of training.
+        quality: ``"fast"`` or ``"best"`` in place of ``iterations``, ``compensation`` and ``polish_epochs``: one cut without
+            compensation, or two with it and two passes of polish; ``None`` for what those say.
         offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
             those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
             device's memory.
@@ -148,6 +158,7 @@ class PruningConfig:
     iterations: int = 2
     recalibrate_batch_norm: bool = True
     polish_epochs: int = 0
+    quality: Literal["fast", "best"] | None = None
     offload_hidden_states: bool | None = None
     rotate_hidden: bool = False
     reference: tuple[int, int] | None = None
@@ -162,6 +173,7 @@ class PruningConfig:
             ArgumentValueError: If a value is unknown or out of its range.
         """
         check_fields(self, _RULES)
+        self._set_quality()
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.of(self.budget))
             if self.pruning_ratio != PruningConfig.pruning_ratio or self.ratio_of != "all":
@@ -193,6 +205,16 @@ class PruningConfig:
                         f" {shown(name)}."
                     )
 
+    def _set_quality(self) -> None:
+        """Put what the quality stands for into the fields that it is given in place of."""
+        for name, value in QUALITIES.get(self.quality or "", {}).items():
+            if getattr(self, name) not in (value, getattr(PruningConfig, name)):
+                raise ArgumentValueError(
+                    f"quality={self.quality!r} stands for {QUALITIES[self.quality or '']}; expected it or {name}, found both"
+                    f" and {name}={getattr(self, name)!r}."
+                )
+            object.__setattr__(self, name, value)
+
     @property
     def candidates(self) -> dict[str, Mapping[str, float]]:
         """The mixes of criteria to choose from, by what they are called; one, unless ``importance`` is ``"auto"``."""
@@ -216,8 +238,16 @@ class PruningConfig:
         return self.compensation and self.repair == "least_squares" and looks
 
     def holds_back(self, batch: int) -> bool:
-        """Whether a calibration batch is kept out of the statistics, to choose between candidates by."""
-        return self.importance == AUTO and batch % HELD_BACK == HELD_BACK - 1
+        """Whether a calibration batch is kept out of statistics and repair, for what is judged on data that it has not seen.
+
+        That is the choice between candidates, and when to stop polishing.
+        """
+        return (self.importance == AUTO or self.polish_epochs > 0) and batch % HELD_BACK == HELD_BACK - 1
+
+    @property
+    def repairs_on_all(self) -> bool:
+        """Whether the repair may use the batches that are held back, too: once the candidates are compared, they are free."""
+        return self.polish_epochs == 0
 
     def goals(self, model: nn.Module, group_sets: Sequence[GroupSet], example: Example | None = None) -> Goals | None:
         """What the budget is of this model, measured where it has to be; ``None`` if there is none.
@@ -264,14 +294,15 @@ class PruningConfig:
         """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
         if self.budget is not None:
             shares = [(k + 1) / self.iterations * self.budget_share for k in range(self.iterations)]
-            return [replace(self, budget_share=share, iterations=1) for share in shares]
+            return [replace(self, budget_share=share, iterations=1, quality=None) for share in shares]
         size = model_size(model, group_sets)
         reference = self.reference or size
         gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
         shares = [(k + 1) / self.iterations for k in range(self.iterations - 1)]
         ratios = [gone + (self.pruning_ratio - gone) * share for share in shares]
         return [
-            replace(self, pruning_ratio=r, reference=reference, iterations=1) for r in (*ratios, self.pruning_ratio)
+            replace(self, pruning_ratio=r, reference=reference, iterations=1, quality=None)
+            for r in (*ratios, self.pruning_ratio)
         ]
 
     def budget_of_parameters(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> int:

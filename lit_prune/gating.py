@@ -263,7 +263,7 @@ def first_table(
             "Gates begin with the importance of one criterion; found importance='auto'. Name one, fisher for instance."
         )
     # what others make up for is measured where gates predict it
-    config = replace(config, compensation=False)
+    config = replace(config, compensation=False, quality=None)
     return prune_with(model, data, config, root=root, ranks=ranks, progress=progress, dry_run=True)[0]
 
 

@@ -238,7 +238,7 @@ def prune_with(
     steps = config.steps(model, group_sets)
     undos: list[Callable[[], None]] = []
     epochs = 0 if dry_run else config.polish_epochs
-    polishing = Polishing(model, partial(data, POLISH), epochs, root=root, ranks=ranks)
+    polishing = Polishing(model, partial(data, POLISH), epochs, config.holds_back, root=root, ranks=ranks)
     if epochs:
         with phase(POLISH):
             polishing.record_dense()

@@ -25,14 +25,23 @@ class Polishing:
         model: The dense model.
         data: Gives a context with the calibration batches and a function that runs one.
         epochs: Number of passes; with 0 nothing is recorded or trained.
+        held_back: Whether a batch decides when to stop, by its number from 0.
         root: The module that holds the model, if the function runs more than the model.
         ranks: The processes of a distributed run, each with batches of its own.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, epochs: int, *, root: nn.Module | None = None, ranks: Ranks | None = None
+        self,
+        model: nn.Module,
+        data: Data,
+        epochs: int,
+        held_back: Callable[[int], bool],
+        *,
+        root: nn.Module | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._data, self._epochs, self._root, self._ranks = model, data, epochs, root, ranks
+        self._held_back = held_back
         self._dense: list[list[Tensor]] = []
 
     def record_dense(self) -> None:
@@ -63,6 +72,7 @@ class Polishing:
                     self._epochs,
                     root=self._root,
                     ranks=self._ranks,
+                    held_back=self._held_back,
                 )
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was polished: {error}", stacklevel=3)

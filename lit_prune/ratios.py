@@ -61,7 +61,7 @@ def checked_ratios(
     checked = sorted(set(RATIOS.check("ratios", ratios)))
     if config.budget is not None:
         raise ArgumentValueError(f"Give ratios or a budget; found {checked} and {config.budget}.")
-    configs = [replace(config, pruning_ratio=ratio, iterations=1) for ratio in checked]
+    configs = [replace(config, pruning_ratio=ratio, iterations=1, quality=None) for ratio in checked]
     for each in configs:
         each.check(model, group_sets)
     return configs

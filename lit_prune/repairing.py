@@ -87,13 +87,22 @@ def completed(
     """
     if recording is None:
         return None
-    if config.importance == AUTO:
+    if config.importance == AUTO and config.repairs_on_all:
         with data() as (batches, forward), together(ranks, "calibration"):
             held_back = (batch for number, batch in enumerate(batches) if config.holds_back(number))
             recording.record(held_back, forward, root)
     recording.finish()
     usable = recording.usable if ranks is None else ranks.all(recording.usable)
     return recording if usable else None
+
+
+@contextlib.contextmanager
+def _not_held_back(
+    data: BatchesAndForward, config: PruningConfig
+) -> Iterator[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]:
+    """The batches without those that polishing is judged on."""
+    with data() as (batches, forward):
+        yield (batch for number, batch in enumerate(batches) if not config.holds_back(number)), forward
 
 
 @contextlib.contextmanager
@@ -220,6 +229,8 @@ def repaired(
     if config.repair != "least_squares":
         return plan, scaled_norms(model, plan) if narrower and config.rotate_hidden else {}
     all_reduce = None if ranks is None else ranks.sum
+    if not config.repairs_on_all:
+        data = partial(_not_held_back, data, config)
     if narrower or is_chain(model, group_sets):
         refit = (
             partial(refit_narrower, damping=DAMPING)

@@ -326,3 +326,25 @@ def test_batches_that_can_be_read_only_once_are_refused_before_any_is_read():
     with pytest.raises(ArgumentValueError, match=r"batches must be an iterable .* read only once"):
         prune(torch.nn.Linear(2, 2), batches(), lambda b: b, PruningConfig())
     assert not read
+
+
+@pytest.mark.parametrize(
+    ("quality", "meant"), [("fast", (1, False, 0)), ("best", (2, True, 2)), (None, (2, True, 0))], ids=str
+)
+def test_a_quality_stands_for_three_options_of_configuration_and_callback(quality, meant):
+    for config in (PruningConfig(quality=quality), StructuredPruning(quality=quality).config):
+        assert (config.iterations, config.compensation, config.polish_epochs) == meant
+        sizes = replace(config, pruning_ratio=0.3)
+        assert (sizes.iterations, sizes.compensation, sizes.polish_epochs) == meant
+
+
+@pytest.mark.parametrize(
+    "given", [{"iterations": 3}, {"polish_epochs": 1}, {"iterations": 3, "polish_epochs": 4}], ids=str
+)
+def test_a_quality_and_what_it_stands_for_are_not_given_both(given):
+    name, value = next(iter(given.items()))
+    for make in (PruningConfig, StructuredPruning):
+        with pytest.raises(ArgumentValueError, match=rf"quality='fast' .* found both and {name}={value}"):
+            make(quality="fast", **given)
+    with pytest.raises(ArgumentValueError, match="quality must be"):
+        PruningConfig(quality="great")

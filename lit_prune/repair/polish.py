@@ -2,8 +2,9 @@
 
 Least squares corrects one layer after the other; what it minimises is the error of a layer's output, not of the model's.
 A few passes of gradient descent on the divergence of the model's outputs from the dense ones correct the layers together.
-Labels are not used, every other weight stays, and batches that are held back choose the pass to stop at, so that the result is
-not worse on them than what least squares left.
+Labels are not used, every other weight stays. Batches that neither the repair nor the polish has seen choose the pass to stop at,
+so that the result is not worse on them than what least squares left: on the batches that least squares was fitted to the
+divergence is far smaller than on others (SmolLM2-135M at 20%: 0.09 and 0.32 nats), and would say little.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from lit_prune.groups import GroupSet
 from lit_prune.repair.dense_outputs import OutputReader
 from lit_prune.repair.passes import Data
 
-# Adam's first steps move every weight by about this share of the weights' root mean square
-RATE = 0.003
-HELD_BACK = 8
+# how far Adam may move a weight in all steps together, as a share of the weights' root mean square
+MOVEMENT = 0.04
 
 
 def polish(
@@ -40,13 +40,14 @@ def polish(
     *,
     root: nn.Module | None = None,
     ranks: Ranks | None = None,
-    rate: float = RATE,
+    held_back: Callable[[int], bool] = lambda number: False,
+    movement: float = MOVEMENT,
 ) -> tuple[list[float], Callable[[], None]]:
     """Train the consumers of groups towards the outputs of the dense model; in place.
 
-    The optimizer is Adam on float32 copies of the weights, with a cosine schedule that ends at zero. Of every eight batches one
-    is held back (of two to seven, the last one). After each pass the mean difference on these decides which weights are kept,
-    those before the first pass included; with a single batch, the last pass's are.
+    The optimizer is Adam on float32 copies of the weights, with a cosine schedule that ends at zero. After each pass the mean
+    difference on the batches that are held back decides which weights are kept, those before the first pass included; with no
+    such batches, the last pass's are.
 
     Args:
         model: The pruned model.
@@ -56,7 +57,10 @@ def polish(
         epochs: Number of passes.
         root: The module that holds the model, if the function runs more than the model.
         ranks: The processes of a distributed run, each with batches of its own.
-        rate: Learning rate, as a share of the root mean square of each weight.
+        held_back: Whether a batch, by its number from 0, is not trained on but decides when to stop. The weights should not have
+            been fitted to it before.
+        movement: Sum of the learning rates of all steps, as a share of the root mean square of each weight: how far Adam
+            moves a weight at most, about, whatever the number of batches.
 
     Returns:
         The difference on the held-back batches before the first and after each pass (see
@@ -76,10 +80,10 @@ def polish(
             for parameter, old in zip(trained, before, strict=True):
                 parameter.copy_(old)
 
-    run = _Run(model, trained, data, dense, root, ranks)
+    run = _Run(model, trained, data, dense, root, ranks, held_back)
     try:
         with _only_trained(model if root is None else root, trained):
-            return run.train(epochs, rate), undo
+            return run.train(epochs, movement), undo
     except BaseException:
         undo()
         raise
@@ -131,6 +135,7 @@ class _Run:
         dense: Sequence[Sequence[Tensor]],
         root: nn.Module | None,
         ranks: Ranks | None,
+        held_back: Callable[[int], bool],
     ) -> None:
         self._reader = OutputReader(model)
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
@@ -138,14 +143,15 @@ class _Run:
         if not counted:
             raise CalibrationError("No calibration batch gave an output to polish towards; expected at least one.")
         self._counted = len(counted)
-        step = min(HELD_BACK, len(counted))
-        self._held = set(counted[step - 1 :: step]) if len(counted) > 1 else set()
+        self._held = {number for number in counted if held_back(number)}
         with torch.no_grad():
             # steps of a training may be smaller than what 16 bits tell apart
             self._masters = [p.detach().to(accumulation_dtype(p.dtype), copy=True) for p in trained]
 
-    def train(self, epochs: int, rate: float) -> list[float]:
+    def train(self, epochs: int, movement: float) -> list[float]:
         steps = epochs * (self._counted - len(self._held))
+        # the mean of the schedule is one half
+        rate = 2 * movement / max(1, steps)
         optimizer = torch.optim.Adam(
             [{"params": [m], "lr": rate * m.square().mean().sqrt().item()} for m in self._masters]
         )

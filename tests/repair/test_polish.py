@@ -116,6 +116,23 @@ def test_it_comes_closer_to_the_dense_model_also_on_other_batches(kind):
     assert found[6] < 0.97 * found[0]
 
 
+@pytest.mark.parametrize("importance", ["fisher", "auto"])
+@pytest.mark.parametrize("kind", CASES)
+def test_batches_that_decide_when_to_stop_were_seen_by_nothing_before(kind, importance):
+    build, batches_of, loss = CASES[kind]
+    dense, batches = build(), batches_of(16)
+    plain, polished = copy.deepcopy(dense), copy.deepcopy(dense)
+    _, plan = prune(
+        polished, batches, lambda b: loss(polished, b), PruningConfig(**{**CUT, "importance": importance}, polish_epochs=1)
+    )
+    others = [b for number, b in enumerate(batches) if number % 8 != 7]
+    config = PruningConfig(**{**CUT, "importance": plan.info["weights"]})
+    _, again = prune(plain, others, lambda b: loss(plain, b), config)
+    assert [e.kept for e in again.entries] == [e.kept for e in plan.entries]
+    held = [batches[7], batches[15]]
+    assert plan.info["polish"][0] == pytest.approx(distance(plain, dense, held, kind), rel=1e-3)
+
+
 def test_only_refitted_layers_change_and_nothing_else_of_the_model():
     batches, dense = tokens(8), llama()
     plain, polished = copy.deepcopy(dense), copy.deepcopy(dense)
