@@ -46,6 +46,8 @@ CRITERIA: dict[str, dict[str, Any]] = {
 # the whole way, with what differs from the defaults
 WHOLE: dict[str, dict[str, Any]] = {
     "default": {},
+    "best": {"quality": "best"},
+    "fast": {"quality": "fast"},
     "default, any width": {"limits": ANY_WIDTH},
     "default, four iterations": {"iterations": 4},
     "one iteration": {"iterations": 1},
@@ -75,7 +77,7 @@ PEERS: dict[str, Peer] = {
 }
 # these only take inputs of layers, so that sequences may be stacked
 FORWARD_ONLY = ("Minitron", "OSSCAR", "MoDeGPT", "SliceGPT")
-STACK = 8
+STACK = 4
 
 
 class Setting:
