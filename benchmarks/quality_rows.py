@@ -83,9 +83,7 @@ STACK = 4
 class Setting:
     """The model, one choice of calibration sequences, and the precision that ours are calibrated in."""
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Tensor], seed: int, precision: str = PRECISIONS[0]
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], seed: int, precision: str = PRECISIONS[0]) -> None:
         self.model, self.batches, self.seed, self.precision = model, batches, seed, precision
         # the same sequences, for what does not depend on the size of the batches: faster
         self.stacked = list(torch.cat(list(batches)).split(STACK))
