@@ -56,7 +56,7 @@ def trace_groups(
         root: The module that holds the model and that ``run`` runs; ``model`` if ``None``.
         protect: Names of modules or parameters of the model that stay whole, with everything in them; ``*`` stands for
             anything.
-        check: Whether to compare, set by set if need be, the model with a random half of the groups masked to the model
+        check: Whether to compare, set by set if need be, the model with a random part of the groups masked to the model
             without them, and drop the sets for which the outputs differ.
 
     Returns:

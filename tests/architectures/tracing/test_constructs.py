@@ -20,6 +20,7 @@ from lit_prune import (
     apply_plan,
     find_group_sets,
     register_architecture,
+    trace,
 )
 from lit_prune.architectures.tracing import trace_groups
 
@@ -65,9 +66,11 @@ def test_the_cut_model_computes_what_the_masked_one_does(name):
     assert tuple(s.size for s in group_sets) == construct.sizes
     generator = torch.Generator().manual_seed(1)
     kept = []
-    for group_set in group_sets:
+    for number, group_set in enumerate(group_sets):
         order = torch.randperm(group_set.size, generator=generator)
-        kept.append(sorted(order[: 1 + group_set.size // 3].tolist()))
+        # not the same fraction of all: a width that is taken for another's would fit by chance
+        count = 1 + (group_set.size // 3 + number) % max(1, group_set.size - 1)
+        kept.append(sorted(order[:count].tolist()))
     expected = tensors(masked(model, group_sets, kept)(*inputs))
     dense = tensors(model(*inputs))
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,6 +126,29 @@ def test_a_set_for_which_cut_and_masked_differ_is_dropped_loudly():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert len(trace_groups(model, lambda: model(x), check=False).group_sets) == 2
+
+
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_a_forward_that_takes_the_width_of_one_set_for_that_of_another_is_right_where_they_differ(width):
+    class Confuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, width), nn.Linear(6, width)
+            self.c, self.d = nn.Linear(width, 3), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.a(x).relu(), self.b(x).relu()
+            return self.c(one.reshape(len(x), other.shape[-1])) + self.d(other)
+
+    torch.manual_seed(0)
+    model, x = Confuses(), torch.randn(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group_sets = trace(model, [x], lambda one: model(one).sum()).group_sets
+    kept = [range(s.size - 1 - number) for number, s in enumerate(group_sets)]
+    expected = masked(model, group_sets, kept)(x)
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
