@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 import vision_packages
-from any_module_checks import first_line
 from any_module_models import Row, rows
 
 from lit_prune._files import write_text
+from lit_prune.errors import first_line
 
 RATIOS = (0.2, 0.5)
 COLUMNS = ("ours", "peer")

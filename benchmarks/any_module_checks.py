@@ -1,4 +1,4 @@
-"""What both columns of benchmarks/any_module.py measure: differences of outputs, one training step, first lines of errors."""
+"""What both columns of benchmarks/any_module.py measure: differences of outputs, and one training step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 from any_module_models import Row, float_leaves
 from torch import nn
 
-from lit_prune.errors import first_line
-
-__all__ = ["compare", "first_line", "float_leaves", "train_one_step"]
+__all__ = ["compare", "float_leaves", "train_one_step"]
 
 
 def compare(expected: Any, found: Any) -> float:

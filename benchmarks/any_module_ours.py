@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from any_module_checks import compare, first_line, train_one_step
+from any_module_checks import compare, train_one_step
 from any_module_models import Row
 from torch import nn
 
@@ -24,6 +24,7 @@ from lit_prune import (
     prune,
 )
 from lit_prune.architectures.tracing import trace_groups
+from lit_prune.errors import first_line
 from lit_prune.groups import GroupSet, count_parameters, count_removed
 
 

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from any_module_checks import compare, first_line, float_leaves, train_one_step
+from any_module_checks import compare, float_leaves, train_one_step
 from any_module_models import CLASSES, Row
 from torch import Tensor, nn
 
+from lit_prune.errors import first_line
 from lit_prune.groups import count_parameters
 
 SETTINGS: dict[str, dict[str, Any]] = {

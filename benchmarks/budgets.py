@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from intervals import perplexity, perplexity_ratio
-from quality_data import LENGTH, Text, losses
+from intervals import perplexity, shown_perplexity_ratio, shown_speedup
+from quality_data import LENGTH, losses, reported
 from torch import Tensor
 
 from lit_prune import (
@@ -49,7 +49,6 @@ from lit_prune.budgets.trials import Ratio, ratio_of_pairs, time_trial
 from lit_prune.budgets.workloads import Workload
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.groups import count_parameters
-from lit_prune.io.sources import load_model, load_tokenizer
 
 ROWS = {
     "prefill 1.3x": {"prefill": "1.3x"},
@@ -67,11 +66,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model: Any = load_model(options.model, dtype=torch.float32).eval()
+        self.model, self.windows, self.batches = reported(options)
         self.group_sets = find_group_sets(self.model)
-        text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
-        self.windows = text.measured("reporting")["wikitext"]
-        self.batches = list(torch.cat(text.calibration(options.sequences, options.length, 0)).split(8))
         self.config = PruningConfig(iterations=1)
         self.clock = CLOCKS[options.clock]
         self.plans: Path = options.plans
@@ -195,15 +191,12 @@ def table(results: dict[str, Any]) -> str:
             continue
         first = rows[f"{name} 1"]
         others = ", ".join(f"{1 / row[BUDGET]['ratio']['median']:.2f}x" for key, row in rows.items() if key[-1] != "1")
-        cells = [name, f"{first['predicted']:.2f}x", _speedup(first[BUDGET]["ratio"]), others]
+        cells = [name, f"{first['predicted']:.2f}x", shown_speedup(first[BUDGET]["ratio"]), others]
         ours, other = first[BUDGET], first.get(PARAMETERS, {})
         quality = {label: r["losses"] for label, r in ((BUDGET, ours), (PARAMETERS, other)) if "losses" in r}
         over = {label: f"{perplexity(v) / perplexity(dense['losses']):.3f}" for label, v in quality.items()}
-        cells += [over.get(BUDGET, ""), _speedup(other["ratio"]) if other else "", over.get(PARAMETERS, "")]
-        both = len(quality) == 2
-        cells.append(
-            "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(quality[BUDGET], quality[PARAMETERS])) if both else ""
-        )
+        cells += [over.get(BUDGET, ""), shown_speedup(other["ratio"]) if other else "", over.get(PARAMETERS, "")]
+        cells.append(shown_perplexity_ratio(quality[BUDGET], quality[PARAMETERS]) if len(quality) == 2 else "")
         lines.append("| " + " | ".join(cells) + " |")
     setting, machine = results["setting"], results["machine"]
     lines += [
@@ -214,10 +207,6 @@ def table(results: dict[str, Any]) -> str:
         " cut, least squares.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _speedup(ratio: dict[str, float]) -> str:
-    return f"{1 / ratio['median']:.2f}x ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from common import llama_config
-from intervals import perplexity, perplexity_ratio
+from intervals import perplexity, shown_perplexity_ratio, shown_speedup
 from peers_slicegpt import slicegpt
-from quality_data import LENGTH, Text, losses
+from quality_data import LENGTH, losses, reported
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -45,7 +45,7 @@ from lit_prune import (
 from lit_prune._files import write_text
 from lit_prune.budgets.trials import ratio_of_pairs
 from lit_prune.groups import HIDDEN, count_parameters
-from lit_prune.io.sources import load_model, load_tokenizer
+from lit_prune.io.sources import load_model
 
 BASE = "heads and MLP"
 KINDS = {
@@ -89,10 +89,7 @@ class Bench:
     """The model, the text, and statistics that several rows share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.model: Any = load_model(options.model, dtype=torch.float32).eval()
-        text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
-        self.windows = text.measured("reporting")["wikitext"]
-        self.batches = list(torch.cat(text.calibration(options.sequences, options.length, 0)).split(8))
+        self.model, self.windows, self.batches = reported(options)
         self.size = count_parameters(self.model)
         self._ready: dict[bool, tuple[Any, Any]] = {}
 
@@ -225,8 +222,9 @@ def table(results: dict[str, Any]) -> str:
         base = runs.get((BASE, ratio, "least squares" if fix == AS_GIVEN else fix))
         against = ""
         if base is not None and kinds != BASE:
-            against = "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(run["losses"], base["losses"]))
-        speed = _speedup(times["rows"].get(json.dumps([kinds, ratio])))
+            against = shown_perplexity_ratio(run["losses"], base["losses"])
+        took = times["rows"].get(json.dumps([kinds, ratio]))
+        speed = "" if took is None else shown_speedup(took["ratio"])
         over = perplexity(run["losses"]) / perplexity(dense["losses"])
         lines.append(
             f"| {removed:.1%} | {kinds} | {fix} | {over:.3f} | {against} | {run['hidden'] or 'differs'} | {speed} |"
@@ -242,15 +240,8 @@ def table(results: dict[str, Any]) -> str:
         lines += ["", "| removed of the wide model | groups | prefill |", "|---:|---|---:|"]
         for key, run in wide["rows"].items():
             removed = 1 - run["parameters"] / wide["parameters"]
-            lines.append(f"| {removed:.1%} | {json.loads(key)[0]} | {_speedup(run)} |")
+            lines.append(f"| {removed:.1%} | {json.loads(key)[0]} | {shown_speedup(run['ratio'])} |")
     return "\n".join(lines) + "\n"
-
-
-def _speedup(run: dict[str, Any] | None) -> str:
-    if run is None:
-        return ""
-    ratio = run["ratio"]
-    return f"{1 / ratio['median']:.2f}x ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
 
 
 def main(options: argparse.Namespace) -> None:

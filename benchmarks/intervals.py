@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ def perplexity(losses: Sequence[float]) -> float:
 def perplexity_ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Perplexity under one model over that under another, with its 95% interval over windows of equal length."""
     return paired_interval(first, second, torch.exp)
+
+
+def shown_perplexity_ratio(first: Sequence[float], second: Sequence[float]) -> str:
+    """What :func:`perplexity_ratio` gives, for a table."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*perplexity_ratio(first, second))
+
+
+def shown_speedup(ratio: Mapping[str, float]) -> str:
+    """How many times faster something is, for a table.
+
+    Args:
+        ratio: ``median``, ``low`` and ``high`` of its time over that of the other.
+    """
+    return f"{1 / ratio['median']:.2f}x ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
 
 
 def mean_over_runs(runs: Sequence[Sequence[float]]) -> list[float]:

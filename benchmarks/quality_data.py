@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Sequence
 from pydoc_data.topics import topics
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.io.sources import load_model, load_tokenizer
+
 LENGTH = 512
-# which domains a part is measured on; "python" is the documentation that the standard library ships
 PRECISIONS = ("32-true", "bf16-mixed")
+# which domains a part is measured on; "python" is the documentation that the standard library ships
 PARTS = {"tuning": ("wikitext",), "reporting": ("wikitext", "python")}
 
 
@@ -50,6 +53,14 @@ class Text:
         whole = len(ids) // LENGTH
         chosen = torch.linspace(0, whole - 1, min(self._windows, whole)).long()
         return ids[: whole * LENGTH].view(whole, LENGTH)[chosen]
+
+
+def reported(options: argparse.Namespace) -> tuple[Any, Tensor, list[Tensor]]:
+    """The model in float32, the reporting windows of WikiText, and the calibration sequences in batches of 8, as options say."""
+    model = load_model(options.model, dtype=torch.float32).eval()
+    text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
+    batches = torch.cat(text.calibration(options.sequences, options.length, 0)).split(8)
+    return model, text.measured("reporting")["wikitext"], list(batches)
 
 
 def computing(precision: str) -> contextlib.AbstractContextManager[object]:

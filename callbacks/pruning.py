@@ -121,7 +121,7 @@ class StructuredPruning(Callback):
             batches after every cut.
         polish_epochs: Number of passes over the calibration batches in which, after the last cut of a stage, the layers that a
             repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
-        quality: ``"fast"`` or ``"best"`` in place of these three, see :class:`lit_prune.PruningConfig`.
+        quality: ``"fast"`` or ``"best"`` in place of compensation, iterations and polish, see :class:`lit_prune.PruningConfig`.
         budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`lit_prune.Budget`, or text
             like ``"latency=1.5x,memory=6GB"``.
         rotate_hidden: Turn hidden states to their principal directions before each cut; see :class:`lit_prune.PruningConfig`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -207,11 +207,14 @@ class PruningConfig:
 
     def _set_quality(self) -> None:
         """Put what the quality stands for into the fields that it is given in place of."""
-        for name, value in QUALITIES.get(self.quality or "", {}).items():
+        if self.quality is None:
+            return
+        meant = QUALITIES[self.quality]
+        for name, value in meant.items():
             if getattr(self, name) not in (value, getattr(PruningConfig, name)):
                 raise ArgumentValueError(
-                    f"quality={self.quality!r} stands for {QUALITIES[self.quality or '']}; expected it or {name}, found both"
-                    f" and {name}={getattr(self, name)!r}."
+                    f"quality={self.quality!r} stands for {meant}; expected it or {name}, found both and"
+                    f" {name}={getattr(self, name)!r}."
                 )
             object.__setattr__(self, name, value)
 
@@ -243,6 +246,10 @@ class PruningConfig:
         That is the choice between candidates, and when to stop polishing.
         """
         return (self.importance == AUTO or self.polish_epochs > 0) and batch % HELD_BACK == HELD_BACK - 1
+
+    def not_held_back(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches without those that are held back."""
+        return (batch for number, batch in enumerate(batches) if not self.holds_back(number))
 
     @property
     def repairs_on_all(self) -> bool:

@@ -99,7 +99,7 @@ def _collect(
     return collect_statistics(
         model,
         group_sets,
-        (batch for number, batch in enumerate(batches) if not config.holds_back(number)),
+        config.not_held_back(batches),
         loss_fn,
         config.terms,
         mode=config.statistics,

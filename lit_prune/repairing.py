@@ -102,7 +102,7 @@ def _not_held_back(
 ) -> Iterator[tuple[Iterable[Any], Callable[[Any], Tensor | None]]]:
     """The batches without those that polishing is judged on."""
     with data() as (batches, forward):
-        yield (batch for number, batch in enumerate(batches) if not config.holds_back(number)), forward
+        yield config.not_held_back(batches), forward
 
 
 @contextlib.contextmanager

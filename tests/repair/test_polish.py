@@ -112,7 +112,7 @@ def test_it_comes_closer_to_the_dense_model_also_on_other_batches(kind):
     assert len(differences) == 7
     held = [batches[7], batches[15]]
     assert min(differences) == pytest.approx(distance(model, dense, held, kind), rel=1e-3)
-    assert min(differences) < 0.98 * differences[0]
+    assert min(differences) < 0.97 * differences[0]
     assert found[6] < 0.98 * found[0]
 
 
