@@ -41,10 +41,11 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py --sizes 8B --output docs/gpu.json
 	$(PYTHON) benchmarks/cost.py --device cuda --dtype bfloat16 --sections calibration memory speed --output docs/cost_gpu.json
 
-# every example, with the packages of models in .venv/models; each writes to outputs/
+# every example (two points of the sweep), with the packages of models in .venv/models; each writes to outputs/
 examples: $(INSTALLED)
-	set -e; for example in images text litgpt_pretraining pipeline_prune pipeline_finetune sweep_local hydra_template/src/train plain_lightning; do \
-	    echo "== examples/$$example.py"; WANDB_MODE=offline $(BIN)/python tests/example_runner.py examples/$$example.py; done
+	set -e; for example in images.py text.py litgpt_pretraining.py pipeline_prune.py pipeline_finetune.py "sweep_local.py 2" \
+	    hydra_template/src/train.py plain_lightning.py; do \
+	    echo "== examples/$$example"; WANDB_MODE=offline $(BIN)/python tests/example_runner.py examples/$$example; done
 
 # the documentation site, in site/: built strictly, then every link and anchor is checked
 docs: $(DOCS)/.installed

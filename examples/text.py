@@ -73,6 +73,7 @@ if __name__ == "__main__":
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,
+        enable_checkpointing=False,
         callbacks=[pruning, Distillation(), PruningReport("outputs/text", tokenizer=str(minilm.get_model_path()))],
     )
     trainer.fit(TextClassifier(), DataLoader(rows[100:], shuffle=True, **options), DataLoader(rows[:100], **options))

@@ -158,8 +158,16 @@ def timeline_figure(timeline: Sequence[Mapping[str, Any]], name: str) -> Figure:
         # the last of the dense model, what a cut left, and the last of all
         following = points[position + 1][2] if position + 1 < len(points) else None
         if following is None or stage == "pruned" or (stage == "dense" and following != "dense"):
+            # both stand at the step of the cut: one on each side of it
+            before_cut = stage == "dense" and following is not None
             axis.annotate(
-                f"{value:.4g}", (step, value), (6, 6), textcoords="offset points", fontsize=9, annotation_clip=False
+                f"{value:.4g}",
+                (step, value),
+                (-6 if before_cut else 6, 6),
+                ha="right" if before_cut else "left",
+                textcoords="offset points",
+                fontsize=9,
+                annotation_clip=False,
             )
     axis.margins(x=0.06, y=0.12)
     axis.set_xlabel("optimizer step")
@@ -201,6 +209,8 @@ def trade_off_figure(table: GroupTable) -> Figure:
         axis.set_xlabel(f"{for_plot(name)} / dense")
         axis.invert_xaxis()
         axis.set_yscale("symlog", linthresh=max(1e-12, points[-1]["importance"] / 1e4))
+        if all(p["importance"] >= 0 for points in curves.values() for p in points):
+            axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     figure.supylabel("predicted increase of the loss", fontsize=9)
