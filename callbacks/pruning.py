@@ -116,12 +116,12 @@ class StructuredPruning(Callback):
         compensation: Whether importance takes the repair ``"least_squares"`` into account (two more forward passes over
             the calibration batches).
         iterations: Number of equal cuts in which each stage reaches its ratio. Each is calibrated, ranked and repaired
-            on the same batches; more cuts are better, and cost proportionally more.
+            on the same batches, and costs as much. ``None`` for as few as remove 0.2 each at most, and two for a budget.
         recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration
             batches after every cut.
         polish_epochs: Number of passes over the calibration batches in which, after the last cut of a stage, the layers that a
             repair refits are trained towards the outputs that the model gave before the stage; 0 trains nothing.
-        quality: ``"fast"`` or ``"best"`` in place of compensation, iterations and polish, see :class:`lit_prune.PruningConfig`.
+        quality: ``"fast"`` or ``"best"`` in place of compensation and polish, see :class:`lit_prune.PruningConfig`.
         budget: What the pruned model may take at most, in place of ``pruning_ratio``: a :class:`lit_prune.Budget`, or text
             like ``"latency=1.5x,memory=6GB"``.
         rotate_hidden: Turn hidden states to their principal directions before each cut; see :class:`lit_prune.PruningConfig`.
@@ -178,7 +178,7 @@ class StructuredPruning(Callback):
         output_dir: str | Path | None = None,
         seed: int = PruningConfig.seed,
         compensation: bool = PruningConfig.compensation,
-        iterations: int = PruningConfig.iterations,
+        iterations: int | None = PruningConfig.iterations,
         recalibrate_batch_norm: bool = PruningConfig.recalibrate_batch_norm,
         polish_epochs: int = PruningConfig.polish_epochs,
         quality: Literal["fast", "best"] | None = None,

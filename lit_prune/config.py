@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -63,8 +64,20 @@ HELD_BACK = 8
 # what each quality stands for
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"iterations": 1, "compensation": False, "polish_epochs": 0},
-    "best": {"iterations": 2, "compensation": True, "polish_epochs": 2},
+    "best": {"compensation": True, "polish_epochs": 2},
 }
+
+
+# the most that a cut removes, where their number is not given. SmolLM2-135M, perplexity of one cut over two: 1.00 at 20%, 1.016 at 30%
+LARGEST_CUT = 0.2
+
+
+# of a budget it is not known beforehand what share of the parameters it removes
+CUTS_OF_BUDGET = 2
+
+
+# what was removed before counts whole groups, a little more or less than was asked for
+_ROUNDING = 0.01
 
 
 # smaller or larger ones would vanish in float32, or be infinite
@@ -87,7 +100,7 @@ _RULES: dict[str, Rule] = {
     "repair": optional(choice(*REPAIRS)),
     "seed": INTEGER,
     "compensation": FLAG,
-    "iterations": CUTS,
+    "iterations": optional(CUTS),
     "recalibrate_batch_norm": FLAG,
     "polish_epochs": NATURAL,
     "quality": optional(choice(*QUALITIES)),
@@ -123,14 +136,15 @@ class PruningConfig:
             reconstruct. What it needs is recorded in calibration where there is memory for it, as much as gradients would
             take; else it costs one more run of all decoder layers in each iteration.
         iterations: Number of equal cuts in which the ratio is reached. Each cut calibrates, ranks and repairs on the
-            model that the previous one produced; see :func:`prune`.
+            model that the previous one produced; see :func:`prune`. ``None`` for as few as remove 0.2 each at most, and two for a
+            budget.
         recalibrate_batch_norm: Whether running means and variances of batch norms behind what is removed are estimated anew
             on the calibration batches after every cut: one more forward pass. Models without such layers stay as they are.
         polish_epochs: Number of passes over the calibration batches in which, after the last cut, the layers that a repair refits
             are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
             costs about as much as one of training.
-        quality: ``"fast"`` or ``"best"`` in place of ``iterations``, ``compensation`` and ``polish_epochs``: one cut without
-            compensation, or two with it and two passes of polish; ``None`` for what those say.
+        quality: ``"fast"``, in place of ``iterations``, ``compensation`` and ``polish_epochs``: one cut without compensation; or
+            ``"best"``, in place of the last two: compensation, and two passes of polish. ``None`` for what those say.
         offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
             those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
             device's memory.
@@ -155,7 +169,7 @@ class PruningConfig:
     repair: Literal["least_squares", "bias"] | None = "least_squares"
     seed: int = 0
     compensation: bool = True
-    iterations: int = 2
+    iterations: int | None = None
     recalibrate_batch_norm: bool = True
     polish_epochs: int = 0
     quality: Literal["fast", "best"] | None = None
@@ -300,13 +314,15 @@ class PruningConfig:
     def steps(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> list[PruningConfig]:
         """One configuration for every iteration, with ratios that rise evenly from what is gone already."""
         if self.budget is not None:
-            shares = [(k + 1) / self.iterations * self.budget_share for k in range(self.iterations)]
+            cuts = self.iterations or CUTS_OF_BUDGET
+            shares = [(k + 1) / cuts * self.budget_share for k in range(cuts)]
             return [replace(self, budget_share=share, iterations=1, quality=None) for share in shares]
         size = model_size(model, group_sets)
         reference = self.reference or size
         gone = (reference[0] - size[0]) / reference[0 if self.ratio_of == "all" else 1]
-        shares = [(k + 1) / self.iterations for k in range(self.iterations - 1)]
-        ratios = [gone + (self.pruning_ratio - gone) * share for share in shares]
+        left = self.pruning_ratio - gone
+        cuts = self.iterations or max(1, math.ceil(left / LARGEST_CUT - _ROUNDING))
+        ratios = [gone + left * (k + 1) / cuts for k in range(cuts - 1)]
         return [
             replace(self, pruning_ratio=r, reference=reference, iterations=1, quality=None)
             for r in (*ratios, self.pruning_ratio)

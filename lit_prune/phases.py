@@ -48,7 +48,7 @@ def expected_work(
             one.append(_walk(REPAIR, model, group_sets, batches, _REFITTING))
         if config.recalibrate_batch_norm and batch_norms(model):
             one.append(Work(RECALIBRATION, batches, batches))
-    whole = [Work(CHECK, 1, 1), *one * (1 if dry_run else config.iterations)]
+    whole = [Work(CHECK, 1, 1), *one * (1 if dry_run else len(config.steps(model, group_sets)))]
     if config.polish_epochs and not dry_run:
         epochs = config.polish_epochs
         whole.insert(1, Work(POLISH, batches, batches))

@@ -122,7 +122,7 @@ def prune(
     progress: bool = False,
     importance: Sequence[Tensor] | None = None,
 ) -> tuple[GroupTable, PruningPlan]:
-    """Prune a model: calibrate, plan, repair and cut, ``config.iterations`` times.
+    """Prune a model: calibrate, plan, repair and cut, in ``config.iterations`` cuts.
 
     Several smaller cuts give better models than one, because importance is measured again after each. An error leaves
     model and optimizers as they were.

@@ -88,7 +88,7 @@ def cases():
         ("repair", ["glue", 5, True, ["bias"]]),
         ("seed", [*INTEGERS, "a", 2**64]),
         ("compensation", FLAGS),
-        ("iterations", [*INTEGERS, 0, -1, 10**30]),
+        ("iterations", [*(n for n in INTEGERS if n is not None), 0, -1, 10**30]),
     ]
     limits = [
         ("min_groups", [*INTEGERS, -1, 1.5, 10**30]),
@@ -232,11 +232,13 @@ def test_a_wrong_argument_is_an_error_that_names_it_and_what_was_expected_and_fo
 
 def test_the_error_is_of_pythons_own_class_and_of_ours():
     with pytest.raises(
-        TypeError, match=r"^iterations must be an integer from 1 to 10,000; found 2\.5 \(float\)\.$"
+        TypeError, match=r"^iterations must be an integer from 1 to 10,000, or None; found 2\.5 \(float\)\.$"
     ) as raised:
         StructuredPruning(iterations=2.5)
     assert isinstance(raised.value, (PruningError, ArgumentError))
-    with pytest.raises(ValueError, match=r"^iterations must be an integer from 1 to 10,000; found 0\.$") as raised:
+    with pytest.raises(
+        ValueError, match=r"^iterations must be an integer from 1 to 10,000, or None; found 0\.$"
+    ) as raised:
         PruningConfig(iterations=0)
     assert isinstance(raised.value, ArgumentError)
     with pytest.raises(
@@ -329,7 +331,7 @@ def test_batches_that_can_be_read_only_once_are_refused_before_any_is_read():
 
 
 @pytest.mark.parametrize(
-    ("quality", "meant"), [("fast", (1, False, 0)), ("best", (2, True, 2)), (None, (2, True, 0))], ids=str
+    ("quality", "meant"), [("fast", (1, False, 0)), ("best", (None, True, 2)), (None, (None, True, 0))], ids=str
 )
 def test_a_quality_stands_for_three_options_of_configuration_and_callback(quality, meant):
     for config in (PruningConfig(quality=quality), StructuredPruning(quality=quality).config):

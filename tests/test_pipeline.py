@@ -232,6 +232,27 @@ def test_iterations_are_cuts_one_after_the_other(batches, loss_of):
     assert prune(once, batches, loss_of(once), config)[1].digest() != plan.digest()
 
 
+@pytest.mark.parametrize(
+    ("ratio", "asked", "cuts"),
+    [(0.05, None, 1), (0.2, None, 1), (0.21, None, 2), (0.5, None, 3), (0.5, 1, 1), (0.1, 4, 4)],
+)
+def test_without_a_number_a_cut_removes_a_fifth_at_most(ratio, asked, cuts):
+    model = tiny()
+    config = PruningConfig(pruning_ratio=ratio, iterations=asked)
+    ratios = [step.pruning_ratio for step in config.steps(model, find_group_sets(model))]
+    assert ratios == pytest.approx([ratio * (k + 1) / cuts for k in range(cuts)])
+
+
+def test_what_is_gone_already_needs_no_cut_of_its_own(batches, loss_of):
+    model = tiny()
+    before = sum(p.numel() for p in model.parameters())
+    reference = (before, sum(s.size * s.cost for s in find_group_sets(model)))
+    prune(model, batches, loss_of(model), PruningConfig(pruning_ratio=0.3, importance="magnitude", repair=None))
+    for ratio, cuts in ((0.45, 1), (0.6, 2)):
+        steps = PruningConfig(pruning_ratio=ratio, reference=reference).steps(model, find_group_sets(model))
+        assert len(steps) == cuts and steps[-1].pruning_ratio == ratio
+
+
 def test_trade_offs_that_are_read_after_the_cuts_are_those_of_the_dense_model(batches, loss_of):
     model, size = tiny("llama"), sum(p.numel() for p in tiny("llama").parameters())
     config = prune_config(importance="magnitude", pruning_ratio=0.4)
@@ -275,7 +296,7 @@ def test_an_error_in_a_later_iteration_leaves_everything_as_it_was(batches, loss
     assert all(torch.equal(again[n], weights[n]) for n in weights)
     assert all(torch.equal(state_again[n][k], state[n][k]) for n in state for k in state[n])
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in kept}
-    with pytest.raises(ValueError, match="iterations must be an integer from 1 to 10,000; found 0"):
+    with pytest.raises(ValueError, match="iterations must be an integer from 1 to 10,000, or None; found 0"):
         prune_config(iterations=0)
 
 

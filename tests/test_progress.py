@@ -72,7 +72,7 @@ def test_the_bar_ends_at_its_total_and_moves_within_every_phase(options, batches
     phases = [s.removeprefix("Pruning: ") for s in bar.said[1:]]
     names = ["calibration", *["compensation"] * config.compensates, *["planning"] * (config.importance == "auto")]
     names += ["repair"] * (config.repair == "least_squares")
-    iterations = config.iterations
+    iterations = config.iterations or 1
     expected = [f"{n} {i + 1}/{iterations}" if iterations > 1 else n for i in range(iterations) for n in names]
     assert phases == ["check", *expected]
 

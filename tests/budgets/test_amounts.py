@@ -89,3 +89,5 @@ def test_a_ratio_beside_a_budget_is_refused():
 def test_steps_go_evenly_towards_the_budget():
     steps = PruningConfig(budget="params=0.5", iterations=4).steps(None, [])
     assert [step.budget_share for step in steps] == [0.25, 0.5, 0.75, 1.0]
+    shares = [step.budget_share for step in PruningConfig(budget="params=0.5").steps(None, [])]
+    assert shares == [0.5, 1.0]
