@@ -68,7 +68,8 @@ QUALITIES: dict[str, dict[str, Any]] = {
 }
 
 
-# the most that a cut removes, where their number is not given. SmolLM2-135M, perplexity of one cut over two: 1.00 at 20%, 1.016 at 30%
+# the most that a cut removes, where their number is not given: perplexity of SmolLM2-135M after one cut over that after two is
+# 1.00 at 20% and 1.016 at 30%
 LARGEST_CUT = 0.2
 
 
