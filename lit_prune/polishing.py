@@ -57,14 +57,14 @@ class Polishing:
             group_sets: The group sets that it has now.
 
         Returns:
-            What the plan says of it: ``"polish"``, the difference from the dense outputs on held-back batches before the first
-            and after each pass; and a function that undoes it.
+            What the plan says of it: ``"polish"``, the loss of held-back batches before the first and after each pass; and a
+            function that undoes it.
         """
         if not self._epochs:
             return {}, nothing_to_undo
         try:
             with suspended_hooks(self._holder), together(self._ranks, "polishing"):
-                differences, undo = polish(
+                losses, undo = polish(
                     self._model,
                     group_sets,
                     self._data,
@@ -77,7 +77,7 @@ class Polishing:
         except UnsupportedModelError as error:
             warnings.warn(f"Nothing was polished: {error}", stacklevel=3)
             return {}, nothing_to_undo
-        return {"polish": [round(value, 6) for value in differences]}, undo
+        return {"polish": [round(value, 6) for value in losses]}, undo
 
     @property
     def _holder(self) -> nn.Module:
