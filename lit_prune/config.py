@@ -64,7 +64,7 @@ HELD_BACK = 8
 # what each quality stands for
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"iterations": 1, "compensation": False, "polish_epochs": 0},
-    "best": {"compensation": True, "polish_epochs": 2},
+    "best": {"compensation": True, "polish_epochs": 3},
 }
 
 
@@ -145,7 +145,7 @@ class PruningConfig:
             are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
             costs about as much as one of training.
         quality: ``"fast"``, in place of ``iterations``, ``compensation`` and ``polish_epochs``: one cut without compensation; or
-            ``"best"``, in place of the last two: compensation, and two passes of polish. ``None`` for what those say.
+            ``"best"``, in place of the last two: compensation, and three passes of polish. ``None`` for what those say.
         offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
             those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
             device's memory.

@@ -331,7 +331,7 @@ def test_batches_that_can_be_read_only_once_are_refused_before_any_is_read():
 
 
 @pytest.mark.parametrize(
-    ("quality", "meant"), [("fast", (1, False, 0)), ("best", (None, True, 2)), (None, (None, True, 0))], ids=str
+    ("quality", "meant"), [("fast", (1, False, 0)), ("best", (None, True, 3)), (None, (None, True, 0))], ids=str
 )
 def test_a_quality_stands_for_three_options_of_configuration_and_callback(quality, meant):
     for config in (PruningConfig(quality=quality), StructuredPruning(quality=quality).config):
