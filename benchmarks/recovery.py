@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from intervals import mean_over_runs, perplexity, perplexity_ratio
 from quality import Results
-from quality_data import PARTS, Text, losses
+from quality_data import PARTS, PRECISIONS, Text, losses
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,6 +35,7 @@ LENGTH = 128
 # what differs from the defaults, given the ratio and the number of steps; gradual ones end after half of the steps
 STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
     "one cut before training": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
+    "one cut before training, quality=best": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0, "quality": "best"},
     "two stages": lambda ratio, steps: {"schedule": [Stage(ratio / 2, step=0), Stage(ratio, step=steps // 2)]},
     "cubic, four stages": lambda ratio, steps: {
         "pruning_ratio": ratio,
@@ -71,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of 128 tokens")
     parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of training and of what measures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -87,7 +89,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, results: Results) -> None:
     text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
     parts = text.measured(options.part)
-    for name in ("model", "ratio", "calibration", "batch_size"):
+    for name in ("model", "ratio", "calibration", "batch_size", "precision"):
         results.add("protocol", name, getattr(options, name))
     results.add("protocol", "text", options.text.name)
     for tokens in options.tokens:
@@ -111,8 +113,8 @@ def measure(options: argparse.Namespace, results: Results) -> None:
 class Pruned(pl.Callback):
     """Measures the model just after the last cut."""
 
-    def __init__(self, parts: dict[str, Tensor]) -> None:
-        self.parts = parts
+    def __init__(self, parts: dict[str, Tensor], precision: str) -> None:
+        self.parts, self.precision = parts, precision
         self.losses: dict[str, list[float]] = {}
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
@@ -120,7 +122,7 @@ class Pruned(pl.Callback):
             return
         model = pruning.model(pl_module)
         training = model.training
-        self.losses = {domain: losses(model.eval(), windows) for domain, windows in self.parts.items()}
+        self.losses = {domain: losses(model.eval(), windows, self.precision) for domain, windows in self.parts.items()}
         model.train(training)
 
 
@@ -141,7 +143,7 @@ def one(
     rate, helpers = METHODS[method]
     steps = len(train) // options.batch_size
     module = CausalLMModule(options.model, learning_rate=rate, warmup_steps=4, schedule="cosine")
-    watch = Pruned(parts)
+    watch = Pruned(parts, options.precision)
     callbacks: list[pl.Callback] = [watch]
     if start != CONTROL:
         pruning = StructuredPruning(
@@ -153,6 +155,7 @@ def one(
         callbacks += [pruning, *(HELPERS[h]() for h in helpers)]
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=options.precision,
         max_steps=steps,
         max_epochs=1,
         callbacks=callbacks,
@@ -165,7 +168,7 @@ def one(
     trainer.fit(module, DataLoader(rows_of(train), batch_size=options.batch_size))
     seconds = round(time.perf_counter() - begin, 1)
     model = module.model.eval()
-    found = {domain: losses(model, windows) for domain, windows in parts.items()}
+    found = {domain: losses(model, windows, options.precision) for domain, windows in parts.items()}
     return {"seconds": seconds, "parameters": count_parameters(model), "just_pruned": watch.losses, "losses": found}
 
 
