@@ -153,6 +153,11 @@ def convolve(kind: type, module: nn.Module, x: Tensor) -> Tensor:
     return kind._conv_forward(module, x, module.weight, module.bias)  # type: ignore[attr-defined]
 
 
+def has_own_code(module: nn.Module, kind: type) -> bool:
+    """Return whether a layer's class computes by other code than the class of torch that it is derived from."""
+    return any(getattr(type(module), n, None) is not getattr(kind, n, None) for n in ("forward", "_conv_forward"))
+
+
 def padding_of(convolution: nn.Module) -> list[int]:
     """Return the padding that torch has worked out for a convolution, ``"same"`` for instance, as ``functional.pad`` takes it."""
     return convolution._reversed_padding_repeated_twice  # type: ignore[return-value]

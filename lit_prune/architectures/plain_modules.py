@@ -13,12 +13,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.torch_internals import forward_pre_hooks, pruned_name
+from lit_prune.torch_internals import forward_pre_hooks, has_own_code, pruned_name
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # what multiplies its inputs with its weight
 LINEAR = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a linear layer or convolution is of a derived class with a forward of its own, which may do more than multiply."""
+    kind = next((kind for kind in LINEAR if isinstance(module, kind)), None)
+    return kind is not None and has_own_code(module, kind)
 
 
 def check_plain(module: nn.Module, path: str) -> None:

@@ -18,6 +18,7 @@ from lit_prune.architectures.plain_modules import (
     LINEAR,
     TRANSPOSED,
     class_forward,
+    has_own_forward,
     hook_name,
 )
 from lit_prune.calibration.collect import _together
@@ -72,7 +73,8 @@ def check_computation(
 
     Linear layers, Conv1D and convolutions are compared with the formula of their weight and bias, other modules with the
     ``forward`` of their class, that of torch for an ``nn.MultiheadAttention``: hooks, patches and subclasses show. Inputs are
-    those that a module was called with; a hook that changes them shows, too.
+    those that a module was called with; a hook that changes them shows, too. Where groups were found by running the model, and
+    not described by blocks, derived classes of layers may compute what they want: the cut was compared with the masked model.
 
     Args:
         model: The model.
@@ -88,7 +90,12 @@ def check_computation(
             model that is called with a cache of keys and values made elsewhere, if heads may leave.
     """
     modules = {s.module: model.get_submodule(s.module) for g in group_sets for s in g.slices}
-    linear = {s.module for g in group_sets for s in g.slices if s.input_dim is not None}
+    linear = {
+        s.module
+        for g in group_sets
+        for s in g.slices
+        if s.input_dim is not None and (g.block or not has_own_forward(modules[s.module]))
+    }
     watches = [_Watch(path, m, path in linear) for path, m in modules.items() if _has_formula(m)]
     cache = _CacheWatch(model)
     shards.reshard(model)

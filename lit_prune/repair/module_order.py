@@ -132,7 +132,7 @@ def refit_in_order(
     Returns:
         New weights and biases, in the shape after the cut, by parameter name. Layers that were not called, or not called
         alike in the dense and the pruned model, keep theirs; so do convolutions in several groups of channels, and, with a
-        warning, layers that read more than :data:`MOST_INPUTS` inputs.
+        warning, layers that read more than :data:`MOST_INPUTS` inputs, or that compute more than a product with their weight.
 
     Raises:
         UnsupportedModelError: If parameters are sharded, or the batches are not the same in every pass.
@@ -209,9 +209,12 @@ def _in_order(
     """The layers that were called, in the order of their first calls; all processes find the same order."""
     # what the first batch's layers read is kept until it is over, so that no other tensor gets its place in memory
     alive: list[Tensor] = []
+    others: dict[str, None] = {}
 
     def take(call: Call) -> int:
         layer, x = layers[call.name], call.inputs
+        if not call.is_product:
+            others[call.name] = None
         if layer.first is None:
             layer.first = sum(other.first is not None for other in layers.values())
             layer.source = (x.data_ptr(), x.shape, x.stride(), version_of(x))
@@ -226,7 +229,13 @@ def _in_order(
             layers[name].calls += len(counts)
 
     passes.run(layers, take, use)
-    return _agreed(layers, all_reduce)
+    if others:
+        warnings.warn(
+            f"{list(others)} compute more than a product with their weight, by a forward of their own; they keep their weights."
+            " Layers behind them make up for some of it.",
+            stacklevel=3,
+        )
+    return _agreed({name: layer for name, layer in layers.items() if name not in others}, all_reduce)
 
 
 def _agreed(layers: Mapping[str, _Layer], all_reduce: Callable[[Tensor], Tensor] | None) -> list[_Layer]:

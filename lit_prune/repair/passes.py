@@ -17,6 +17,7 @@ from lit_prune.calibration.random_state import random_state, random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.repair.products import Products
 from lit_prune.repair.reruns import WAY_OUT, rerun
 
 T = TypeVar("T")
@@ -38,13 +39,14 @@ class Call:
 
     Args:
         name: Path of the layer.
-        module: The layer.
+        module: The layer; one with a forward of its own as that calls it, with the padding that it has there for instance.
         run: Number of the batch, of all that were run.
         batch: Number of the batch, of those that counted.
         number: How many calls of the layer the batch had before.
-        given: What it was called with.
+        given: What it was called with, or what a forward of its own multiplies with its weight.
         output: What it gave; ``None`` before it has run.
         masks: Tells which positions are real.
+        is_product: Whether the layer gave the product of these inputs and its weight, plus its bias, by its attributes.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Call:
         given: Sequence[Any],
         output: Any,
         masks: TokenMasks,
+        is_product: bool = True,
     ) -> None:
-        self.name, self.module = name, module
+        self.name, self.module, self.is_product = name, module, is_product
         self.run, self.batch, self.number = run, batch, number
         self._given, self._output, self._masks = given, output, masks
 
@@ -169,13 +172,17 @@ class Passes:
         """
         taken: dict[str, list[T]] = {}
         watched = {name: self._model.get_submodule(name) for name in dict.fromkeys(names)}
-        masks = TokenMasks(self._model, watched)
+        masks, products = TokenMasks(self._model, watched), Products(watched)
         count, runs = 0, 0
         first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            given = (*args, *kwargs.values())
-            return Call(name, watched[name], runs, count, len(taken.get(name, ())), given, output, masks)
+            module, given, is_product = watched[name], (*args, *kwargs.values()), True
+            if name in products.own:
+                product = products.take(name, output)
+                is_product = product is not None
+                module, given = (module, given) if product is None else (product.module, (product.inputs,))
+            return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             value = take(call(name, args, kwargs, output))
@@ -194,6 +201,7 @@ class Passes:
             stack.enter_context(evaluation_mode(self._root))
             stack.enter_context(within or contextlib.nullcontext())
             stack.enter_context(masks)
+            stack.enter_context(products if products.own else contextlib.nullcontext())
             sampler = stack.enter_context(self._sampled(compare))
             stack.enter_context(_hooked(watched, after, None if before is None else ahead))
             for batch in batches:

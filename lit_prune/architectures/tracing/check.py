@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.tracing.difference import difference
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
@@ -17,8 +18,6 @@ from lit_prune.errors import first_line
 from lit_prune.groups import GroupSet
 from lit_prune.torch_internals import tree_leaves
 
-_RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-6}
-_RELATIVE_HALF = 3e-2
 _AFTER_A_FAILURE = 3
 
 
@@ -129,7 +128,7 @@ class Check:
         # whatever the user's forward raises with other sizes
         except Exception as error:
             return f"the cut model does not run ({first_line(error)})"
-        return _difference(expected, found)
+        return difference(expected, found)
 
     def _outputs(self) -> list[Tensor]:
         """All floating-point tensors that the run and the model return."""
@@ -166,24 +165,6 @@ def _same_state(model: nn.Module) -> Iterator[None]:
         for buffer, data, values in buffers:
             buffer.data = data
             buffer.data.copy_(values)
-
-
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
-    if [t.shape for t in expected] != [t.shape for t in found]:
-        return "the cut model returns tensors of other shapes"
-    worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if not a.numel():
-            continue
-        tolerance = _RELATIVE.get(a.dtype, _RELATIVE_HALF)
-        a, b = a.double(), b.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        scale = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_tensor(1.0)
-        error = torch.where(same, 0.0, (a - b).abs()).max() / scale.clamp_min(1e-30)
-        worst = max(worst, float("inf") if error.isnan() else float(error) / tolerance)
-    if worst > 1:
-        return f"masked and cut outputs differ by {worst:.3g} times the tolerance"
-    return None
 
 
 def _random_parts(sets: Sequence[GroupSet]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_prune.architectures.tracing.check import Check
 from lit_prune.architectures.tracing.mode import LabelTracer, follow, trace
+from lit_prune.architectures.tracing.own_forwards import unlike_their_weights
 from lit_prune.architectures.tracing.report import Untraceable, kept_whole, summary
 from lit_prune.architectures.tracing.sets import FoundSet, find_sets
 from lit_prune.architectures.tracing.trial import training_mode
@@ -100,6 +101,8 @@ def find_groups(
     root = model if root is None else root
     with _as_it_was(root):
         tracer = trace(model, run, root)
+        for name in unlike_their_weights(model, run):
+            tracer.reads_otherwise(name)
         found, sets, checker = _found(model, tracer, run, protected, producers_that_stay, kind, check)
         if check and sets and (training := _training_run(model, tracer, run, root, sets)) is not None:
             found, sets, checker = _found(

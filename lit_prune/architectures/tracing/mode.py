@@ -101,6 +101,12 @@ class LabelTracer(DispatchMode):
                     key = (atoms.name, atoms.dim)
                     self.read[key] = self.read.get(key, True) and inside
 
+    def reads_otherwise(self, module: str) -> None:
+        """Note that what a module is called with is not what its weight is multiplied with."""
+        for name, dim in self.read:
+            if name == f"{module}.weight":
+                self.read[name, dim] = False
+
     def met(self, fields: Iterable[Tensor]) -> None:
         """Note which labels lie side by side in a product of two activations."""
         self.side_by_side.extend(fields)
