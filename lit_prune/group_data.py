@@ -191,9 +191,14 @@ def _packed_set(group_set: GroupSet, name_of: Callable[[Adaptation], str]) -> di
         "block": group_set.block,
         "slices": [_packed_slice(part) for part in group_set.slices],
         "buffers": [_packed_slice(part) for part in group_set.buffers],
-        "attributes": [{"module": a.module, "name": a.name, "per_group": a.per_group} for a in group_set.attributes],
+        "attributes": [_packed_attribute(a) for a in group_set.attributes],
         "adaptations": [{"module": a.module, "name": name_of(a)} for a in group_set.adaptations],
     }
+
+
+def _packed_attribute(attribute: Attribute) -> dict[str, Any]:
+    packed = {"module": attribute.module, "name": attribute.name, "per_group": attribute.per_group}
+    return {**packed, "shared": True} if attribute.shared else packed
 
 
 def _packed_slice(part: Slice) -> dict[str, Any]:
@@ -226,7 +231,10 @@ def _unpacked_set(
         size=size,
         cost=group_cost(model, slices),
         slices=slices,
-        attributes=tuple(Attribute(a["module"], a["name"], a["per_group"]) for a in entry["attributes"]),
+        attributes=tuple(
+            Attribute(a["module"], a["name"], a["per_group"], shared=bool(a.get("shared", False)))
+            for a in entry["attributes"]
+        ),
         block=entry["block"],
         minimum=entry["minimum"],
         adaptations=tuple(Adaptation(a["module"], adaptations[a["name"]]) for a in entry["adaptations"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +104,15 @@ class Attribute:
     Args:
         module: Qualified name of the module.
         name: Name of the attribute; ``config.NAME`` stands for a field that the module's forward reads from its
-            config, which the module then sees through a view of its own, so that other layers keep theirs.
+            config, which the module then sees through a view of its own, so that other layers keep theirs; ``NAME[1]`` for
+            one number of a list or tuple of numbers, of which the module gets another.
         per_group: The attribute's value is ``per_group`` times the number of kept groups, divided by ``divisor``, plus
             ``fixed``.
         fixed: What it counts that belongs to no group: the channels of B and C in a Mamba-2's convolution.
         divisor: A number that the kept groups are always a multiple of: of the features that one of several norms counts,
             the number of norms.
+        shared: Whether groups of other sets may count in it, too: it then goes down by ``per_group`` for every group that is
+            removed, from whatever it is.
     """
 
     module: str
@@ -116,10 +120,31 @@ class Attribute:
     per_group: int
     fixed: int = 0
     divisor: int = 1
+    shared: bool = False
 
     def value(self, kept: int) -> int:
         """What the attribute is once ``kept`` groups are left."""
         return attribute_value((self.per_group, self.fixed, self.divisor), kept)
+
+    def followed(self, owner: nn.Module, kept: int, removed: int) -> tuple[str, Any]:
+        """What a module's attribute is to be once groups are gone.
+
+        Args:
+            owner: The module.
+            kept: The number of groups that stay.
+            removed: The number of groups that go.
+
+        Returns:
+            The attribute's name, and its value.
+        """
+        name, bracket, position = self.name.partition("[")
+        if not bracket:
+            return name, getattr(owner, name) - self.per_group * removed if self.shared else self.value(kept)
+        before = getattr(owner, name)
+        values = list(before)
+        at = int(position.rstrip("]"))
+        values[at] = values[at] - self.per_group * removed if self.shared else self.value(kept)
+        return name, type(before)(values)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,19 @@ class _LastSizeFits(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _RESHAPES and len(args) > 1 and not kwargs:
             sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
-            if all(isinstance(s, int | torch.SymInt) for s in sizes) and _misfits(args[0], sizes):
-                return func(args[0], (*sizes[:-1], -1))
+            if all(isinstance(s, int | torch.SymInt) for s in sizes):
+                sizes = _known(args[0].shape, sizes)
+                if _misfits(args[0], sizes):
+                    return func(args[0], (*sizes[:-1], -1))
         return func(*args, **kwargs)
+
+
+def _known(shape: Any, sizes: Any) -> Any:
+    """The sizes with the number of tokens in the place of -1, where features are split and what stands before them stays."""
+    at = sizes.index(-1) if -1 in sizes else len(sizes)
+    if not 0 < at < len(shape) - 1 or len(sizes) <= len(shape) or tuple(sizes[:at]) != tuple(shape[:at]):
+        return sizes
+    return (*sizes[:at], shape[at], *sizes[at + 1 :])
 
 
 def _misfits(tensor: Tensor, sizes: Any) -> bool:

@@ -294,7 +294,7 @@ def _set_attributes(
             kept = entries[group_set.key].kept
             for attribute in group_set.attributes:
                 module = root.get_submodule(attribute.module.removeprefix(prefix))
-                _set_attribute(module, attribute.name, attribute.value(len(kept)), journal)
+                _set_attribute(module, *attribute.followed(module, len(kept), group_set.size - len(kept)), journal)
             for adaptation in (a for a in group_set.adaptations if a.module.startswith(prefix)):
                 module = root.get_submodule(adaptation.module.removeprefix(prefix))
                 journal.append(adaptation.apply(module, torch.tensor(kept, dtype=torch.long)))

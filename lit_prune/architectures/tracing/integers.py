@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
@@ -56,7 +58,7 @@ def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> Grou
         *_adaptations_of(model, found.group_set),
         *(Adaptation(name, ADAPTATIONS[proposal.by]) for name in proposal.reshaping),
     )
-    return replace(found.group_set, attributes=proposal.attributes, adaptations=adaptations)
+    return replace(found.group_set, attributes=(*found.sizes, *proposal.attributes), adaptations=adaptations)
 
 
 def _adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
@@ -131,15 +133,31 @@ def _integers(model: nn.Module, found: FoundSet, names: Sequence[str]) -> Iterat
     """Integers of some modules that may count a set's groups, several things in each, or positions of a parameter."""
     size = found.group_set.size
     positions = {s.index.numel() for s in found.group_set.slices}
+    known = {(a.module, a.name) for a in found.sizes}
     for name in dict.fromkeys(names):
         module = model.get_submodule(name)
         if _is_standard(module):
             continue
-        for key, value in vars(module).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value > 1:
-                several = value % size == 0 and any(p % value == 0 for p in positions)
-                if value in positions or several:
-                    yield Attribute(name, key, value // size), value
+        for key, value in _numbers(module):
+            several = value % size == 0 and any(p % value == 0 for p in positions)
+            if (name, key) not in known and (value in positions or several):
+                yield Attribute(name, key, value // size), value
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The integers above 1 of a module, and those in its lists and tuples of integers, by the names of :class:`Attribute`."""
+    for key, value in vars(module).items():
+        for name, number in ((f"{key}[{n}]", v) for n, v in enumerate(value)) if _are_integers(value) else [(key, value)]:
+            if _is_integer(number) and number > 1:
+                yield name, number
+
+
+def _are_integers(value: object) -> TypeGuard[Sequence[int]]:
+    return type(value) in (list, tuple, torch.Size) and all(_is_integer(v) for v in value)  # type: ignore[attr-defined]
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_standard(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_prune.architectures.tracing import operators  # noqa: F401
 from lit_prune.architectures.tracing.aliases import Aliases
-from lit_prune.architectures.tracing.fields import Rules, Value
+from lit_prune.architectures.tracing.fields import Rules, Value, varies
 from lit_prune.architectures.tracing.labels import Labels
 from lit_prune.architectures.tracing.rules import RULES, Call, Rule, elementwise, is_pointwise, unknown
 from lit_prune.torch_internals import DispatchMode, decompose, tree_leaves
@@ -40,6 +40,7 @@ class LabelTracer(DispatchMode):
         self.read: dict[tuple[str, int], bool] = {}
         self.side_by_side: list[Tensor] = []
         self.reshaped: list[tuple[str, Tensor]] = []
+        self.splits: list[tuple[str, tuple[int, ...], Tensor]] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.names = {id(m): name for name, m in model.named_modules()}
         self._operator = OUTPUT
@@ -115,6 +116,11 @@ class LabelTracer(DispatchMode):
         """Note in which module tensors with these labels got another shape."""
         module = self.running[-1] if self.running else ""
         self.reshaped.extend((module, f) for f in fields)
+
+    def met_split(self, sizes: Sequence[int], dim: int, fields: Iterable[Tensor]) -> None:
+        """Note the sizes that a module split labels into."""
+        module = self.running[-1] if self.running else ""
+        self.splits.extend((module, tuple(sizes), f.flatten()) for f in fields if varies(f) == (dim,))
 
     def finish(self, returned: Any) -> None:
         """What the run returned has to stay as it is."""

@@ -27,6 +27,9 @@ class Tracer(Protocol):
     def met_shape(self, fields: Iterable[Tensor]) -> None:
         """Note that the running module gave tensors with these fields another shape, which may come from its integers."""
 
+    def met_split(self, sizes: Sequence[int], dim: int, fields: Iterable[Tensor]) -> None:
+        """Note that the running module split a tensor with these fields along a dimension into parts of some sizes."""
+
     def met(self, fields: Iterable[Tensor]) -> None:
         """Note that the fields went through a product of two activations side by side, as heads do."""
 

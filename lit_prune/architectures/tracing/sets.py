@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune.architectures.plain_modules import LINEAR
 from lit_prune.architectures.tracing.labels import Atoms
 from lit_prune.architectures.tracing.mode import PROTECTED, LabelTracer
-from lit_prune.groups import GroupSet, Slice, group_cost
+from lit_prune.groups import Attribute, GroupSet, Slice, group_cost
 
 ATTENTION, MLP, CHANNEL = "attention", "mlp", "channel"
 
@@ -27,11 +27,13 @@ class FoundSet:
         group_set: The set.
         modules: Names of the modules that gave tensors with these groups another shape, and may count the groups.
         is_heads: Whether the groups lie side by side in products of activations, as heads do.
+        sizes: Numbers in lists of the modules that a run split these groups by.
     """
 
     group_set: GroupSet
     modules: tuple[str, ...]
     is_heads: bool = False
+    sizes: tuple[Attribute, ...] = ()
 
 
 Signature = tuple[tuple[int, int], ...]
@@ -70,26 +72,49 @@ def find_sets(
     frozen = np.zeros(labels.count, dtype=bool)
     for roots, _ in labels.frozen():
         frozen[roots] = True
-    by_signature = _by_signature(labels.atoms, classes, frozen)
+    by_signature = _by_signature(labels.atoms, classes, frozen, split_sizes(model, tracer, classes))
     heads = {int(c) for f in tracer.side_by_side for c in np.unique(classes[f.numpy()])}
     reshaped: dict[int, dict[str, None]] = defaultdict(dict)
     for module, fields in tracer.reshaped:
         for root in np.unique(classes[fields.numpy()]):
             reshaped[int(root)][module] = None
     sets = []
-    for signature, members in by_signature.items():
+    for (signature, sizes), members in by_signature.items():
         is_heads = not heads.isdisjoint(members)
         found = _build(model, tracer, signature, members, is_heads)
         if found is not None:
             modules = tuple(sorted({m for root in list(members)[:2] for m in reshaped[root]}))
-            sets.append(FoundSet(found if kind is None else replace(found, kind=kind), modules, is_heads))
+            sets.append(FoundSet(found if kind is None else replace(found, kind=kind), modules, is_heads, sizes))
     return _with_unique_keys(sorted(sets, key=lambda f: f.group_set.layer))
 
 
+def split_sizes(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> dict[int, tuple[Attribute, ...]]:
+    """By class, the numbers in lists and tuples of modules that count its positions, since the modules split by them.
+
+    Args:
+        model: The model.
+        tracer: What was learnt of a run.
+        classes: The class of every label.
+    """
+    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
+    for path, sizes, labels in tracer.splits:
+        for name, value in vars(model.get_submodule(path)).items():
+            if not (isinstance(value, list | tuple) and tuple(value) == sizes):
+                continue
+            for number, part in enumerate(np.split(classes[labels.numpy()], np.cumsum(sizes)[:-1])):
+                roots, counts = np.unique(part, return_counts=True)
+                for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+                    found[root][path, f"{name}[{number}]"] = count
+    return {
+        root: tuple(Attribute(path, name, count, shared=True) for (path, name), count in parts.items())
+        for root, parts in found.items()
+    }
+
+
 def _by_signature(
-    atoms: Sequence[Atoms], classes: np.ndarray, frozen: np.ndarray
-) -> dict[Signature, dict[int, list[np.ndarray]]]:
-    """By how many positions of which parameters they have, the classes, each with its positions."""
+    atoms: Sequence[Atoms], classes: np.ndarray, frozen: np.ndarray, sizes: Mapping[int, tuple[Attribute, ...]]
+) -> dict[tuple[Signature, tuple[Attribute, ...]], dict[int, list[np.ndarray]]]:
+    """By how many positions of which parameters they have, and of which parts, the classes, each with its positions."""
     members: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for number, one in enumerate(atoms):
         own = classes[one.start : one.start + one.size]
@@ -102,10 +127,11 @@ def _by_signature(
                 members[root].append((number, positions))
             else:
                 frozen[root] = True
-    found: dict[Signature, dict[int, list[np.ndarray]]] = defaultdict(dict)
+    found: dict[tuple[Signature, tuple[Attribute, ...]], dict[int, list[np.ndarray]]] = defaultdict(dict)
     for root, parts in members.items():
         if not frozen[root]:
-            found[tuple((n, len(p)) for n, p in parts)][root] = [p for _, p in parts]
+            signature = tuple((n, len(p)) for n, p in parts)
+            found[signature, sizes.get(root, ())][root] = [p for _, p in parts]
     return found
 
 

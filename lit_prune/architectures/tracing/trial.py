@@ -86,8 +86,9 @@ def _cut(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor], 
         kept = group_set.kept_to_removed(groups.tolist())
         for attribute in group_set.attributes:
             module = model.get_submodule(attribute.module)
-            undo.append(_reset(module, attribute.name, getattr(module, attribute.name)))
-            setattr(module, attribute.name, attribute.per_group * len(kept))
+            name, value = attribute.followed(module, len(kept), len(groups))
+            undo.append(_reset(module, name, getattr(module, name)))
+            setattr(module, name, value)
         for adaptation in group_set.adaptations:
             undo.append(adaptation.apply(model.get_submodule(adaptation.module), kept))
 

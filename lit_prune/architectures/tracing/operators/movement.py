@@ -174,6 +174,8 @@ def _parts(call: Call) -> list[Value]:
                 rows = labels.movedim(dim, 0).reshape(whole // lengths[0], -1)
                 call.rules.labels.balance(rows, or_rows=False)
     call.tracer.met_shape(value.fields)
+    if name == "split_with_sizes":
+        call.tracer.met_split(lengths, dim, value.fields)
     return _moved(call, lambda x: call.operator(x, *call.args[1:], **call.kwargs))
 
 
