@@ -46,7 +46,8 @@ class Aliases:
         if tensor.layout != torch.strided or not tensor.numel():
             return
         before = known.value(tensor)
-        if [f.shape for f in before.fields] == [f.shape for f in value.fields] and all(
+        same_origin = (before.constant, before.weight) == (value.constant, value.weight)
+        if same_origin and [f.shape for f in before.fields] == [f.shape for f in value.fields] and all(
             torch.equal(a, b) for a, b in zip(before.fields, value.fields, strict=True)
         ):
             return

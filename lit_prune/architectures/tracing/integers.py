@@ -110,12 +110,17 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
         several = [c for n in (1, 2) for c in combinations(multiples, n)]
         bases = dict.fromkeys([tuple(counting), both, *((c,) for c in counting), ()])
         orders += [(*base, *c) for c in several for base in bases]
-    # sizes of what the modules around create: the first state of a recurrent layer
-    around = [a for a, value in _integers(model, found, _around(found)) if value == group_set.size]
-    orders += [(a,) for a in around] + [tuple(around)]
+    # sizes of what the modules around create, the first state of a recurrent layer, or reshape before it meets these groups
+    around: dict[str, list[Attribute]] = {}
+    for attribute, value in _integers(model, found, _around(found)):
+        if value == group_set.size:
+            around.setdefault(attribute.module, []).append(attribute)
+    orders += [(a,) for of_one in around.values() for a in of_one] + [tuple(a for o in around.values() for a in o)]
+    beside = [(*base, *of_one) for of_one in around.values() for base in dict.fromkeys([both, tuple(counting)])]
+    orders += [*map(tuple, around.values()), *beside]
     orders = list(dict.fromkeys(orders))
     reshaping = tuple(m for m in found.modules if not _is_standard(model.get_submodule(m)))
-    fitting = [Proposal(o, reshaping) for o in orders[:_WITH_FITTING_SHAPES]] if reshaping else []
+    fitting = [Proposal(o, reshaping) for o in (*orders[:_WITH_FITTING_SHAPES], *beside)] if reshaping else []
     shaping = tuple(m for m in found.modules if m in reshaping or isinstance(model.get_submodule(m), nn.Unflatten))
     channels = [Proposal((), shaping, "fitting_channels")] if shaping and not found.is_heads else []
     return [*map(Proposal, orders), *fitting, *channels]
