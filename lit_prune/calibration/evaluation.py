@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from lit_prune.architectures.caches import set_caches_aside
+
 _OBSERVED: ContextVar[bool] = ContextVar("lit_prune_observed", default=True)
 
 
@@ -33,6 +35,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     # torch.nn's transformers have one that packs padded batches and calls no modules
     fast = torch.backends.mha.get_fastpath_enabled()
+    put_back = set_caches_aside(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for module, training in modes:
@@ -40,5 +43,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        put_back()
         for module, training in modes:
             module.training = training

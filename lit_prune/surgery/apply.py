@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_prune.architectures.caches import set_caches_aside
 from lit_prune.architectures.features import is_convolution, output_dim
 from lit_prune.architectures.module_sizes import sync_sizes
 from lit_prune.architectures.plain_modules import TRANSPOSED
@@ -187,6 +188,7 @@ def _cut(
     journal: list[Callable[[], None]] = []
     places = _places(model)
     restore_modules = module_state(model)
+    journal.append(set_caches_aside(model))
     keep_groups = groups_after_cut(model, group_sets, plan)
 
     def undo() -> None:

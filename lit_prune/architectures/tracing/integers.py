@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
 from lit_prune.architectures.fitting_shapes import fitting_channels, fitting_shapes
-from lit_prune.architectures.tracing.sets import FoundSet
+from lit_prune.architectures.tracing.sets import FoundSet, is_standard, numbers_of
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
 ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
@@ -24,7 +22,7 @@ ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
 """The adaptations that traced group sets may have, by the names that stand for them in files."""
 
 _ALL_SUBSETS_UP_TO = 4
-_WITH_FITTING_SHAPES = 4
+_LIKELIEST = 4
 
 
 def adaptation_name(adaptation: Adaptation) -> str:
@@ -49,7 +47,8 @@ class Proposal:
     @property
     def pattern(self) -> tuple[tuple[str, ...], str]:
         """What proposals for sets of the same role in several blocks have in common."""
-        return tuple(a.name for a in self.attributes), self.by if self.reshaping else ""
+        names = tuple(f"{a.name}, shared" if a.shared else a.name for a in self.attributes)
+        return names, self.by if self.reshaping else ""
 
 
 def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> GroupSet:
@@ -118,12 +117,24 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
     orders += [(a,) for of_one in around.values() for a in of_one] + [tuple(a for o in around.values() for a in o)]
     beside = [(*base, *of_one) for of_one in around.values() for base in dict.fromkeys([both, tuple(counting)])]
     orders += [*map(tuple, around.values()), *beside]
-    orders = list(dict.fromkeys(orders))
-    reshaping = tuple(m for m in found.modules if not _is_standard(model.get_submodule(m)))
-    fitting = [Proposal(o, reshaping) for o in (*orders[:_WITH_FITTING_SHAPES], *beside)] if reshaping else []
+    shared = _with_others(model, found)
+    orders = list(dict.fromkeys([*orders[:_LIKELIEST], *shared, *orders[_LIKELIEST:]]))
+    reshaping = tuple(m for m in found.modules if not is_standard(model.get_submodule(m)))
+    fitting = [Proposal(o, reshaping) for o in (*orders[:_LIKELIEST], *shared, *beside)] if reshaping else []
     shaping = tuple(m for m in found.modules if m in reshaping or isinstance(model.get_submodule(m), nn.Unflatten))
     channels = [Proposal((), shaping, "fitting_channels")] if shaping and not found.is_heads else []
     return [*map(Proposal, orders), *fitting, *channels]
+
+
+def _with_others(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...]]:
+    """The integers in shapes and slices that count these groups, if one counts more than these: all, and those of one name."""
+    known = {(a.module, a.name) for a in found.sizes}
+    counted = tuple(a for a in found.counted if (a.module, a.name) not in known)
+    values = {name: dict(numbers_of(model.get_submodule(name))) for name in {a.module for a in counted}}
+    if not any(values[a.module][a.name] > a.per_group * found.group_set.size for a in counted):
+        return []
+    names = dict.fromkeys(a.name for a in counted)
+    return list(dict.fromkeys([counted, *(tuple(a for a in counted if a.name == name) for name in names)]))
 
 
 def _around(found: FoundSet) -> list[str]:
@@ -141,30 +152,7 @@ def _integers(model: nn.Module, found: FoundSet, names: Sequence[str]) -> Iterat
     known = {(a.module, a.name) for a in found.sizes}
     for name in dict.fromkeys(names):
         module = model.get_submodule(name)
-        if _is_standard(module):
-            continue
-        for key, value in _numbers(module):
+        for key, value in numbers_of(module):
             several = value % size == 0 and any(p % value == 0 for p in positions)
             if (name, key) not in known and (value in positions or several):
                 yield Attribute(name, key, value // size), value
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The integers above 1 of a module, and those in its lists and tuples of integers, by the names of :class:`Attribute`."""
-    for key, value in vars(module).items():
-        for name, number in ((f"{key}[{n}]", v) for n, v in enumerate(value)) if _are_integers(value) else [(key, value)]:
-            if _is_integer(number) and number > 1:
-                yield name, number
-
-
-def _are_integers(value: object) -> TypeGuard[Sequence[int]]:
-    return type(value) in (list, tuple, torch.Size) and all(_is_integer(v) for v in value)  # type: ignore[attr-defined]
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_standard(module: nn.Module) -> bool:
-    """Whether a module's integers are PyTorch's, which follow its parameters."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)

@@ -41,6 +41,7 @@ class LabelTracer(DispatchMode):
         self.side_by_side: list[Tensor] = []
         self.reshaped: list[tuple[str, Tensor]] = []
         self.splits: list[tuple[str, tuple[int, ...], Tensor]] = []
+        self.counted: list[tuple[str, Tensor]] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.names = {id(m): name for name, m in model.named_modules()}
         self._operator = OUTPUT
@@ -121,6 +122,12 @@ class LabelTracer(DispatchMode):
         """Note the sizes that a module split labels into."""
         module = self.running[-1] if self.running else ""
         self.splits.extend((module, tuple(sizes), f.flatten()) for f in fields if varies(f) == (dim,))
+
+    def met_number(self, labels: Tensor, dim: int, count: int) -> None:
+        """Note the first positions along a dimension, as many as some number that a module may hold."""
+        if labels.shape[dim] > 1 and 0 < count <= labels.shape[dim]:
+            first = labels.narrow(dim, 0, count).movedim(dim, 0).flatten(1)[:, 0]
+            self.counted.append((self.running[-1] if self.running else "", first))
 
     def finish(self, returned: Any) -> None:
         """What the run returned has to stay as it is."""

@@ -30,6 +30,9 @@ class Tracer(Protocol):
     def met_split(self, sizes: Sequence[int], dim: int, fields: Iterable[Tensor]) -> None:
         """Note that the running module split a tensor with these fields along a dimension into parts of some sizes."""
 
+    def met_number(self, labels: Tensor, dim: int, count: int) -> None:
+        """Note that the running module used the number of the first positions along a dimension of a field."""
+
     def met(self, fields: Iterable[Tensor]) -> None:
         """Note that the fields went through a product of two activations side by side, as heads do."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ class FoundSet:
         modules: Names of the modules that gave tensors with these groups another shape, and may count the groups.
         is_heads: Whether the groups lie side by side in products of activations, as heads do.
         sizes: Numbers in lists of the modules that a run split these groups by.
+        counted: Numbers of the modules that may count these groups, with others, in shapes and slices.
     """
 
     group_set: GroupSet
     modules: tuple[str, ...]
     is_heads: bool = False
     sizes: tuple[Attribute, ...] = ()
+    counted: tuple[Attribute, ...] = ()
 
 
 Signature = tuple[tuple[int, int], ...]
@@ -72,6 +75,7 @@ def find_sets(
     frozen = np.zeros(labels.count, dtype=bool)
     for roots, _ in labels.frozen():
         frozen[roots] = True
+    counted = counted_numbers(model, tracer, classes)
     by_signature = _by_signature(labels.atoms, classes, frozen, split_sizes(model, tracer, classes))
     heads = {int(c) for f in tracer.side_by_side for c in np.unique(classes[f.numpy()])}
     reshaped: dict[int, dict[str, None]] = defaultdict(dict)
@@ -84,7 +88,8 @@ def find_sets(
         found = _build(model, tracer, signature, members, is_heads)
         if found is not None:
             modules = tuple(sorted({m for root in list(members)[:2] for m in reshaped[root]}))
-            sets.append(FoundSet(found if kind is None else replace(found, kind=kind), modules, is_heads, sizes))
+            named = found if kind is None else replace(found, kind=kind)
+            sets.append(FoundSet(named, modules, is_heads, sizes, counted.get(next(iter(members)), ())))
     return _with_unique_keys(sorted(sets, key=lambda f: f.group_set.layer))
 
 
@@ -105,10 +110,53 @@ def split_sizes(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> d
                 roots, counts = np.unique(part, return_counts=True)
                 for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
                     found[root][path, f"{name}[{number}]"] = count
+    return _attributes(found)
+
+
+def counted_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> dict[int, tuple[Attribute, ...]]:
+    """By class, the integers of modules that may count its positions, in a shape or a slice, those of other classes with them.
+
+    Args:
+        model: The model.
+        tracer: What was learnt of a run.
+        classes: The class of every label.
+    """
+    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
+    for path, labels in tracer.counted:
+        for name in (name for name, value in numbers_of(model.get_submodule(path)) if value == len(labels)):
+            roots, counts = np.unique(classes[labels.numpy()], return_counts=True)
+            for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+                found[root][path, name] = count
+    return _attributes(found)
+
+
+def _attributes(found: Mapping[int, Mapping[tuple[str, str], int]]) -> dict[int, tuple[Attribute, ...]]:
     return {
         root: tuple(Attribute(path, name, count, shared=True) for (path, name), count in parts.items())
         for root, parts in found.items()
     }
+
+
+def numbers_of(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The integers above 1 of a module of the user's own, and those in its lists and tuples, by the names of :class:`Attribute`."""
+    if is_standard(module):
+        return
+    for key, value in vars(module).items():
+        of_one = [(f"{key}[{n}]", v) for n, v in enumerate(value)] if _are_integers(value) else [(key, value)]
+        yield from ((name, number) for name, number in of_one if _is_integer(number) and number > 1)
+
+
+def _are_integers(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, list | tuple) and type(value) in (list, tuple) and all(_is_integer(v) for v in value)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_standard(module: nn.Module) -> bool:
+    """Whether a module's integers are PyTorch's, which follow its parameters."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
 
 
 def _by_signature(

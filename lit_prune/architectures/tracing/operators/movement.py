@@ -67,6 +67,8 @@ def _reshaped(call: Call) -> list[Value]:
             continue
         if len(varies(labels)) < len(varies(moved)):
             _regular(call, moved)
+        for dim in varies(moved):
+            call.tracer.met_number(moved, dim, shape[dim])
         fields.append(moved)
     call.tracer.met_shape(value.fields)
     return [output(r, fields, [value]) for r in call.results()]
@@ -174,6 +176,11 @@ def _parts(call: Call) -> list[Value]:
                 rows = labels.movedim(dim, 0).reshape(whole // lengths[0], -1)
                 call.rules.labels.balance(rows, or_rows=False)
     call.tracer.met_shape(value.fields)
+    if name in ("slice", "narrow"):
+        start = _start(call, name, whole)
+        for labels in value.fields:
+            call.tracer.met_number(labels, dim, start)
+            call.tracer.met_number(labels, dim, start + lengths[0])
     if name == "split_with_sizes":
         call.tracer.met_split(lengths, dim, value.fields)
     return _moved(call, lambda x: call.operator(x, *call.args[1:], **call.kwargs))
