@@ -66,7 +66,7 @@ _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "mobilevit_xxs": (64, {}),
     "mobilevitv2_050": (64, {}),
     "mvitv2_tiny": (64, {}),
-    "naflexvit_base_patch16_gap": (64, {"depth": 2, "embed_dim": 64, "num_heads": 4}),
+    "naflexvit_base_patch16_gap": (64, {"depth": 4, "embed_dim": 64, "num_heads": 4}),
     "nest_tiny": (64, {"img_size": 64}),
     "nextvit_small": (64, {}),
     "test_nfnet": (64, {}),
@@ -97,7 +97,7 @@ _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "test_vit3": (64, {"img_size": 64}),
     "vit_tiny_r_s16_p8_224": (64, {"depth": 3, "img_size": 64}),
     "vit_relpos_small_patch16_224": (64, {"depth": 3, "embed_dim": 96, "num_heads": 3, "img_size": 64}),
-    "samvit_base_patch16": (64, {"depth": 2, "embed_dim": 64, "num_heads": 4}),
+    "samvit_base_patch16": (64, {"depth": 4, "embed_dim": 64, "num_heads": 4, "img_size": 64, "neck_chans": 16}),
     "volo_d1_224": (64, {"img_size": 64}),
     "ese_vovnet19b_slim": (64, {}),
     "xception41": (64, {}),
@@ -107,7 +107,7 @@ _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_pe_core_tiny_patch16_384": (64, {"depth": 3, "img_size": 64}),
     "sequencer2d_s": (64, {"layers": [1, 1, 1, 1]}),
     "twins_svt_small": (64, {"depths": [1, 1, 1, 1], "embed_dims": [32, 64, 96, 128], "num_heads": [2, 2, 4, 4]}),
-    "twins_pcpvt_small": (64, {"depths": [1, 1, 1, 1], "embed_dims": [32, 64, 96, 128], "num_heads": [1, 2, 3, 4]}),
+    "twins_pcpvt_small": (64, {"depths": [3, 3, 3, 3], "embed_dims": [32, 64, 96, 128], "num_heads": [1, 2, 3, 4]}),
     "sam2_hiera_tiny": (64, {"stages": (1, 1, 1, 1), "embed_dim": 48, "global_att_blocks": ()}),
     "hiera_tiny_224": (64, {"stages": (1, 1, 1, 1), "embed_dim": 32, "num_heads": 1, "img_size": (64, 64)}),
     "visformer_tiny": (64, {"img_size": 64, "depth": (1, 1, 1), "embed_dim": 96}),
@@ -119,7 +119,7 @@ _MODELS: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "num_init_features": 32,
             "growth_rates": (16, 24, 32, 32),
-            "num_blocks_list": (1, 1, 1, 1),
+            "num_blocks_list": (3, 3, 3, 3),
             "is_downsample_block": (None, True, True, True),
             "transition_compression_ratio": 0.5,
             "block_type": ["Block"] * 4,
@@ -143,7 +143,7 @@ def _smaller(models: Any) -> dict[str, Callable[[], nn.Module]]:
             mlp_ratio=6, block_layer=mixer.SpatialGatingBlock, mlp_layer=mixer.GatedMlp, **mixing
         ),
         "metaformer (pooling)": lambda: models.metaformer.MetaFormer(
-            depths=tuple(one), dims=(32, 64, 96, 128), **options
+            depths=(2, 2, 2, 2), dims=(32, 64, 96, 128), **options
         ),
         "res2net": lambda: resnet.ResNet(
             models.res2net.Bottle2neck, one, base_width=14, block_args={"scale": 8}, **options

@@ -148,7 +148,7 @@ def _video(name: str) -> Callable[[], nn.Module]:
         from torchvision import models
 
         if name == "mvit_v2":
-            sizes = ((16, 32, (1, 2, 2)), (32, 32, (1, 1, 1)))
+            sizes = ((16, 32, (1, 2, 2)), *[(32, 32, (1, 1, 1))] * 3)
             blocks = [
                 models.video.mvit.MSBlockConfig(2, before, after, (3, 3, 3), (3, 3, 3), stride, (1, 2, 2))
                 for before, after, stride in sizes

@@ -47,8 +47,10 @@ class Aliases:
             return
         before = known.value(tensor)
         same_origin = (before.constant, before.weight) == (value.constant, value.weight)
-        if same_origin and [f.shape for f in before.fields] == [f.shape for f in value.fields] and all(
-            torch.equal(a, b) for a, b in zip(before.fields, value.fields, strict=True)
+        if (
+            same_origin
+            and [f.shape for f in before.fields] == [f.shape for f in value.fields]
+            and all(torch.equal(a, b) for a, b in zip(before.fields, value.fields, strict=True))
         ):
             return
         for ref in self._tensors.get(tensor.untyped_storage().data_ptr(), ()):

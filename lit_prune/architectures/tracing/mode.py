@@ -126,7 +126,7 @@ class LabelTracer(DispatchMode):
     def met_number(self, labels: Tensor, dim: int, count: int) -> None:
         """Note the first positions along a dimension, as many as some number that a module may hold."""
         if labels.shape[dim] > 1 and 0 < count <= labels.shape[dim]:
-            first = labels.narrow(dim, 0, count).movedim(dim, 0).flatten(1)[:, 0]
+            first = labels.narrow(dim, 0, count).movedim(dim, 0).reshape(count, -1)[:, 0]
             self.counted.append((self.running[-1] if self.running else "", first))
 
     def finish(self, returned: Any) -> None:
