@@ -235,6 +235,26 @@ def test_convolve(kind):
     assert torch.equal(torch_internals.convolve(kind, layer, x), kind.forward(layer, x))
 
 
+def test_code_of_a_derived_class_is_known_from_that_of_torch():
+    class Named(nn.Conv2d):
+        pass
+
+    class Inner(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    class Outer(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    own = {kind: torch_internals.has_own_code(kind(2, 2, 1), nn.Conv2d) for kind in (nn.Conv2d, Named, Inner)}
+    assert own == {nn.Conv2d: False, Named: False, Inner: True}
+    assert torch_internals.has_own_code(Outer(2, 2), nn.Linear)
+    # what forward calls is what counts
+    layer, x = Inner(2, 2, 1), torch.randn(1, 2, 3, 3)
+    assert not torch.allclose(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": (1, 2), "padding_mode": "reflect"}])
 def test_padding_of_convolutions(options):
     layer = nn.Conv2d(2, 3, (2, 5), dilation=(3, 1), **options)

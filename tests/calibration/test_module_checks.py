@@ -314,10 +314,37 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-def test_convolutions_that_change_their_weight_are_refused():
+@pytest.mark.filterwarnings("ignore:.*parameters of MyResNet can be pruned")
+def test_a_convolution_that_norms_its_weight_keeps_its_inputs_and_the_rest_is_pruned():
     model = unsettled(MyResNet())
-    model.stages[0].conv2.__class__ = Standardized
-    refused(model, r"stages\.0\.conv2 \(Standardized\) .*convolution", 1, batches=[CASE["ResNet"].batch(0)])
+    norming = model.stages[0].conv2
+    norming.__class__ = Standardized
+    before = norming.weight.detach().clone()
+    batches = [CASE["ResNet"].batch(0), CASE["ResNet"].batch(1)]
+    pruned(model, batches=batches, config=PruningConfig(pruning_ratio=0.3, iterations=1))
+    assert norming.weight.shape[1] == before.shape[1]
+    # its outputs may go, and nothing else of its weight changes
+    rows = [next(i for i, old in enumerate(before) if torch.equal(old, row)) for row in norming.weight]
+    assert rows == sorted(rows)
+    assert sum(p.numel() for p in model.parameters()) < 0.75 * sum(p.numel() for p in MyResNet().parameters())
+
+
+class Tripling(nn.Conv2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_a_layer_that_does_more_than_multiply_is_cut_and_left_out_of_the_repair():
+    model = unsettled(MyResNet())
+    model.stages[0].conv2.__class__ = Tripling
+    before = model.stages[0].conv2.weight.detach().clone()
+    config = PruningConfig(pruning_ratio=0.3, iterations=1, repair="least_squares")
+    with pytest.warns(UserWarning, match=r"\['stages\.0\.conv2'\] compute more than a product"):
+        pruned(model, batches=[CASE["ResNet"].batch(n) for n in range(3)], config=config)
+    after = model.stages[0].conv2.weight
+    assert after.shape[1] < before.shape[1]
+    values = set(before.flatten().tolist())
+    assert all(v in values for v in after.flatten().tolist())
 
 
 def test_an_error_of_training_is_not_ours_and_batches_that_skip_the_model_are_passed_over():

@@ -9,6 +9,7 @@ import functools
 import importlib
 import random
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from conftest import tiny, uneven_kept
-from lit_prune import PruningPlan, find_group_sets
+from lit_prune import PruningPlan, find_group_sets, trace
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import Slice
@@ -111,6 +112,71 @@ def test_the_refitted_layer_is_the_solution_of_lstsq(kind):
     np.testing.assert_allclose(found["read.weight"].numpy(), weight, rtol=1e-5, atol=1e-7)
     if model.read.bias is not None:
         np.testing.assert_allclose(found["read.bias"].numpy(), bias, rtol=1e-5, atol=1e-7)
+
+
+class ByHand(nn.Conv2d):
+    """Circular padding in forward, of a layer whose attributes say that there is none."""
+
+    def forward(self, x):
+        return functional.conv2d(functional.pad(x, (1, 1, 1, 1), mode="circular"), self.weight, self.bias, stride=2)
+
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return functional.conv2d(x, self.weight, bias=self.bias, padding="same", dilation=(2, 1))
+
+
+class Widened(nn.ConvTranspose2d):
+    def forward(self, x):
+        return functional.conv_transpose2d(x, self.weight, self.bias, 2, 1, 1)
+
+
+class Rows(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x.flip(0), self.weight, self.bias)
+
+
+OWN = {
+    "circular": (ByHand(6, 4, 3), nn.Conv2d(6, 4, 3, 2, 1, padding_mode="circular")),
+    "same": (Same(6, 4, (2, 3)), nn.Conv2d(6, 4, (2, 3), padding="same", dilation=(2, 1))),
+    "transposed": (Widened(6, 4, 4), nn.ConvTranspose2d(6, 4, 4, 2, 1, 1)),
+    "linear": (Rows(6, 4), nn.Linear(6, 4)),
+}
+
+
+class Reading(nn.Module):
+    """A layer that makes six features, and one that reads them."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.produce = nn.Linear(3, 6) if isinstance(read, nn.Linear) else nn.Conv2d(3, 6, 3)
+        self.read = read
+
+    def forward(self, x):
+        return self.read(self.produce(x).relu())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_layer_with_a_forward_of_its_own_is_refitted_as_the_one_that_says_by_attributes_what_it_does(name):
+    torch.manual_seed(0)
+    found = []
+    batches = [torch.randn(50, 3) if name == "linear" else torch.randn(2, 3, 11, 12) for _ in range(3)]
+    for layer in OWN[name]:
+        torch.manual_seed(1)
+        model = Reading(copy.deepcopy(layer)).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        plain = batches if name != "linear" or layer is OWN[name][0] else [b.flip(0) for b in batches]
+        trace(model, plain, lambda x, m=model: m(x).square().mean())
+        sets = find_group_sets(model)
+        assert [(s.name, s.size) for s in sets] == [("produce", 6)]
+        data = functools.partial(contextlib.nullcontext, (plain, model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(refit_in_order(model, sets, plan_of(sets, [[0, 2, 3]]), data))
+    assert set(found[0]) == {"read.weight", "read.bias"}
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
 
 
 @contextlib.contextmanager

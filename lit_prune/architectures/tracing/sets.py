@@ -138,7 +138,7 @@ def _attributes(found: Mapping[int, Mapping[tuple[str, str], int]]) -> dict[int,
 
 
 def numbers_of(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The integers above 1 of a module of the user's own, and those in its lists and tuples, by the names of :class:`Attribute`."""
+    """The integers above 1 of a module of the user's own, and in its lists and tuples, by the names of :class:`Attribute`."""
     if is_standard(module):
         return
     for key, value in vars(module).items():

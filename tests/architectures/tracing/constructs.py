@@ -296,6 +296,161 @@ class Shuffled(nn.Module):
         return self.out(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
 
 
+class GatedParts(nn.Module):
+    """As in MambaOut: a gate, and a value whose last part goes through another layer; the widths stand in a tuple or list."""
+
+    def __init__(self, kind: type = tuple) -> None:
+        super().__init__()
+        self.widths = kind((9, 5, 4))
+        self.up, self.mix, self.down = nn.Linear(6, 18), nn.Linear(4, 4), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, kept, mixed = self.up(x).split(self.widths, dim=-1)
+        return self.down(functional.silu(gate) * torch.cat([kept, self.mix(mixed)], dim=-1))
+
+
+class MixedKernels(nn.Module):
+    """As in MixNet: parts of the channels, of unequal sizes in a list, through kernels of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits = [6, 2]
+        self.stem, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.mixed = nn.ModuleList(
+            nn.Conv2d(n, n, k, padding=k // 2, groups=n) for n, k in zip(self.splits, (3, 5), strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.stem(x).relu().split(self.splits, dim=1)
+        return self.out(torch.cat([layer(part) for layer, part in zip(self.mixed, parts, strict=True)], dim=1))
+
+
+class WiderBehind(nn.Module):
+    """As in ReXNet: the first channels of a wider layer get what comes before, and an integer counts these of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.out = (nn.Conv2d(a, b, 1) for a, b in ((3, 4), (4, 7), (7, 9), (9, 2)))
+        self.shortcuts = (4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, width in zip((self.second, self.third), self.shortcuts, strict=True):
+            x = self.first(x) if layer is self.second else x
+            wider = layer(x)
+            x = torch.cat([wider[:, :width] + x, wider[:, width:]], dim=1)
+        return self.out(x.relu())
+
+
+class UnlikeHeads(nn.Module):
+    """As in CoaT: heads of several kinds, by a convolution of their own each, that one integer counts together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.parts = 8, [6, 10]
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.near, self.far = nn.Conv1d(6, 6, 3, padding=1, groups=6), nn.Conv1d(10, 10, 5, padding=2, groups=10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        near, far = v.transpose(-1, -2).reshape(b, -1, n).split(self.parts, dim=1)
+        beside = torch.cat([self.near(near), self.far(far)], dim=1).reshape(*v.transpose(-1, -2).shape)
+        mixed = functional.scaled_dot_product_attention(q, k, v) + q * beside.transpose(-1, -2)
+        return self.out(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class ShortenedKeys(nn.Module):
+    """As in Twins and PVT: keys and values of fewer tokens, whose number is left to ``reshape``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.kv, self.out, self.shorten = (
+            nn.Linear(16, 16),
+            nn.Linear(16, 32),
+            nn.Linear(16, 16),
+            nn.AvgPool1d(2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q = self.q(x).reshape(b, n, self.num_heads, c // self.num_heads).transpose(1, 2)
+        short = self.shorten(x.transpose(1, 2)).transpose(1, 2)
+        k, v = self.kv(short).reshape(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+class BiasOfPositions(nn.Module):
+    """As in timm's ``RelPosMlp``: a module that makes a bias for each head, and holds its shape."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.bias_shape = heads, (5, 5, heads)
+        self.mlp = nn.Linear(2, heads)
+        self.register_buffer("places", torch.randn(9, 2))
+        self.register_buffer("which", torch.arange(5)[:, None] - torch.arange(5)[None, :] + 4)
+
+    def bias(self) -> Tensor:
+        return self.mlp(self.places).view(-1, self.num_heads)[self.which.flatten()].view(self.bias_shape).permute(2, 0, 1)
+
+
+class WithBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.width = 4, 3
+        self.qkv, self.out, self.positions = nn.Linear(12, 36), nn.Linear(12, 12), BiasOfPositions(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.positions.bias()[None])
+        return self.out(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+class KeptBias(nn.Module):
+    """As in LeViT and TinyViT: a bias for each head that evaluation gathers once, until the mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.width = 4, 3
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.biases = nn.Parameter(torch.randn(4, 9))
+        self.register_buffer("which", torch.arange(5)[:, None] - torch.arange(5)[None, :] + 4)
+        self.gathered: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            self.gathered = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        if self.training:
+            bias = self.biases[:, self.which]
+        else:
+            bias = self.gathered.setdefault(str(x.device), self.biases[:, self.which])
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return self.out(mixed.transpose(1, 2).reshape(b, n, -1))
+
+
+class PaddedSame(nn.Conv2d):
+    """As timm's ``Conv2dSame``: padding that forward works out from the size of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reach = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)]
+        x = functional.pad(x, [reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2])
+        return functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
+def batched(self: nn.Module, x: Tensor) -> Tensor:
+    """As torchvision's detection models: images that are written into a tensor of zeros."""
+    batch = x.new_zeros(x.shape)
+    for number, image in enumerate(x):
+        batch[number].copy_(image)
+    return self.out(self.second(self.first(batch).relu()).relu())
+
+
 def gated(self: nn.Module, x: Tensor) -> Tensor:
     gate, value = self.up(x).chunk(2, dim=-1)
     return self.down(functional.silu(gate) * value)
@@ -410,6 +565,22 @@ CONSTRUCTS: dict[str, Construct] = {
         ),
         features(2, 6),
         (8,),
+    ),
+    "widths in a tuple": Construct(GatedParts, features(2, 6), (5, 4, 4)),
+    "widths in a list": Construct(lambda: GatedParts(list), features(2, 6), (5, 4, 4)),
+    "kernels for parts of the channels": Construct(MixedKernels, image(), (6, 2)),
+    "an integer for channels of several layers": Construct(WiderBehind, image(), (4, 3, 2)),
+    "heads of several kinds": Construct(UnlikeHeads, features(2, 5, 16), (3, 5)),
+    "fewer keys": Construct(ShortenedKeys, features(2, 6, 16), (4,)),
+    "shape of a bias": Construct(WithBias, features(2, 5, 12), (4,)),
+    "a bias that is kept": Construct(KeptBias, features(2, 5, 12), (4,)),
+    "padding in forward": Construct(
+        between(PaddedSame(8, 6, 3, 2), nn.ReLU(), PaddedSame(6, 6, 3, groups=6)), image(), (8, 6)
+    ),
+    "images in a batch of zeros": Construct(
+        lambda: Apply(batched, first=nn.Conv2d(3, 8, 3), second=nn.Conv2d(8, 6, 3), out=nn.Conv2d(6, 2, 1)),
+        image(),
+        (8, 6),
     ),
     "written in place": Construct(WrittenInPlace, features(2, 6), (4,)),
     "several inputs and outputs": Construct(
