@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +86,7 @@ def find_groups(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
             repeated,
             root=pl_module,
             ranks=ranks_of(trainer),
-            protect=frozen if model is pl_module else (),
+            protect=[rf"^{re.escape(name)}(\.|$)" for name in frozen] if model is pl_module else (),
         )
     assert found is not None
     # afterwards: calibration leaves no attribute of the module behind

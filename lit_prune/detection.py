@@ -46,7 +46,8 @@ def trace(
         model: The module; it is not changed.
         batches: Batches, the first of which that ``loss_fn`` does not skip is run.
         loss_fn: Runs one batch through the model; what it returns is only compared.
-        protect: Names of modules whose parameters stay whole, also as patterns (``"head"``, ``"blocks.0.*"``).
+        protect: Regular expressions that are searched in the names of modules and parameters, as those of
+            :class:`lit_prune.Limits`; what they are found in stays whole, with everything in it (``"head"``, ``r"blocks\\.0\\."``).
         root: The module that holds the model, if ``loss_fn`` runs more than the model.
 
     Returns:
@@ -89,7 +90,7 @@ def find_or_trace(
         loss_fn: Runs one batch through the model.
         root: The module that holds the model, if ``loss_fn`` runs more than the model.
         ranks: The processes of a distributed run, all of which call this.
-        protect: Names of modules whose parameters stay whole.
+        protect: Regular expressions for names of modules whose parameters stay whole.
 
     Raises:
         CalibrationError: If there is no batch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,12 @@ from lit_prune.architectures.tracing.own_forwards import unlike_their_weights
 from lit_prune.architectures.tracing.report import Untraceable, kept_whole, summary
 from lit_prune.architectures.tracing.sets import FoundSet, find_sets
 from lit_prune.architectures.tracing.trial import training_mode
-from lit_prune.errors import ArgumentTypeError, ArgumentValueError, UnsupportedModelError, first_line
+from lit_prune.arguments import EXPRESSION, sequence_of
+from lit_prune.errors import ArgumentValueError, UnsupportedModelError, first_line
 from lit_prune.groups import GroupSet, check_weights, count_parameters, count_removed
 from lit_prune.torch_internals import move_buffers, tables
+
+_EXPRESSIONS = sequence_of("a list of regular expressions, ['head'] for instance", EXPRESSION)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def trace_groups(
         model: The model.
         run: Runs one batch through ``root``, as a training step does; its result has to stay of the same size.
         root: The module that holds the model and that ``run`` runs; ``model`` if ``None``.
-        protect: Names of modules or parameters of the model that stay whole, with everything in them; ``*`` stands for
-            anything.
+        protect: Regular expressions that are searched in the names of the model's modules and parameters, as those of
+            :class:`lit_prune.Limits` are; what they are found in stays whole, with everything in it.
         check: Whether to compare, set by set if need be, the model with a random part of the groups masked to the model
             without them, and drop the sets for which the outputs differ.
 
@@ -66,8 +69,8 @@ def trace_groups(
 
     Raises:
         UnsupportedModelError: If nothing can be removed; the message says what stays whole, and why.
-        TypeError: If ``protect`` is no sequence of names.
-        ValueError: If a name in ``protect`` fits nothing in the model.
+        TypeError: If ``protect`` is no sequence of texts.
+        ValueError: If one in ``protect`` is no regular expression, or is found in no name.
     """
     traced = find_groups(model, run, root=root, protected=protected_parameters(model, protect), check=check)
     message = summary(type(model).__name__, traced.prunable, traced.whole)
@@ -169,23 +172,21 @@ def _training_run(
 
 
 def protected_parameters(model: nn.Module, protect: Sequence[str]) -> set[str]:
-    """Names of the parameters of the modules that some names and patterns mean.
+    """Names of the parameters that some regular expressions mean, by their own names or those of modules around them.
 
     Args:
         model: The model.
-        protect: Names of modules or parameters; ``*``, ``?`` and ``[]`` as in file names.
+        protect: Regular expressions, searched in the names of modules and parameters.
 
     Raises:
-        TypeError: If ``protect`` is no sequence of names.
-        ValueError: If one fits nothing.
+        TypeError: If ``protect`` is no sequence of texts.
+        ValueError: If one is no regular expression, or is found in no name.
     """
-    if isinstance(protect, str) or not all(isinstance(p, str) for p in protect):
-        raise ArgumentTypeError(f"protect is {protect!r}; expected a list of names of modules, ['head'] for instance.")
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     protected: set[str] = set()
-    for pattern in protect:
-        fitting = [n for n in (*modules, *parameters) if n and fnmatch.fnmatchcase(n, pattern)]
+    for pattern in _EXPRESSIONS.check("protect", protect):
+        fitting = [n for n in (*modules, *parameters) if n and re.search(pattern, n)]
         if not fitting:
             tops = [name for name, _ in model.named_children()]
             raise ArgumentValueError(

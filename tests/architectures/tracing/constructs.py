@@ -330,7 +330,9 @@ class WiderBehind(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.out = (nn.Conv2d(a, b, 1) for a, b in ((3, 4), (4, 7), (7, 9), (9, 2)))
+        self.first, self.second, self.third, self.out = (
+            nn.Conv2d(a, b, 1) for a, b in ((3, 4), (4, 7), (7, 9), (9, 2))
+        )
         self.shortcuts = (4, 7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -391,7 +393,9 @@ class BiasOfPositions(nn.Module):
         self.register_buffer("which", torch.arange(5)[:, None] - torch.arange(5)[None, :] + 4)
 
     def bias(self) -> Tensor:
-        return self.mlp(self.places).view(-1, self.num_heads)[self.which.flatten()].view(self.bias_shape).permute(2, 0, 1)
+        return (
+            self.mlp(self.places).view(-1, self.num_heads)[self.which.flatten()].view(self.bias_shape).permute(2, 0, 1)
+        )
 
 
 class WithBias(nn.Module):
@@ -438,7 +442,10 @@ class PaddedSame(nn.Conv2d):
     """As timm's ``Conv2dSame``: padding that forward works out from the size of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        reach = [max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)]
+        reach = [
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)
+        ]
         x = functional.pad(x, [reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2])
         return functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -16,15 +17,20 @@ from vision_packages import vision_package
 from conftest import unsettled
 from lit_prune import (
     Architecture,
+    Limits,
+    PruningConfig,
     PruningPlan,
     Traced,
     UnsupportedModelError,
     apply_plan,
     find_group_sets,
     find_model,
+    prune,
     register_architecture,
+    trace,
 )
 from lit_prune.architectures.tracing import trace_groups
+from lit_prune.errors import BudgetError
 
 CASE = {case.name: case for case in CASES}
 DESCRIBED = [
@@ -192,8 +198,47 @@ def test_what_is_protected_stays_whole():
         traced(model, lambda: model(images), protect=["[01]"])
     with pytest.raises(ValueError, match=r"protect names 'hed'.*fits no module"):
         traced(model, lambda: model(images), protect=["hed"])
-    with pytest.raises(TypeError, match="expected a list of names"):
+    with pytest.raises(ValueError, match="is no regular expression"):
+        traced(model, lambda: model(images), protect=["("])
+    with pytest.raises(TypeError, match="must be a list of regular expressions"):
         trace_groups(model, lambda: model(images), protect="0")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "stay"),
+    [("first", {"first"}), ("^first$", {"first"}), ("con.", {"first", "second"}), ("ir", {"first", "second", "third"})],
+)
+def test_one_notation_protects_in_tracing_and_in_limits(pattern, stay):
+    def built():
+        torch.manual_seed(0)
+        layers = {
+            "first": nn.Linear(3, 8),
+            "second": nn.Linear(8, 8),
+            "third": nn.Linear(8, 8),
+            "last": nn.Linear(8, 2),
+        }
+        return nn.Sequential(OrderedDict(layers)).eval()
+
+    batches, cut = [torch.randn(6, 3)], []
+    for traced_first in (True, False):
+        model = built()
+
+        def loss(x, model=model):
+            return model(x).square().mean()
+
+        limits = Limits() if traced_first else Limits(protect=[pattern])
+        config = PruningConfig(pruning_ratio=0.15, repair=None, limits=limits, iterations=1)
+        try:
+            if traced_first:
+                trace(model, batches, loss, protect=[pattern])
+            for _ in range(2):
+                prune(model, batches, loss, config)
+        except (UnsupportedModelError, BudgetError):
+            # nothing may go: tracing refuses the model, and limits a ratio that cannot be reached
+            assert stay == {"first", "second", "third"}
+            continue
+        cut.append({name for name, layer in model.named_children() if layer.out_features < 8} - {"last"})
+    assert cut in ([], [{"first", "second", "third"} - stay] * 2)
 
 
 def test_the_loss_of_a_step_is_all_that_has_to_be_returned():
