@@ -47,7 +47,8 @@ def trace(
         batches: Batches, the first of which that ``loss_fn`` does not skip is run.
         loss_fn: Runs one batch through the model; what it returns is only compared.
         protect: Regular expressions that are searched in the names of modules and parameters, as those of
-            :class:`lit_prune.Limits`; what they are found in stays whole, with everything in it (``"head"``, ``r"blocks\\.0\\."``).
+            :class:`lit_prune.Limits`; what they are found in stays whole, with everything in it (``"head"``,
+            ``r"blocks\\.0\\."``).
         root: The module that holds the model, if ``loss_fn`` runs more than the model.
 
     Returns:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,17 +15,38 @@ def set_caches_aside(model: nn.Module) -> Callable[[], None]:
     Relative position biases are gathered once and kept in such a dictionary (LeViT, TinyViT), which ``train()`` empties:
     what was computed from other values, or sizes, of the parameters must not be found there.
     """
-    before: list[tuple[nn.Module, str, dict[Any, Any]]] = []
-    for module in model.modules():
-        if type(module).train is nn.Module.train:
-            continue
-        for name, value in list(vars(module).items()):
-            if not name.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
-                before.append((module, name, value))
-                setattr(module, name, {})
+    before = [(module, name, value) for module in model.modules() for name, value in _caches(module)]
+    for module, name, _ in before:
+        setattr(module, name, {})
 
     def put_back() -> None:
         for module, name, value in before:
             setattr(module, name, value)
 
     return put_back
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Let such modules compute anew, with a graph of its own, in every call; what they kept is there again at the end."""
+    put_back = set_caches_aside(model)
+    handles = [m.register_forward_pre_hook(_forget) for m in model.modules() if next(_caches(m), None) is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        put_back()
+
+
+def _caches(module: nn.Module) -> Iterator[tuple[str, dict[Any, Any]]]:
+    if type(module).train is nn.Module.train:
+        return
+    for name, value in list(vars(module).items()):
+        if not name.startswith("_") and type(value) is dict and all(isinstance(v, Tensor) for v in value.values()):
+            yield name, value
+
+
+def _forget(module: nn.Module, _: Any) -> None:
+    for name, _value in _caches(module):
+        setattr(module, name, {})

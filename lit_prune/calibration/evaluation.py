@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from lit_prune.architectures.caches import set_caches_aside
+from lit_prune.architectures.caches import without_caches
 
 _OBSERVED: ContextVar[bool] = ContextVar("lit_prune_observed", default=True)
 
@@ -31,18 +31,17 @@ def is_observed() -> bool:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off; modules that checkpoint activations keep the flag that makes them do so."""
+    """Switch dropout and the like off, and caches; modules that checkpoint activations keep the flag that makes them do so."""
     modes = [(module, module.training) for module in model.modules()]
     # torch.nn's transformers have one that packs padded batches and calls no modules
     fast = torch.backends.mha.get_fastpath_enabled()
-    put_back = set_caches_aside(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for module, training in modes:
             module.training = training and bool(getattr(module, "gradient_checkpointing", False))
-        yield
+        with without_caches(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        put_back()
         for module, training in modes:
             module.training = training

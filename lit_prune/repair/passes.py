@@ -177,11 +177,7 @@ class Passes:
         first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            module, given, is_product = watched[name], (*args, *kwargs.values()), True
-            if name in products.own:
-                product = products.take(name, output)
-                is_product = product is not None
-                module, given = (module, given) if product is None else (product.module, (product.inputs,))
+            module, given, is_product = products.of_call(name, watched[name], (*args, *kwargs.values()), output)
             return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -201,7 +197,7 @@ class Passes:
             stack.enter_context(evaluation_mode(self._root))
             stack.enter_context(within or contextlib.nullcontext())
             stack.enter_context(masks)
-            stack.enter_context(products if products.own else contextlib.nullcontext())
+            stack.enter_context(products.watched())
             sampler = stack.enter_context(self._sampled(compare))
             stack.enter_context(_hooked(watched, after, None if before is None else ahead))
             for batch in batches:

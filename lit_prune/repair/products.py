@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,8 @@ class Products(TorchFunctionMode):
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.own = {name: module for name, module in layers.items() if has_own_forward(module)}
-        self._by_weight = {id(module.weight): module for module in self.own.values()}
+        self._own = {name: module for name, module in layers.items() if has_own_forward(module)}
+        self._by_weight = {id(module.weight): module for module in self._own.values()}
         self._last: dict[int, Product] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,12 +67,31 @@ class Products(TorchFunctionMode):
                 self._last[id(module)] = _product(module, given, result)
         return result
 
-    def take(self, name: str, output: Any) -> Product | None:
-        """What a layer computed its output by, once; ``None`` if that is not what a functional call with its weight gave."""
-        product = self._last.pop(id(self.own[name]), None)
+    def watched(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to run the layers in; none if all are plain ones."""
+        return self if self._own else contextlib.nullcontext()
+
+    def of_call(
+        self, name: str, module: nn.Module, given: Sequence[Any], output: Any
+    ) -> tuple[nn.Module, Sequence[Any], bool]:
+        """What a layer computed its output by.
+
+        Args:
+            name: Its path.
+            module: The layer.
+            given: What it was called with.
+            output: What it gave.
+
+        Returns:
+            The layer as it was used, what it multiplied with its weight, and whether the product is what it gave; layer and
+            arguments as they are where that is not so, and for plain layers.
+        """
+        if name not in self._own:
+            return module, given, True
+        product = self._last.pop(id(module), None)
         if product is None or output is not product.output or version_of(output) != product.version:
-            return None
-        return product
+            return module, given, False
+        return product.module, (product.inputs,), True
 
 
 def _product(module: Any, given: Mapping[str, Any], result: Tensor) -> Product:

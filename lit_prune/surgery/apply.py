@@ -185,10 +185,9 @@ def _cut(
     found = check_holders(model, root, list(optimizers), touched, adds_biases=bool(plan.biases), repaired=repaired)
     if shards.any_sharded(model.parameters()) is not None:
         _prepare_sharded(model, group_sets, plan)
-    journal: list[Callable[[], None]] = []
-    places = _places(model)
     restore_modules = module_state(model)
-    journal.append(set_caches_aside(model))
+    journal: list[Callable[[], None]] = [set_caches_aside(model)]
+    places = _places(model)
     keep_groups = groups_after_cut(model, group_sets, plan)
 
     def undo() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.caches import set_caches_aside
+from lit_prune.architectures.caches import without_caches
 from lit_prune.architectures.tracing.difference import difference
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
@@ -158,13 +158,11 @@ def _same_state(model: nn.Module) -> Iterator[None]:
     """Seed the random numbers, and put them and the buffers back afterwards."""
     buffers = [(b, b.data, b.data.clone()) for b in model.buffers()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    put_back = set_caches_aside(model)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), without_caches(model):
             torch.manual_seed(0)
             yield
     finally:
-        put_back()
         for buffer, data, values in buffers:
             buffer.data = data
             buffer.data.copy_(values)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_prune.architectures.caches import set_caches_aside
+from lit_prune.architectures.caches import without_caches
 from lit_prune.architectures.tracing.check import Check
 from lit_prune.architectures.tracing.mode import LabelTracer, follow, trace
 from lit_prune.architectures.tracing.own_forwards import unlike_their_weights
@@ -218,13 +218,11 @@ def _as_it_was(root: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in root.modules()]
     buffers = [(module, name, b, b.detach().clone()) for module in root.modules() for name, b in _buffers(module)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    put_back = set_caches_aside(root)
     try:
         root.eval()
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), without_caches(root):
             yield
     finally:
-        put_back()
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

@@ -428,7 +428,7 @@ class KeptBias(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, n, _ = x.shape
         if self.training:
             bias = self.biases[:, self.which]
         else:

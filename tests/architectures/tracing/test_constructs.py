@@ -7,18 +7,20 @@ import warnings
 
 import pytest
 import torch
-from constructs import CONSTRUCTS
+from constructs import CONSTRUCTS, KeptBias
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from conftest import unsettled
 from lit_prune import (
     Architecture,
+    PruningConfig,
     PruningPlan,
     Traced,
     UnsupportedModelError,
     apply_plan,
     find_group_sets,
+    prune,
     register_architecture,
     trace,
 )
@@ -82,6 +84,21 @@ def test_the_cut_model_computes_what_the_masked_one_does(name):
         assert not torch.allclose(wanted, before, atol=1e-4) or wanted.numel() == 0
     # and it trains
     sum(t.sum() for t in tensors(model.train()(*inputs)) if t.requires_grad).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*parameters of KeptBias can be pruned")
+@pytest.mark.parametrize("importance", ["auto", "taylor", "wanda"])
+def test_what_evaluation_keeps_of_the_dense_model_is_not_used_afterwards(importance):
+    torch.manual_seed(0)
+    model = unsettled(KeptBias()).eval()
+    batches = [torch.randn(4, 5, 12) for _ in range(3)]
+    model(batches[0])
+    assert model.gathered
+    prune(model, batches, lambda x: model(x).square().mean(), PruningConfig(importance, 0.3))
+    assert model.num_heads == len(model.biases) < 4
+    outputs = model(batches[0])
+    # training mode uses no cache
+    torch.testing.assert_close(outputs, model.train()(batches[0]))
 
 
 def test_what_is_not_understood_stays_whole_and_is_named():
