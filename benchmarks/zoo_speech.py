@@ -50,7 +50,7 @@ _MODELS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("wav2vec2, layer norms first", "Wav2Vec2", _STABLE),
     ("HuBERT", "Hubert", {}),
     ("HuBERT, layer norms first", "Hubert", _STABLE),
-    ("WavLM", "WavLM", {}),
+    ("WavLM", "WavLM", {"intermediate_size": 256}),
 )
 ROWS = tuple(
     Row("speech", label, _build(name, options), _waves, "speech", _logits, cross_entropy)
