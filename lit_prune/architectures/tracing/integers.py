@@ -117,10 +117,12 @@ def proposals(model: nn.Module, found: FoundSet) -> list[Proposal]:
     orders += [(a,) for of_one in around.values() for a in of_one] + [tuple(a for o in around.values() for a in o)]
     beside = [(*base, *of_one) for of_one in around.values() for base in dict.fromkeys([both, tuple(counting)])]
     orders += [*map(tuple, around.values()), *beside]
-    shared = _with_others(model, found)
-    orders = list(dict.fromkeys([*orders[:_LIKELIEST], *shared, *orders[_LIKELIEST:]]))
+    early = _with_others(model, found)
+    if found.shapes:
+        early += [(*order, *found.shapes) for order in dict.fromkeys([*orders[:_LIKELIEST], *early, *beside])]
+    orders = list(dict.fromkeys([*orders[:_LIKELIEST], *early, *orders[_LIKELIEST:]]))
     reshaping = tuple(m for m in found.modules if not is_standard(model.get_submodule(m)))
-    fitting = [Proposal(o, reshaping) for o in (*orders[:_LIKELIEST], *shared, *beside)] if reshaping else []
+    fitting = [Proposal(o, reshaping) for o in (*orders[:_LIKELIEST], *early, *beside)] if reshaping else []
     shaping = tuple(m for m in found.modules if m in reshaping or isinstance(model.get_submodule(m), nn.Unflatten))
     channels = [Proposal((), shaping, "fitting_channels")] if shaping and not found.is_heads else []
     return [*map(Proposal, orders), *fitting, *channels]

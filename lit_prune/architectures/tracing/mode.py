@@ -42,6 +42,7 @@ class LabelTracer(DispatchMode):
         self.reshaped: list[tuple[str, Tensor]] = []
         self.splits: list[tuple[str, tuple[int, ...], Tensor]] = []
         self.counted: list[tuple[str, Tensor]] = []
+        self.shapes: list[tuple[str, tuple[int, ...], int, Tensor]] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.names = {id(m): name for name, m in model.named_modules()}
         self._operator = OUTPUT
@@ -128,6 +129,13 @@ class LabelTracer(DispatchMode):
         if labels.shape[dim] > 1 and 0 < count <= labels.shape[dim]:
             first = labels.narrow(dim, 0, count).movedim(dim, 0).reshape(count, -1)[:, 0]
             self.counted.append((self.running[-1] if self.running else "", first))
+
+    def met_dimension(self, labels: Tensor, dim: int, shape: Sequence[int]) -> None:
+        """Note the positions along a dimension of a shape."""
+        first = labels.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
+        module = self.running[-1] if self.running else ""
+        self.counted.append((module, first))
+        self.shapes.append((module, tuple(shape), dim, first))
 
     def finish(self, returned: Any) -> None:
         """What the run returned has to stay as it is."""

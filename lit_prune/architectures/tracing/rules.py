@@ -33,6 +33,9 @@ class Tracer(Protocol):
     def met_number(self, labels: Tensor, dim: int, count: int) -> None:
         """Note that the running module used the number of the first positions along a dimension of a field."""
 
+    def met_dimension(self, labels: Tensor, dim: int, shape: Sequence[int]) -> None:
+        """Note that the running module gave a tensor with a field this shape, and that the field varies along a dimension."""
+
     def met(self, fields: Iterable[Tensor]) -> None:
         """Note that the fields went through a product of two activations side by side, as heads do."""
 

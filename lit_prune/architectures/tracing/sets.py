@@ -30,6 +30,7 @@ class FoundSet:
         is_heads: Whether the groups lie side by side in products of activations, as heads do.
         sizes: Numbers in lists of the modules that a run split these groups by.
         counted: Numbers of the modules that may count these groups, with others, in shapes and slices.
+        shapes: Numbers in lists of the modules that a run used as a shape with these groups.
     """
 
     group_set: GroupSet
@@ -37,6 +38,7 @@ class FoundSet:
     is_heads: bool = False
     sizes: tuple[Attribute, ...] = ()
     counted: tuple[Attribute, ...] = ()
+    shapes: tuple[Attribute, ...] = ()
 
 
 Signature = tuple[tuple[int, int], ...]
@@ -75,7 +77,7 @@ def find_sets(
     frozen = np.zeros(labels.count, dtype=bool)
     for roots, _ in labels.frozen():
         frozen[roots] = True
-    counted = counted_numbers(model, tracer, classes)
+    counted, shapes = counted_numbers(model, tracer, classes), shape_numbers(model, tracer, classes)
     by_signature = _by_signature(labels.atoms, classes, frozen, split_sizes(model, tracer, classes))
     heads = {int(c) for f in tracer.side_by_side for c in np.unique(classes[f.numpy()])}
     reshaped: dict[int, dict[str, None]] = defaultdict(dict)
@@ -89,7 +91,8 @@ def find_sets(
         if found is not None:
             modules = tuple(sorted({m for root in list(members)[:2] for m in reshaped[root]}))
             named = found if kind is None else replace(found, kind=kind)
-            sets.append(FoundSet(named, modules, is_heads, sizes, counted.get(next(iter(members)), ())))
+            first = next(iter(members))
+            sets.append(FoundSet(named, modules, is_heads, sizes, counted.get(first, ()), shapes.get(first, ())))
     return _with_unique_keys(sorted(sets, key=lambda f: f.group_set.layer))
 
 
@@ -103,9 +106,7 @@ def split_sizes(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> d
     """
     found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
     for path, sizes, labels in tracer.splits:
-        for name, value in vars(model.get_submodule(path)).items():
-            if not (isinstance(value, list | tuple) and tuple(value) == sizes):
-                continue
+        for name in (name for name, value in sequences_of(model.get_submodule(path)) if value == sizes):
             for number, part in enumerate(np.split(classes[labels.numpy()], np.cumsum(sizes)[:-1])):
                 roots, counts = np.unique(part, return_counts=True)
                 for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
@@ -130,6 +131,27 @@ def counted_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) 
     return _attributes(found)
 
 
+def shape_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> dict[int, tuple[Attribute, ...]]:
+    """By class, the numbers in lists and tuples that count its positions, since these stand side by side in a shape of a run.
+
+    Args:
+        model: The model.
+        tracer: What was learnt of a run.
+        classes: The class of every label.
+    """
+    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
+    for path, shape, dim, labels in tracer.shapes:
+        # a method of a part may give the shape, too
+        for owner in (path, *(f"{path}.{n}".lstrip(".") for n, _ in model.get_submodule(path).named_children())):
+            for name, value in sequences_of(model.get_submodule(owner)):
+                starts = range(max(0, dim - len(value) + 1), dim + 1)
+                for start in (s for s in starts if len(value) > 1 and shape[s : s + len(value)] == value):
+                    roots, counts = np.unique(classes[labels.numpy()], return_counts=True)
+                    for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+                        found[root][owner, f"{name}[{dim - start}]"] = count
+    return _attributes(found)
+
+
 def _attributes(found: Mapping[int, Mapping[tuple[str, str], int]]) -> dict[int, tuple[Attribute, ...]]:
     return {
         root: tuple(Attribute(path, name, count, shared=True) for (path, name), count in parts.items())
@@ -138,16 +160,17 @@ def _attributes(found: Mapping[int, Mapping[tuple[str, str], int]]) -> dict[int,
 
 
 def numbers_of(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The integers above 1 of a module of the user's own, and in its lists and tuples, by the names of :class:`Attribute`."""
-    if is_standard(module):
-        return
-    for key, value in vars(module).items():
-        of_one = [(f"{key}[{n}]", v) for n, v in enumerate(value)] if _are_integers(value) else [(key, value)]
-        yield from ((name, number) for name, number in of_one if _is_integer(number) and number > 1)
+    """The integers above 1 of a module of the user's own, by name."""
+    if not is_standard(module):
+        yield from ((name, value) for name, value in vars(module).items() if _is_integer(value) and value > 1)
 
 
-def _are_integers(value: object) -> TypeGuard[Sequence[int]]:
-    return isinstance(value, list | tuple) and type(value) in (list, tuple) and all(_is_integer(v) for v in value)
+def sequences_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The lists and tuples of integers of a module of the user's own, by name."""
+    if not is_standard(module):
+        for name, value in vars(module).items():
+            if type(value) in (list, tuple) and all(_is_integer(v) for v in value):
+                yield name, tuple(value)
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -68,7 +68,7 @@ def _reshaped(call: Call) -> list[Value]:
         if len(varies(labels)) < len(varies(moved)):
             _regular(call, moved)
         for dim in varies(moved):
-            call.tracer.met_number(moved, dim, shape[dim])
+            call.tracer.met_dimension(moved, dim, shape)
         fields.append(moved)
     call.tracer.met_shape(value.fields)
     return [output(r, fields, [value]) for r in call.results()]
