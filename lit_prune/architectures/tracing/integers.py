@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
 from lit_prune.architectures.fitting_shapes import fitting_channels, fitting_shapes
-from lit_prune.architectures.tracing.sets import FoundSet, is_standard, numbers_of
+from lit_prune.architectures.tracing.sets import FoundSet, elements_of, is_standard, numbers_of
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
 ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
@@ -132,7 +132,7 @@ def _with_others(model: nn.Module, found: FoundSet) -> list[tuple[Attribute, ...
     """The integers in shapes and slices that count these groups, if one counts more than these: all, and those of one name."""
     known = {(a.module, a.name) for a in found.sizes}
     counted = tuple(a for a in found.counted if (a.module, a.name) not in known)
-    values = {name: dict(numbers_of(model.get_submodule(name))) for name in {a.module for a in counted}}
+    values = {name: dict(elements_of(model.get_submodule(name))) for name in {a.module for a in counted}}
     if not any(values[a.module][a.name] > a.per_group * found.group_set.size for a in counted):
         return []
     names = dict.fromkeys(a.name for a in counted)

@@ -124,7 +124,7 @@ def counted_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) 
     """
     found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
     for path, labels in tracer.counted:
-        for name in (name for name, value in numbers_of(model.get_submodule(path)) if value == len(labels)):
+        for name in (name for name, value in elements_of(model.get_submodule(path)) if value == len(labels)):
             roots, counts = np.unique(classes[labels.numpy()], return_counts=True)
             for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
                 found[root][path, name] = count
@@ -171,6 +171,13 @@ def sequences_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, value in vars(module).items():
             if type(value) in (list, tuple) and all(_is_integer(v) for v in value):
                 yield name, tuple(value)
+
+
+def elements_of(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """What :func:`numbers_of` and :func:`sequences_of` give, number by number, by the names of :class:`Attribute`."""
+    yield from numbers_of(module)
+    for name, values in sequences_of(module):
+        yield from ((f"{name}[{number}]", value) for number, value in enumerate(values))
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

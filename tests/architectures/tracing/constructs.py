@@ -412,6 +412,31 @@ class WithBias(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(b, n, c))
 
 
+class Windows(nn.Module):
+    """As in Swin and BEiT: windows whose sides, in a list, are as many as the heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.window, self.shift = 4, [4, 4], (2, 2)
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.biases = nn.Parameter(torch.randn(49, 4))
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        apart = places[:, None] - places[None, :] + 3
+        self.register_buffer("which", (apart[..., 0] * 7 + apart[..., 1]).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        x = x.roll(self.shift, dims=(1, 2))
+        rows, columns = h // self.window[0], w // self.window[1]
+        x = x.view(b, rows, self.window[0], columns, self.window[1], c).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        n, area, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, area, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        bias = self.biases[self.which].view(area, area, -1).permute(2, 0, 1)[None]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = self.out(mixed.transpose(1, 2).reshape(n, area, c))
+        return x.view(b, rows, columns, *self.window, c).transpose(2, 3).reshape(b, h, w, c)
+
+
 class KeptBias(nn.Module):
     """As in LeViT and TinyViT: a bias for each head that evaluation gathers once, until the mode changes."""
 
@@ -581,6 +606,7 @@ CONSTRUCTS: dict[str, Construct] = {
     "heads of several kinds": Construct(UnlikeHeads, features(2, 5, 16), (3, 5)),
     "fewer keys": Construct(ShortenedKeys, features(2, 6, 16), (4,)),
     "shape of a bias": Construct(WithBias, features(2, 5, 12), (4,)),
+    "windows as long as there are heads": Construct(Windows, features(1, 8, 8, 12), (4,)),
     "a bias that is kept": Construct(KeptBias, features(2, 5, 12), (4,)),
     "padding in forward": Construct(
         between(PaddedSame(8, 6, 3, 2), nn.ReLU(), PaddedSame(6, 6, 3, groups=6)), image(), (8, 6)
