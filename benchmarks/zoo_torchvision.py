@@ -65,7 +65,7 @@ def smaller(models: Any) -> dict[str, Callable[[], nn.Module]]:
     versions = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
     return {
         "vit": lambda: models.VisionTransformer(64, 16, 3, 3, 96, 192, num_classes=CLASSES),
-        "swin": lambda: swin.SwinTransformer(**windows, num_classes=CLASSES),
+        "swin": lambda: swin.SwinTransformer(**windows, mlp_ratio=6.0, num_classes=CLASSES),
         "swin_v2": lambda: swin.SwinTransformer(**windows, **versions, num_classes=CLASSES),
         "maxvit": lambda: models.maxvit.MaxVit(
             input_size=(64, 64),

@@ -33,8 +33,7 @@ class _LastSizeFits(TorchFunctionMode):
 def _known(shape: Any, sizes: Any) -> Any:
     """The sizes with the number of tokens in the place of -1, where features are split and what stands before them stays."""
     at = sizes.index(-1) if -1 in sizes else len(sizes)
-    splits_features = 0 < at < len(shape) - 1 and len(sizes) > len(shape) and sizes[-1] != shape[-1]
-    if not splits_features or tuple(sizes[:at]) != tuple(shape[:at]):
+    if not 0 < at < len(shape) - 1 or len(sizes) <= len(shape) or tuple(sizes[:at]) != tuple(shape[:at]):
         return sizes
     return (*sizes[:at], shape[at], *sizes[at + 1 :])
 

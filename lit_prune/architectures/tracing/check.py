@@ -14,7 +14,7 @@ from lit_prune.architectures.tracing.difference import difference
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
-from lit_prune.architectures.tracing.trial import masked, telling_values, without
+from lit_prune.architectures.tracing.trial import loud_weights, masked, telling_values, without
 from lit_prune.errors import first_line
 from lit_prune.groups import GroupSet
 from lit_prune.torch_internals import tree_leaves
@@ -41,7 +41,9 @@ class Check:
 
     def passing(self, found: Sequence[FoundSet]) -> list[GroupSet]:
         """The sets that pass, with the attributes and adaptations that they need."""
-        with telling_values(self._model):
+        # heads, their features, and whatever else a module gives another shape
+        shaped = [f.group_set for f in found if f.is_heads or set(f.modules) - {s.module for s in f.group_set.slices}]
+        with telling_values(self._model), loud_weights(self._model, shaped):
             accepted = self._accepted(list(found))
             # sets that pass alone may still not pass together
             while accepted and (problem := self.problem([s for s, _ in accepted])) is not None:

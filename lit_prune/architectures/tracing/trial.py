@@ -120,6 +120,39 @@ def training_mode(root: nn.Module) -> Iterator[None]:
             tensor.data.copy_(values)
 
 
+# length of a row of a weight that makes queries and keys: with inputs of unit variance, the logits of attention vary by 2
+_LOUD = 1.5
+
+
+@contextlib.contextmanager
+def loud_weights(model: nn.Module, sets: Sequence[GroupSet]) -> Iterator[None]:
+    """The model with the weights that make some groups scaled up where they are small, so that attention tells positions apart.
+
+    The logits of a new model are so near to zero that a wrong scale of theirs (by a number of heads, or the number of features
+    that are left) makes hardly a difference.
+
+    Args:
+        model: The model.
+        sets: Group sets of heads or of their features.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = dict.fromkeys(s.parameter for g in sets for s in g.slices if not s.consumes)
+    weights = {id(p): p for p in (parameters[n] for n in names) if p.dim() > 1 and p.is_floating_point()}
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in weights.values():
+            length = tensor.data.flatten(1).float().square().sum(dim=1).mean().sqrt()
+            if 0 < float(length) < _LOUD:
+                before.append((tensor, tensor.data.clone()))
+                tensor.data.mul_(_LOUD / float(length))
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data.copy_(data)
+        torch.clear_autocast_cache()
+
+
 @contextlib.contextmanager
 def telling_values(model: nn.Module) -> Iterator[None]:
     """The model with random values where a parameter is constant or tiny, so that no wrong cut hides behind zeros.

@@ -366,7 +366,7 @@ class ShortenedKeys(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_heads, self.width = 4, 4
+        self.num_heads = 4
         self.q, self.kv, self.out, self.shorten = (
             nn.Linear(16, 16),
             nn.Linear(16, 32),
@@ -376,8 +376,7 @@ class ShortenedKeys(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
-        # features before tokens, and here the number of heads is left to reshape
-        q = self.q(x).transpose(1, 2).reshape(b, -1, self.width, n).transpose(-2, -1)
+        q = self.q(x).reshape(b, n, self.num_heads, c // self.num_heads).transpose(1, 2)
         short = self.shorten(x.transpose(1, 2)).transpose(1, 2)
         k, v = self.kv(short).reshape(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))

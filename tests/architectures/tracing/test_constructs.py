@@ -145,6 +145,35 @@ def test_a_set_for_which_cut_and_masked_differ_is_dropped_loudly():
         assert len(trace_groups(model, lambda: model(x), check=False).group_sets) == 2
 
 
+class ScaledByShare(nn.Module):
+    """As torchvision's Swin: the scale of the logits is worked out from the number of heads and the width of the input."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.num_heads, self.features = 4, features
+        self.qkv, self.out, self.up, self.down = (nn.Linear(a, b) for a, b in ((16, 48), (16, 16), (16, 24), (24, 16)))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        heads = 1 if self.features else self.num_heads
+        q, k, v = self.qkv(x).reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        # of queries that lost features, PyTorch's own scale is another one, too
+        scale = None if self.features else (c // self.num_heads) ** -0.5
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        return self.down(self.up(x + self.out(mixed.transpose(1, 2).flatten(2))).relu())
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_a_scale_that_changes_with_the_heads_shows_in_a_model_whose_logits_are_all_but_zero(features):
+    torch.manual_seed(0)
+    model, x = ScaledByShare(features).eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        model.qkv.weight.mul_(0.01)
+    with pytest.warns(UserWarning, match="failed the check"):
+        found = trace_groups(model, lambda: model(x))
+    assert [s.name for s in found.group_sets] == ["up"]
+
+
 @pytest.mark.parametrize("width", [4, 8, 12])
 def test_a_forward_that_takes_the_width_of_one_set_for_that_of_another_is_right_where_they_differ(width):
     class Confuses(nn.Module):
