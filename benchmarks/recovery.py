@@ -35,7 +35,11 @@ LENGTH = 128
 # what differs from the defaults, given the ratio and the number of steps; gradual ones end after half of the steps
 STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
     "one cut before training": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
-    "one cut before training, quality=best": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0, "quality": "best"},
+    "one cut before training, quality=best": lambda ratio, steps: {
+        "pruning_ratio": ratio,
+        "step": 0,
+        "quality": "best",
+    },
     "two stages": lambda ratio, steps: {"schedule": [Stage(ratio / 2, step=0), Stage(ratio, step=steps // 2)]},
     "cubic, four stages": lambda ratio, steps: {
         "pruning_ratio": ratio,
@@ -72,7 +76,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of 128 tokens")
     parser.add_argument("--calibration", type=int, default=128, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of training and of what measures")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of training and of what measures"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
