@@ -140,11 +140,11 @@ def loud_weights(model: nn.Module, sets: Sequence[GroupSet]) -> Iterator[None]:
     weights = {id(p): p for p in (parameters[n] for n in names) if p.dim() > 1 and p.is_floating_point()}
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        for tensor in weights.values():
-            length = tensor.data.flatten(1).float().square().sum(dim=1).mean().sqrt()
+        for weight in weights.values():
+            length = weight.data.flatten(1).float().square().sum(dim=1).mean().sqrt()
             if 0 < float(length) < _LOUD:
-                before.append((tensor, tensor.data.clone()))
-                tensor.data.mul_(_LOUD / float(length))
+                before.append((weight, weight.data.clone()))
+                weight.data.mul_(_LOUD / float(length))
         torch.clear_autocast_cache()
         yield
     finally:
