@@ -98,10 +98,10 @@ def _worker(root: Path, name: str, path: Path, options: argparse.Namespace) -> d
         "PYTHONPATH": str(root),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(options.threads),
-        # freed tensors go back to the system at once, so that the resident set is what is in use
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
     }
+    if options.memory:
+        # freed tensors go back to the system at once, so that the resident set is what is in use
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{root}:\n{done.stderr[-2000:]}")
@@ -194,6 +194,9 @@ def main() -> None:
         "--flops",
         action="store_true",
         help="count products as well, which a busy machine does not change; slows the clocks",
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="give freed memory back at once, so that peaks are told; slows the clocks"
     )
     parser.add_argument("--measure", help="measure once and print it; used inside")
     options = parser.parse_args()
