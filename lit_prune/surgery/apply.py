@@ -186,7 +186,7 @@ def _cut(
     if shards.any_sharded(model.parameters()) is not None:
         _prepare_sharded(model, group_sets, plan)
     restore_modules = module_state(model)
-    journal: list[Callable[[], None]] = [set_caches_aside(model)]
+    journal: list[Callable[[], None]] = []
     places = _places(model)
     keep_groups = groups_after_cut(model, group_sets, plan)
 
@@ -195,6 +195,7 @@ def _cut(
             undo_all(journal)
 
     try:
+        set_caches_aside(model, journal)
         names = [*cuts, *(n for n in repaired if n not in cuts)]
         changed = {id(model.get_parameter(name)) for name in names}
         reset_histories(found, changed | _leaving(model, plan), journal)

@@ -56,7 +56,7 @@ def train(folder: str, kill_at: int | None, resume: bool) -> None:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[pruning(schedule=SCHEDULE), saver],
+        callbacks=[pruning(schedule=SCHEDULE, iterations=2), saver],
     )
     module = Repeatable(kill_at)
     last = Path(folder, "last.ckpt")
