@@ -187,8 +187,7 @@ def _cut(
         _prepare_sharded(model, group_sets, plan)
     restore_modules = module_state(model)
     journal: list[Callable[[], None]] = []
-    places = _places(model)
-    keep_groups = groups_after_cut(model, group_sets, plan)
+    places, keep_groups = _places(model), groups_after_cut(model, group_sets, plan)
 
     def undo() -> None:
         with torch.no_grad():
