@@ -138,13 +138,13 @@ class Attribute:
             The attribute's name, and its value.
         """
         name, bracket, position = self.name.partition("[")
-        if not bracket:
-            return name, getattr(owner, name) - self.per_group * removed if self.shared else self.value(kept)
+        if not bracket and not self.shared:
+            return name, self.value(kept)
         before = getattr(owner, name)
-        values = list(before)
-        at = int(position.rstrip("]"))
+        values = list(before) if bracket else [before]
+        at = int(position.rstrip("]")) if bracket else 0
         values[at] = values[at] - self.per_group * removed if self.shared else self.value(kept)
-        return name, type(before)(values)
+        return name, type(before)(values) if bracket else values[0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.caches import without_caches
 from lit_prune.architectures.tracing.difference import difference
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
@@ -161,7 +160,7 @@ def _same_state(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.data, b.data.clone()) for b in model.buffers()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices), without_caches(model):
+        with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             yield
     finally:

@@ -65,8 +65,13 @@ class LabelTracer(DispatchMode):
         self._sources[id(tensor)] = (name, tensor, value)
         self._by_address[tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())] = id(tensor)
 
+    @property
+    def _innermost(self) -> str:
+        """Name of the innermost module that runs."""
+        return self.running[-1] if self.running else ""
+
     def _reason(self) -> int:
-        here = (self.running[-1] if self.running else "", self._operator)
+        here = (self._innermost, self._operator)
         if not self.reasons or self.reasons[-1] != here:
             self.reasons.append(here)
         return len(self.reasons) - 1
@@ -96,11 +101,10 @@ class LabelTracer(DispatchMode):
 
     def reads(self, weight: Value, dim: int, other: Value) -> None:
         """Note which dimensions of parameters are multiplied with another value's positions."""
-        module = self.running[-1] if self.running else ""
         for labels in weight.fields:
             if labels.shape[dim] > 1:
                 for atoms in self.labels.owners(labels):
-                    inside = module == atoms.name.rpartition(".")[0]
+                    inside = self._innermost == atoms.name.rpartition(".")[0]
                     key = (atoms.name, atoms.dim)
                     self.read[key] = self.read.get(key, True) and inside
 
@@ -116,26 +120,22 @@ class LabelTracer(DispatchMode):
 
     def met_shape(self, fields: Iterable[Tensor]) -> None:
         """Note in which module tensors with these labels got another shape."""
-        module = self.running[-1] if self.running else ""
-        self.reshaped.extend((module, f) for f in fields)
+        self.reshaped.extend((self._innermost, f) for f in fields)
 
     def met_split(self, sizes: Sequence[int], dim: int, fields: Iterable[Tensor]) -> None:
         """Note the sizes that a module split labels into."""
-        module = self.running[-1] if self.running else ""
-        self.splits.extend((module, tuple(sizes), f.flatten()) for f in fields if varies(f) == (dim,))
+        self.splits.extend((self._innermost, tuple(sizes), f.flatten()) for f in fields if varies(f) == (dim,))
 
     def met_number(self, labels: Tensor, dim: int, count: int) -> None:
         """Note the first positions along a dimension, as many as some number that a module may hold."""
         if labels.shape[dim] > 1 and 0 < count <= labels.shape[dim]:
-            first = labels.narrow(dim, 0, count).movedim(dim, 0).reshape(count, -1)[:, 0]
-            self.counted.append((self.running[-1] if self.running else "", first))
+            self.counted.append((self._innermost, _along(labels.narrow(dim, 0, count), dim)))
 
     def met_dimension(self, labels: Tensor, dim: int, shape: Sequence[int]) -> None:
         """Note the positions along a dimension of a shape."""
-        first = labels.movedim(dim, 0).reshape(shape[dim], -1)[:, 0]
-        module = self.running[-1] if self.running else ""
-        self.counted.append((module, first))
-        self.shapes.append((module, tuple(shape), dim, first))
+        first = _along(labels, dim)
+        self.counted.append((self._innermost, first))
+        self.shapes.append((self._innermost, tuple(shape), dim, first))
 
     def finish(self, returned: Any) -> None:
         """What the run returned has to stay as it is."""
@@ -179,7 +179,7 @@ class LabelTracer(DispatchMode):
             with contextlib.suppress(IndexError, RuntimeError, ValueError):
                 return known(call)
         if any(self.value(t).fields for t in call.tensors()):
-            self.unknown[self.running[-1] if self.running else "", self._operator] = None
+            self.unknown[self._innermost, self._operator] = None
         return unknown(call)
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -241,6 +241,11 @@ def plain_kernels() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         onednn.enabled = enabled
+
+
+def _along(labels: Tensor, dim: int) -> Tensor:
+    """One label for each position along a dimension, the first of those there."""
+    return labels.movedim(dim, 0).reshape(labels.shape[dim], -1)[:, 0]
 
 
 def trace(model: nn.Module, run: Callable[[], Any], root: nn.Module) -> LabelTracer:

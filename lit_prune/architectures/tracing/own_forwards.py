@@ -50,11 +50,10 @@ def _is_alike(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return False
     features = args[0].shape[feature_dim(module)]
     mask = torch.rand(features, generator=torch.Generator().manual_seed(0)).round().to(weight.device)
-    shape = [1] * args[0].dim()
-    shape[feature_dim(module)] = features
     before = weight.data
     try:
-        without_features = class_forward(module)(args[0] * mask.view(shape).to(args[0].dtype), *args[1:], **kwargs)
+        of_inputs = spread_features(mask, args[0], feature_dim(module)).to(args[0].dtype)
+        without_features = class_forward(module)(args[0] * of_inputs, *args[1:], **kwargs)
         weight.data = before * spread_features(mask, before, 1 - output_dim(module)).to(before.dtype)
         without_columns = class_forward(module)(*args, **kwargs)
     # whatever the user's forward raises, and shapes that are not those of a layer

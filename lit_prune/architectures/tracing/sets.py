@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -104,14 +104,13 @@ def split_sizes(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> d
         tracer: What was learnt of a run.
         classes: The class of every label.
     """
-    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
-    for path, sizes, labels in tracer.splits:
-        for name in (name for name, value in sequences_of(model.get_submodule(path)) if value == sizes):
-            for number, part in enumerate(np.split(classes[labels.numpy()], np.cumsum(sizes)[:-1])):
-                roots, counts = np.unique(part, return_counts=True)
-                for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-                    found[root][path, f"{name}[{number}]"] = count
-    return _attributes(found)
+    return _by_class(
+        (path, f"{name}[{number}]", part)
+        for path, sizes, labels in tracer.splits
+        for name, value in sequences_of(model.get_submodule(path))
+        if value == sizes
+        for number, part in enumerate(np.split(classes[labels.numpy()], np.cumsum(sizes)[:-1]))
+    )
 
 
 def counted_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> dict[int, tuple[Attribute, ...]]:
@@ -122,13 +121,12 @@ def counted_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) 
         tracer: What was learnt of a run.
         classes: The class of every label.
     """
-    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
-    for path, labels in tracer.counted:
-        for name in (name for name, value in elements_of(model.get_submodule(path)) if value == len(labels)):
-            roots, counts = np.unique(classes[labels.numpy()], return_counts=True)
-            for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-                found[root][path, name] = count
-    return _attributes(found)
+    return _by_class(
+        (path, name, classes[labels.numpy()])
+        for path, labels in tracer.counted
+        for name, value in elements_of(model.get_submodule(path))
+        if value == len(labels)
+    )
 
 
 def shape_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) -> dict[int, tuple[Attribute, ...]]:
@@ -139,20 +137,29 @@ def shape_numbers(model: nn.Module, tracer: LabelTracer, classes: np.ndarray) ->
         tracer: What was learnt of a run.
         classes: The class of every label.
     """
-    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
-    for path, shape, dim, labels in tracer.shapes:
+    return _by_class(
+        (owner, f"{name}[{dim - start}]", classes[labels.numpy()])
+        for path, shape, dim, labels in tracer.shapes
         # a method of a part may give the shape, too
-        for owner in (path, *(f"{path}.{n}".lstrip(".") for n, _ in model.get_submodule(path).named_children())):
-            for name, value in sequences_of(model.get_submodule(owner)):
-                starts = range(max(0, dim - len(value) + 1), dim + 1)
-                for start in (s for s in starts if len(value) > 1 and shape[s : s + len(value)] == value):
-                    roots, counts = np.unique(classes[labels.numpy()], return_counts=True)
-                    for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-                        found[root][owner, f"{name}[{dim - start}]"] = count
-    return _attributes(found)
+        for owner in (path, *(f"{path}.{n}".lstrip(".") for n, _ in model.get_submodule(path).named_children()))
+        for name, value in sequences_of(model.get_submodule(owner))
+        if len(value) > 1
+        for start in range(max(0, dim - len(value) + 1), dim + 1)
+        if shape[start : start + len(value)] == value
+    )
 
 
-def _attributes(found: Mapping[int, Mapping[tuple[str, str], int]]) -> dict[int, tuple[Attribute, ...]]:
+def _by_class(numbers: Iterable[tuple[str, str, np.ndarray]]) -> dict[int, tuple[Attribute, ...]]:
+    """By class, the numbers that count its positions.
+
+    Args:
+        numbers: Of every number its module, its name, and the classes of the positions that it counts.
+    """
+    found: dict[int, dict[tuple[str, str], int]] = defaultdict(dict)
+    for path, name, positions in numbers:
+        roots, counts = np.unique(positions, return_counts=True)
+        for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+            found[root][path, name] = count
     return {
         root: tuple(Attribute(path, name, count, shared=True) for (path, name), count in parts.items())
         for root, parts in found.items()

@@ -23,18 +23,30 @@ def masked(model: nn.Module, sets: Sequence[GroupSet], removed: Sequence[Tensor]
         removed: For every set, the indices of the groups.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    before: dict[str, Tensor] = {}
-    try:
+    with _values_put_back() as keep:
         for group_set, groups in zip(sets, removed, strict=True):
             for part in group_set.consumers:
-                data = parameters[part.parameter].data
-                before.setdefault(part.parameter, data.clone())
+                data = keep(parameters[part.parameter])
                 data.index_fill_(part.dim, part.index[groups].flatten().to(data.device), 0)
         torch.clear_autocast_cache()
         yield
+
+
+@contextlib.contextmanager
+def _values_put_back() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give what returns the data of a tensor to change in place; all tensors have the values of before at the end."""
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in before:
+            before[id(tensor)] = tensor, tensor.data.clone()
+        return tensor.data
+
+    try:
+        yield keep
     finally:
-        for name, data in before.items():
-            parameters[name].data.copy_(data)
+        for tensor, values in before.values():
+            tensor.data.copy_(values)
         torch.clear_autocast_cache()
 
 
@@ -138,19 +150,13 @@ def loud_weights(model: nn.Module, sets: Sequence[GroupSet]) -> Iterator[None]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = dict.fromkeys(s.parameter for g in sets for s in g.slices if not s.consumes)
     weights = {id(p): p for p in (parameters[n] for n in names) if p.dim() > 1 and p.is_floating_point()}
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
+    with _values_put_back() as keep:
         for weight in weights.values():
-            length = weight.data.flatten(1).float().square().sum(dim=1).mean().sqrt()
-            if 0 < float(length) < _LOUD:
-                before.append((weight, weight.data.clone()))
-                weight.data.mul_(_LOUD / float(length))
+            length = float(weight.data.flatten(1).float().square().sum(dim=1).mean().sqrt())
+            if 0 < length < _LOUD:
+                keep(weight).mul_(_LOUD / length)
         torch.clear_autocast_cache()
         yield
-    finally:
-        for tensor, data in before:
-            tensor.data.copy_(data)
-        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -161,9 +167,8 @@ def telling_values(model: nn.Module) -> Iterator[None]:
     no difference.
     """
     generator = torch.Generator().manual_seed(0)
-    before: list[tuple[Tensor, Tensor]] = []
     seen: set[int] = set()
-    try:
+    with _values_put_back() as keep:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point() or tensor.numel() < 2 or id(tensor) in seen or tensor.is_meta:
                 continue
@@ -171,16 +176,11 @@ def telling_values(model: nn.Module) -> Iterator[None]:
             flat = tensor.data.flatten()
             if not (bool((flat == flat[0]).all()) or float(flat.abs().max()) < 1e-3):
                 continue
-            before.append((tensor, tensor.data.clone()))
             values = torch.rand(tensor.shape, generator=generator) + 0.5
             if tensor.dim() > 1:
                 values = (values - 1) * 2 * (tensor.numel() / len(tensor)) ** -0.5
             elif "bias" in name or "mean" in name:
                 values = (values - 1) * 0.2
-            tensor.data.copy_(values)
+            keep(tensor).copy_(values)
         torch.clear_autocast_cache()
         yield
-    finally:
-        for tensor, data in before:
-            tensor.data.copy_(data)
-        torch.clear_autocast_cache()
