@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import AUTO, PruningConfig
+from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.distributed.sharing import shared_work
 from lit_prune.errors import UnsupportedModelError
@@ -57,16 +58,16 @@ def recording_of(
         return None
     # gradients that are kept take that memory
     keeps_gradients = bool(split_mask_terms(config.terms, group_sets)[1])
-    limit = 0 if keeps_gradients else _gradient_bytes(model)
+    limit = 0 if keeps_gradients else gradient_bytes(model)
     return Recording(
         model, group_sets, limit, grams=config.compensates, outputs=repairs, offload=config.offload_hidden_states
     )
 
 
-def _gradient_bytes(model: nn.Module) -> int:
+def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients that a backward pass leaves; of those of all parameters if none is to be trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() * p.element_size() for p in trained or model.parameters())
+    return shards.held_bytes(trained or model.parameters())
 
 
 def completed(

@@ -109,9 +109,9 @@ def loss_of() -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
     return lambda model: lambda ids: model(input_ids=ids, labels=ids).loss
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """What a test registers (criteria, statistics, architectures) is forgotten after it."""
+    """What any test registers (criteria, statistics, architectures) is forgotten after it."""
     known = [criteria._REGISTRY, statistic_registry._REGISTRY, statistic_registry.INPUT_SUMS]
     before, described = [dict(registry) for registry in known], list(architectures._REGISTRY)
     yield

@@ -24,7 +24,6 @@ from transformers import ViTConfig, ViTForImageClassification
 import lit_prune
 from conftest import tiny
 from lit_prune import cli
-from lit_prune.architectures import architectures, register_architecture
 from lit_prune.callbacks import PruningReport, StructuredPruning
 from lit_prune.cli.running import parser_of
 from lit_prune.training import CausalLMModule, TextDataModule, classification
@@ -205,30 +204,24 @@ def check_files(snippet: Snippet, names: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(s.language == "python" for s in snippets(p))], ids=lambda p: p.stem
 )
-@pytest.mark.usefixtures("registries")
 def test_python_runs_with_the_stated_result(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    known = architectures()
     written: dict[str, Any] = {}
     if "litgpt" in page.stem:
         write_folder(tmp_path / "checkpoints" / "meta-llama" / "Llama-3.2-1B")
     elif "last.ckpt" in page.read_text(encoding="utf-8"):
         written["trainer"] = write_checkpoint(tmp_path)
-    try:
-        for snippet in snippets(page):
-            if snippet.language == "python":
-                # the model of the reader in place of "model = ...", anew for each snippet; the rest is of the ones before
-                names = {**reader(page), **written}
-                before = dict(names)
-                code = re.sub(r"^(\w+) = \.\.\.", r"\1 = \1", snippet.text, flags=re.MULTILINE)
-                exec(compile("\n" * snippet.line + code, str(page), "exec"), names)
-                for check in (check_ratio, check_long_form, check_files):
-                    check(snippet, names)
-                written |= {n: v for n, v in names.items() if before.get(n) is not v and n != "__builtins__"}
-    finally:
-        for architecture in known:
-            register_architecture(architecture)
+    for snippet in snippets(page):
+        if snippet.language == "python":
+            # the model of the reader in place of "model = ...", anew for each snippet; the rest is of the ones before
+            names = {**reader(page), **written}
+            before = dict(names)
+            code = re.sub(r"^(\w+) = \.\.\.", r"\1 = \1", snippet.text, flags=re.MULTILINE)
+            exec(compile("\n" * snippet.line + code, str(page), "exec"), names)
+            for check in (check_ratio, check_long_form, check_files):
+                check(snippet, names)
+            written |= {n: v for n, v in names.items() if before.get(n) is not v and n != "__builtins__"}
 
 
 def commands(snippet: Snippet) -> list[list[str]]:

@@ -91,6 +91,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that this process holds: of its own parts of those that are sharded."""
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of one tensor; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

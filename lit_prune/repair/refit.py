@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lit_prune._renamed import renamed_arguments
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
-from lit_prune.groups import GroupSet, Slice, count_bytes
+from lit_prune.groups import GroupSet, Slice
 from lit_prune.plan import PruningPlan
 from lit_prune.repair.calls import copy_to_cut
 from lit_prune.repair.experts import expert_equations
@@ -176,7 +176,7 @@ def _refit_layer(
     following, targets = _targets(block, list(parts), dense, stream, name, recorded)
     with _runs_when_cut(name):
         # as much as the gradients of a backward pass take
-        room = count_bytes(model)
+        room = shards.held_bytes(model.parameters())
         runs = PartialRuns(smaller, name, targets.order, pruned, stream.calls[name], stream.storage, room)
     weights = _refit_consumers(model, name, smaller, parts, targets, pruned, runs, stream, damping, all_reduce)
     for output in _refit_all_experts(model, name, block, smaller, members, plan, stream, pruned, damping, all_reduce):

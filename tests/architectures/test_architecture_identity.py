@@ -28,12 +28,6 @@ CASE = {case.name: case for case in CASES}
 MLPS = (MLP("h.*", ("up",), "down"),)
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """What a test registers is forgotten."""
-    monkeypatch.setattr("lit_prune.architectures.registry._REGISTRY", list(_REGISTRY))
-
-
 class Channels(nn.Module):
     def __init__(self, up, down):
         super().__init__()

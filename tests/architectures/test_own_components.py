@@ -61,7 +61,7 @@ class Bilinear(Component):
 
 
 @pytest.fixture
-def model(registries):
+def model():
     lit_prune.register_architecture(
         lit_prune.Architecture(name="bilinear", models=(BilinearModel,), blocks=(Bilinear("layers.*"),))
     )

@@ -36,7 +36,6 @@ from lit_prune import (
     unexplained_shares,
     verify_architecture,
 )
-from lit_prune.architectures.registry import _REGISTRY
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.ranking.selection import select
@@ -311,21 +310,12 @@ OWN = SequenceMixer(
 )
 
 
-@pytest.fixture
-def described():
-    registered = []
-
-    def describe(mixer):
-        registered.append(register_architecture(Architecture("own-mixer", (OwnModel,), (mixer,))))
-
-    yield describe
-    for architecture in registered:
-        if architecture in _REGISTRY:
-            _REGISTRY.remove(architecture)
+def describe(mixer):
+    register_architecture(Architecture("own-mixer", (OwnModel,), (mixer,)))
 
 
-def test_a_mixer_of_ones_own_is_described_by_its_sections(described):
-    described(OWN)
+def test_a_mixer_of_ones_own_is_described_by_its_sections():
+    describe(OWN)
     torch.manual_seed(0)
     model = OwnModel()
     x = torch.randn(2, 7, 12)
@@ -355,8 +345,8 @@ def test_a_mixer_of_ones_own_is_described_by_its_sections(described):
         ({"parameters": {"out.weight": ("value",)}}, r"'layers\.1\.out\.weight' has 12 positions .* expected 20"),
     ],
 )
-def test_a_wrong_description_names_parameter_and_sections(described, wrong, message):
-    described(replace(OWN, **wrong))
+def test_a_wrong_description_names_parameter_and_sections(wrong, message):
+    describe(replace(OWN, **wrong))
     with pytest.raises(UnsupportedModelError, match=message):
         find_group_sets(OwnModel()) and verify_architecture(OwnModel(), lambda m: m(torch.randn(2, 7, 12)))
 

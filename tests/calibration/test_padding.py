@@ -18,7 +18,6 @@ from transformers import AutoModelForMultipleChoice, BatchEncoding, BertConfig, 
 from conftest import SMALL, uneven_kept, unsettled
 from lit_prune import MLP, Architecture, Attention, find_group_sets, find_model, register_architecture
 from lit_prune.architectures import Positions, architectures
-from lit_prune.architectures.registry import _REGISTRY
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.mask_shapes import seen_positions, visible
 from lit_prune.calibration.token_masks import TokenMasks, output_mask
@@ -453,8 +452,6 @@ def wav2vec2():
             ),
         )
     )
-    yield
-    _REGISTRY[:] = [a for a in _REGISTRY if a.name != "wav2vec2-test"]
 
 
 def test_speech_counts_frames_after_strides(wav2vec2):
@@ -648,11 +645,8 @@ def test_a_description_says_how_masks_are_called():
     description = next(a for a in architectures() if a.name == "my-gpt")
     own = (Positions(("idx",), padding=("ignored",)),)
     register_architecture(dataclasses.replace(description, name="masked-gpt", models=("MaskedGPT",), arguments=own))
-    try:
-        batch = causal(right=2)
-        found = counts(
-            MaskedGPT(SMALL["vocab_size"]), [{"idx": batch["input_ids"], "ignored": batch["attention_mask"] == 0}]
-        )
-        assert set(found.values()) == {int(LENGTHS.sum())}
-    finally:
-        _REGISTRY[:] = [a for a in _REGISTRY if a.name != "masked-gpt"]
+    batch = causal(right=2)
+    found = counts(
+        MaskedGPT(SMALL["vocab_size"]), [{"idx": batch["input_ids"], "ignored": batch["attention_mask"] == 0}]
+    )
+    assert set(found.values()) == {int(LENGTHS.sum())}

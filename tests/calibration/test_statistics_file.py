@@ -47,7 +47,7 @@ def test_the_same_plan_from_the_file(importance, batches, loss_of, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
-def test_a_criterion_of_the_users_own_is_found_by_its_code(registries, batches, loss_of, tmp_path):
+def test_a_criterion_of_the_users_own_is_found_by_its_code(batches, loss_of, tmp_path):
     register_criterion("own", lambda w, g: (w * g).abs() * 2, "gradient")
     register_criterion("other", lambda w, g: (w * g).abs() * 3, "absolute_gradient")
     model = tiny()

@@ -10,13 +10,15 @@ from processes import run_well
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-from conftest import tiny
+from conftest import SMALL, tiny
 from lit_prune import PruningConfig, find_group_sets, prune
 from lit_prune.distributed.ranks import Ranks
+from lit_prune.distributed.shards import held_bytes
 from lit_prune.distributed.sharing import Turns, own_part, shared_work
 from lit_prune.errors import UnsupportedStrategyError
 from lit_prune.repair.redundancy import unexplained_shares
 from lit_prune.repair.regression import ridge, unexplained_share
+from lit_prune.repairing import gradient_bytes
 
 
 def system(width=40, outputs=7):
@@ -67,6 +69,26 @@ def in_two_processes() -> None:
     assert halves.keys() == whole.keys()
     for key, share in whole.items():
         torch.testing.assert_close(halves[key], share, rtol=1e-4, atol=1e-5)
+
+
+def memory_in_two_processes() -> None:
+    torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    model = tiny("llama")
+    whole = held_bytes(model.parameters())
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    ours = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("model.layers."))
+    parts = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.")}
+    assert held_bytes(parts.values()) == (whole - ours) // 2 and held_bytes(model.parameters()) == (whole + ours) // 2
+    # what a limit in terms of the gradients is taken from
+    assert gradient_bytes(model) == (whole + ours) // 2
+    model.requires_grad_(False)
+    parts["model.layers.0.mlp.up_proj.weight"].requires_grad_()
+    assert gradient_bytes(model) == 4 * SMALL["hidden_size"] * SMALL["intermediate_size"] // 2
+
+
+def test_memory_is_counted_by_what_a_process_holds(tmp_path):
+    run_well(memory_in_two_processes, folder=tmp_path, processes=2)
 
 
 def test_two_processes_share_solves_out(tmp_path):

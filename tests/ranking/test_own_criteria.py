@@ -14,7 +14,7 @@ from lit_prune.calibration.observers import split_mask_terms
 from lit_prune.ranking import registry
 from lit_prune.ranking.criteria import fisher, fluctuation, magnitude, output_wanda, reap, second_order, taylor, wanda
 
-pytestmark = [pytest.mark.core, pytest.mark.usefixtures("registries")]
+pytestmark = pytest.mark.core
 
 AGAIN = {
     "taylor": (lit_prune.Term(taylor, "gradient"),),
