@@ -31,7 +31,7 @@ from cost_calibration import calibration, report_calibration
 from cost_memory import MEMORY_CASES, OFFLOADED, SIZES, memory, report_memory
 from cost_peer import peer, report_peer
 from cost_planning import planning, report_planning
-from cost_pruning import WHOLE, pruning, report_pruning
+from cost_pruning import WHOLE, pruning, pruning_memory, report_pruning, report_pruning_memory
 from cost_speed import RATIOS, depth, report_depth, report_speed, speed
 from cost_widths import report_widths, widths
 
@@ -63,6 +63,7 @@ SECTIONS = {
     "memory": Section(memory, [f"{size}: {case}" for size in SIZES for case in MEMORY_CASES], report_memory),
     "planning": Section(planning, [*SIZES, *LARGE], report_planning),
     "pruning": Section(pruning, list(WHOLE), report_pruning),
+    "pruning memory": Section(pruning_memory, list(WHOLE), report_pruning_memory),
     "peer": Section(peer, ["lit_prune", "torch-pruning"], report_peer),
     "speed": Section(speed, [f"{r:.0%}" for r in RATIOS], report_speed),
     "depth": Section(depth, ["20%", "30%"], report_depth),
@@ -96,7 +97,7 @@ def main() -> None:
             if row is None:
                 left.append(f"{section} | {key}")
                 continue
-            rows[key] = {**row, "row_seconds": time.perf_counter() - start}
+            rows[key] = {**row, "row_seconds": time.perf_counter() - start, "date": time.strftime("%Y-%m-%d")}
             write_text(options.output, json.dumps(results, indent=1) + "\n")
             print(f"{section} | {key}: {rows[key]['row_seconds']:.0f} s", flush=True)
     text = report(results)
@@ -117,7 +118,7 @@ def measure(section: str, key: str, options: argparse.Namespace) -> dict[str, An
     for name in ("device", "dtype", "threads", "repeats", "batches", "tokens"):
         command += [f"--{name}", str(getattr(options, name))]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(options.threads)}
-    if section in ("memory", "planning", "pruning", "peer"):
+    if section in ("memory", "planning", "pruning memory", "peer"):
         # freed tensors go back to the system at once, so that the resident set is what is in use
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -128,7 +129,10 @@ def measure(section: str, key: str, options: argparse.Namespace) -> dict[str, An
 
 
 def report(results: Mapping[str, Any]) -> str:
-    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    rows = [row for name in SECTIONS for row in results.get(name, {}).values()]
+    dates = sorted({row.get("date", results["machine"]["date"]) for row in rows})
+    shown = {**results["machine"], "date": " to ".join(dict.fromkeys((dates[0], dates[-1])))}
+    about = ", ".join(f"{key} {value}" for key, value in shown.items())
     parts = [
         "# What pruning costs\n",
         f"Made by `python benchmarks/cost.py --output docs/cost.json`: {about}. Llamas with random weights, a process for"

@@ -6,7 +6,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common import (
@@ -20,16 +20,19 @@ from common import (
     markdown,
     synchronize,
 )
+from torch import nn
 
 from lit_prune import PruningConfig, find_group_sets, prune
 from lit_prune.groups import count_bytes, count_parameters
 
 WHOLE: dict[str, dict[str, Any]] = {
     "default": {},
-    "one iteration": {"iterations": 1},
-    "one iteration, no compensation": {"iterations": 1, "compensation": False},
-    "one iteration, no repair": {"iterations": 1, "repair": None},
-    "taylor, one iteration, no repair": {"importance": "taylor", "iterations": 1, "repair": None},
+    "two iterations": {"iterations": 2},
+    "no compensation": {"compensation": False},
+    "no repair": {"repair": None},
+    "taylor, no repair": {"importance": "taylor", "repair": None},
+    'quality="fast"': {"quality": "fast"},
+    'quality="best"': {"quality": "best"},
 }
 
 
@@ -37,50 +40,63 @@ WHOLE_BATCHES = 8
 
 
 def pruning(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of all of ``prune``, beside a bare forward and backward pass over the same batches."""
-    model = build("100M", options)
-    group_sets = find_group_sets(model)
-    data = make_batches(options, WHOLE_BATCHES, options.tokens)
-    dropped = functools.partial(bare, model, group_sets, data, drop=True)
-    peak = Peak(options)
-    before = peak.start()
-    base = interleaved({BARE: dropped}, options, 2)[BARE]
-    weights = count_bytes(model)
-    base_peak = peak.bytes() - before + weights
-    before = peak.start()
+    """Seconds of all of ``prune``, beside a bare forward and backward pass over the same batches."""
+    model, dropped, pruned = _cases(case, options)
+    before = interleaved({BARE: dropped}, options, 2)[BARE]
     start = time.perf_counter()
-    prune(model, data, loss_of(model), PruningConfig(**WHOLE[case], pruning_ratio=0.2))
-    synchronize(options)
-    seconds = time.perf_counter() - start
+    pruned()
     return {
         "tokens": WHOLE_BATCHES * options.tokens,
-        "seconds": seconds,
-        "bare_seconds": base,
-        "peak": peak.bytes() - before + weights,
-        "bare_peak": base_peak,
-        "weights": weights,
+        "seconds": time.perf_counter() - start,
+        "bare_seconds": before,
         "parameters_after": count_parameters(model),
     }
+
+
+def pruning_memory(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of all of ``prune``, weights included, beside that of a bare forward and backward pass."""
+    model, dropped, pruned = _cases(case, options)
+    weights = count_bytes(model)
+    found = {}
+    for name, run in {"bare_peak": dropped, "peak": pruned}.items():
+        peak = Peak(options)
+        before = peak.start()
+        run()
+        found[name] = peak.bytes() - before + weights
+    return {"weights": weights, **found}
+
+
+def _cases(case: str, options: argparse.Namespace) -> tuple[nn.Module, Callable[[], object], Callable[[], None]]:
+    """The model, the bare pass over the calibration batches, and the whole pruning."""
+    model = build("100M", options)
+    data = make_batches(options, WHOLE_BATCHES, options.tokens)
+
+    def pruned() -> None:
+        prune(model, data, loss_of(model), PruningConfig(**WHOLE[case], pruning_ratio=0.2))
+        synchronize(options)
+
+    return model, functools.partial(bare, model, find_group_sets(model), data, drop=True), pruned
 
 
 def report_pruning(rows: Mapping[str, Any]) -> str:
     tokens = next(iter(rows.values()))["tokens"]
     text = (
         f"## All of a pruning\n\n100M, 20% of all parameters, {tokens:,} calibration tokens: calibration, ranking, repair and"
-        " surgery. Bare: a forward and backward pass over the same batches with gradients of the groups' weights, and its"
-        " peak memory, each gradient freed the moment it is there. Solving for the repair takes the same time however"
-        " many tokens there are.\n\n"
+        " surgery. Bare: a forward and backward pass over the same batches with gradients of the groups' weights. Solving for"
+        " the repair takes the same time however many tokens there are. The weights are random, so that it is no measure of"
+        " quality.\n\n"
     )
     table = []
     for case, row in rows.items():
-        bare = statistics.median(row["bare_seconds"])
-        table.append(
-            (
-                case,
-                f"{row['seconds']:.1f}",
-                f"{row['seconds'] / bare:.2f}",
-                f"{row['peak'] / 1e6:.0f}",
-                f"{row['peak'] / row['bare_peak']:.2f}",
-            )
-        )
-    return text + markdown(("", "seconds", "of the bare pass", "peak, MB", "of the bare pass's peak"), table)
+        ratio = row["seconds"] / statistics.median(row["bare_seconds"])
+        table.append((case, f"{row['seconds']:.1f}", f"{ratio:.2f}", f"{row['parameters_after']:,}"))
+    return text + markdown(("", "seconds", "of the bare pass", "parameters after"), table)
+
+
+def report_pruning_memory(rows: Mapping[str, Any]) -> str:
+    text = (
+        "## Peak memory of a pruning\n\nThe same. Bare: each gradient is freed the moment it is there. What is freed goes back"
+        " to the system at once.\n\n"
+    )
+    table = [(case, f"{row['peak'] / 1e6:.0f}", f"{row['peak'] / row['bare_peak']:.2f}") for case, row in rows.items()]
+    return text + markdown(("", "peak, MB", "of the bare pass's peak"), table)
