@@ -141,6 +141,8 @@ def reader(page: Path) -> dict[str, Any]:
         "tiny_random_model": MyGPT(64),
         "MyGPT": MyGPT,
         "tokens": torch.arange(12)[None],
+        "wikipedia": 16 * text_rows(),
+        "python_docs": 16 * text_rows(),
     }
 
 

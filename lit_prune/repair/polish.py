@@ -192,12 +192,14 @@ class _Run:
 
     def _run(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Run the batches that are wanted; give their numbers, the mean difference of their calls and their loss."""
-        with self._data() as (batches, run), self._reader.reading():
+        with self._data() as (batches, run), self._left_alone(), self._reader.reading():
             for number, batch in enumerate(batches):
                 if number >= len(self._dense):
                     return
                 if not self._dense[number] or not wanted(number):
                     continue
+                # now, as what a step writes into its weights is undone only when the next batch is asked for
+                self._write(self._masters)
                 self._reader.start_batch(batch)
                 given = run(batch)
                 loss = given.detach().float().mean() if isinstance(given, Tensor) else None
@@ -217,7 +219,15 @@ class _Run:
             master.grad = value if self._ranks is None else self._ranks.mean(value)
         optimizer.step()
         schedule.step()
-        self._write(self._masters)
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        """Put the weights back, as whoever gives the batches expects of those who run them."""
+        before = [p.detach().clone() for p in self._trained]
+        try:
+            yield
+        finally:
+            self._write(before)
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:

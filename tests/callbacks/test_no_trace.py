@@ -246,15 +246,37 @@ def test_what_was_not_there_before_is_not_there_in_the_first_batch():
     fit(First(), dry(epoch=0))
 
 
-def test_a_cut_run_goes_on_from_the_same_state(plain):
+@pytest.mark.parametrize("options", [{}, {"polish_epochs": 2}], ids=["repaired", "polished"])
+def test_a_cut_run_goes_on_from_the_same_state(plain, options):
     class Counts(Stateful):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             pass
 
-    module = fit(Counts(), StructuredPruning(model_path="lm", calibration_batches=3))
+    module = fit(Counts(), StructuredPruning(model_path="lm", calibration_batches=3, **options))
     assert [count for count, *_ in module.means] == [4, 4, 4]
     assert [d[0] for d in module.draws] == [d[0] for d in plain.draws]
     assert module.steps == plain.steps
+
+
+def test_a_step_that_writes_into_polished_weights_is_undone_and_the_polish_stays():
+    class Shrinks(Stateful):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.lm.model.layers[0].mlp.down_proj.weight.data.mul_(0.999)
+            return loss
+
+    class Watch(pl.Callback):
+        def on_pruning_end(self, trainer, pl_module, pruning):
+            self.weights = {n: p.detach().clone() for n, p in pl_module.lm.named_parameters()}
+
+    found = []
+    for module in (Stateful(), Shrinks()):
+        callback, watch = StructuredPruning(epoch=0, model_path="lm", calibration_batches=3, polish_epochs=2), Watch()
+        fit(module, callback, watch)
+        assert len(callback.plan.info["polish"]) == 3
+        found.append(watch.weights)
+    # a backward pass after the step reads what the step wrote
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
