@@ -41,8 +41,8 @@ WHOLE_BATCHES = 8
 
 def pruning(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of all of ``prune``, beside a bare forward and backward pass over the same batches."""
-    model, dropped, pruned = _cases(case, options)
-    before = interleaved({BARE: dropped}, options, 2)[BARE]
+    model, passes, pruned = _cases(case, options)
+    before = interleaved({BARE: functools.partial(passes, drop=True)}, options, 2)[BARE]
     start = time.perf_counter()
     pruned()
     return {
@@ -54,11 +54,12 @@ def pruning(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def pruning_memory(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of all of ``prune``, weights included, beside that of a bare forward and backward pass."""
-    model, dropped, pruned = _cases(case, options)
+    """Peak memory of all of ``prune``, weights included, beside those of bare forward and backward passes."""
+    model, passes, pruned = _cases(case, options)
     weights = count_bytes(model)
     found = {}
-    for name, run in {"bare_peak": dropped, "peak": pruned}.items():
+    runs = {"dropped_peak": functools.partial(passes, drop=True), "bare_peak": passes, "peak": pruned}
+    for name, run in runs.items():
         peak = Peak(options)
         before = peak.start()
         run()
@@ -66,8 +67,8 @@ def pruning_memory(case: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"weights": weights, **found}
 
 
-def _cases(case: str, options: argparse.Namespace) -> tuple[nn.Module, Callable[[], object], Callable[[], None]]:
-    """The model, the bare pass over the calibration batches, and the whole pruning."""
+def _cases(case: str, options: argparse.Namespace) -> tuple[nn.Module, Callable[..., object], Callable[[], None]]:
+    """The model, the bare passes over the calibration batches, and the whole pruning."""
     model = build("100M", options)
     data = make_batches(options, WHOLE_BATCHES, options.tokens)
 
@@ -75,7 +76,7 @@ def _cases(case: str, options: argparse.Namespace) -> tuple[nn.Module, Callable[
         prune(model, data, loss_of(model), PruningConfig(**WHOLE[case], pruning_ratio=0.2))
         synchronize(options)
 
-    return model, functools.partial(bare, model, find_group_sets(model), data, drop=True), pruned
+    return model, functools.partial(bare, model, find_group_sets(model), data), pruned
 
 
 def report_pruning(rows: Mapping[str, Any]) -> str:
@@ -95,8 +96,13 @@ def report_pruning(rows: Mapping[str, Any]) -> str:
 
 def report_pruning_memory(rows: Mapping[str, Any]) -> str:
     text = (
-        "## Peak memory of a pruning\n\nThe same. Bare: each gradient is freed the moment it is there. What is freed goes back"
-        " to the system at once.\n\n"
+        "## Peak memory of a pruning\n\nThe same. The bare passes leave the gradients of the groups' weights, or free each the"
+        " moment it is there; what calibration records for the repair may take as much as those gradients. What is freed goes"
+        " back to the system at once.\n\n"
     )
-    table = [(case, f"{row['peak'] / 1e6:.0f}", f"{row['peak'] / row['bare_peak']:.2f}") for case, row in rows.items()]
-    return text + markdown(("", "peak, MB", "of the bare pass's peak"), table)
+    bases = ("bare_peak", "dropped_peak")
+    table = [
+        (case, f"{row['peak'] / 1e6:.0f}", *(f"{row['peak'] / row[base]:.2f}" for base in bases))
+        for case, row in rows.items()
+    ]
+    return text + markdown(("", "peak, MB", "of the bare pass", "of it, gradients freed"), table)
