@@ -130,8 +130,9 @@ def measure(section: str, key: str, options: argparse.Namespace) -> dict[str, An
 
 def report(results: Mapping[str, Any]) -> str:
     rows = [row for name in SECTIONS for row in results.get(name, {}).values()]
-    dates = sorted({row.get("date", results["machine"]["date"]) for row in rows})
-    shown = {**results["machine"], "date": " to ".join(dict.fromkeys((dates[0], dates[-1])))}
+    of_machine = results["machine"]["date"]
+    dates = [row.get("date", of_machine) for row in rows] or [of_machine]
+    shown = {**results["machine"], "date": " to ".join(dict.fromkeys((min(dates), max(dates))))}
     about = ", ".join(f"{key} {value}" for key, value in shown.items())
     parts = [
         "# What pruning costs\n",

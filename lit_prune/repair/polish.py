@@ -84,7 +84,7 @@ def polish(
             for parameter, old in zip(trained, before, strict=True):
                 parameter.copy_(old)
 
-    run = _Run(model, trained, data, dense, root, ranks, held_back)
+    run = _Run(model, trained, data, dense, root, ranks, held_back, undo)
     try:
         with _only_trained(model if root is None else root, trained):
             return run.train(epochs, movement), undo
@@ -140,9 +140,11 @@ class _Run:
         root: nn.Module | None,
         ranks: Ranks | None,
         held_back: Callable[[int], bool],
+        put_back: Callable[[], None],
     ) -> None:
         self._reader = OutputReader(model)
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
+        self._put_back = put_back
         counted = [number for number, outputs in enumerate(dense) if outputs]
         if not counted:
             raise CalibrationError("No calibration batch gave an output to polish towards; expected at least one.")
@@ -192,7 +194,10 @@ class _Run:
 
     def _run(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Run the batches that are wanted; give their numbers, the mean difference of their calls and their loss."""
-        with self._data() as (batches, run), self._left_alone(), self._reader.reading():
+        with self._data() as (batches, run), contextlib.ExitStack() as stack:
+            # whoever gives the batches expects that those who run them leave the weights alone
+            stack.callback(self._put_back)
+            stack.enter_context(self._reader.reading())
             for number, batch in enumerate(batches):
                 if number >= len(self._dense):
                     return
@@ -219,15 +224,6 @@ class _Run:
             master.grad = value if self._ranks is None else self._ranks.mean(value)
         optimizer.step()
         schedule.step()
-
-    @contextlib.contextmanager
-    def _left_alone(self) -> Iterator[None]:
-        """Put the weights back, as whoever gives the batches expects of those who run them."""
-        before = [p.detach().clone() for p in self._trained]
-        try:
-            yield
-        finally:
-            self._write(before)
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:

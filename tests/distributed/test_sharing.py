@@ -77,11 +77,14 @@ def memory_in_two_processes() -> None:
     whole = held_bytes(model.parameters())
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    ours = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("model.layers."))
+    outside = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("model.layers."))
     parts = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.")}
-    assert held_bytes(parts.values()) == (whole - ours) // 2 and held_bytes(model.parameters()) == (whole + ours) // 2
+    assert (
+        held_bytes(parts.values()) == (whole - outside) // 2
+        and held_bytes(model.parameters()) == (whole + outside) // 2
+    )
     # what a limit in terms of the gradients is taken from
-    assert gradient_bytes(model) == (whole + ours) // 2
+    assert gradient_bytes(model) == (whole + outside) // 2
     model.requires_grad_(False)
     parts["model.layers.0.mlp.up_proj.weight"].requires_grad_()
     assert gradient_bytes(model) == 4 * SMALL["hidden_size"] * SMALL["intermediate_size"] // 2
