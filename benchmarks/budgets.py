@@ -44,6 +44,7 @@ from lit_prune import (
 from lit_prune._files import write_text
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.latency import measure_table, time_plans
+from lit_prune.budgets.latency_model import LatencyModel
 from lit_prune.budgets.latency_table import save_tables, setting_of
 from lit_prune.budgets.trials import Ratio, ratio_of_pairs, time_trial
 from lit_prune.budgets.workloads import Workload
@@ -107,6 +108,8 @@ class Bench:
         uncorrected = self._predicted(goals, propose()[0], key)
         goals.correct(self.model, propose, clock=self.clock)
         plan, predicted = propose()
+        latency = goals.quantities[key]
+        assert isinstance(latency, LatencyModel)
         plans: dict[object, PruningPlan | None] = {"dense": None, BUDGET: plan}
         if repeat == 1:
             plans[PARAMETERS] = self._by_parameters(workload, phase, goals, plan, key)
@@ -115,7 +118,7 @@ class Bench:
             "asked": goals.dense[key] / goals.targets[key],
             "predicted": goals.dense[key] / predicted[key],
             "uncorrected": goals.dense[key] / uncorrected,
-            "correction": goals.quantities[key].correction,
+            "correction": latency.correction,
             "dense_seconds": min(seconds["dense"]),
         }
         for label in list(plans)[1:]:

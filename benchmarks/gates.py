@@ -1,8 +1,8 @@
 """Gates learned against the default criterion: perplexity after pruning, without any training of weights.
 
-The text file is cut in three: sequences for calibration and gates come from the first third, perplexity is measured on windows
-of the second, which is for tuning; the last third is not read. Rows that are in the JSON file are not computed again, and the
-scores of gates are kept beside it, so that a run that was stopped goes on.
+The text is cut in thirds as in benchmarks/quality.py: sequences for calibration and gates come from the first, perplexity is
+measured on windows of the second (``--part tuning``, the default) or of the third. Rows that are in the JSON file are not
+computed again, and the scores of gates are kept beside it, so that a run that was stopped goes on.
 
 ``--model bytes`` is a Llama of 0.2 million parameters that is trained first, on the bytes of the first third: minutes on one core
 in place of an hour.
@@ -16,13 +16,16 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Results, calibration_sequences, perplexity
+from intervals import perplexity, shown_perplexity_ratio
+from quality import Results
+from quality_data import LENGTH, PARTS, PRECISIONS, Text, computing, losses
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,37 +54,53 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=24, help="to measure on")
+    parser.add_argument("--part", choices=list(PARTS), default="tuning", help="what measures")
+    parser.add_argument("--windows", type=int, default=24, help="to measure a domain on")
     parser.add_argument(
-        "--window", type=int, default=512, help="tokens of a window; 64 for bytes, which it is trained on"
+        "--window", type=int, default=LENGTH, help="tokens of a window; 64 for bytes, which it is trained on"
     )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--seed", type=int, default=0, help="choice of calibration sequences")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of all passes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
-def learned(model: nn.Module, batches: list[Tensor], config: PruningConfig, options: GateOptions, file: Path) -> Any:
+def learned(
+    model: nn.Module,
+    batches: list[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    config: PruningConfig,
+    options: GateOptions,
+    file: Path,
+) -> Any:
     """The scores, from the file if they are there."""
     if file.exists():
         return torch.load(file, weights_only=True)
     start = time.perf_counter()
     steps: list[tuple[float, float]] = []
 
-    def note(step: int, loss: float, changed: float) -> None:
-        steps.append((loss, changed))
+    def note(step: int, value: float, changed: float) -> None:
+        steps.append((value, changed))
         if step % 5 == 0:
             mean = sum(value for value, _ in steps[-5:]) / 5
             print(f"  step {step}: {mean:.4f}, {changed:.1%} changed, {time.perf_counter() - start:.0f} s", flush=True)
 
-    scores = learn_gates(model, batches, partial(loss_of, model), config, options, progress=note)
+    scores = learn_gates(model, batches, loss, config, options, progress=note)
     result = {"scores": scores, "steps": steps, "seconds": time.perf_counter() - start}
     torch.save(result, file)
     return result
 
 
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+def loss_of(model: nn.Module, precision: str, batch: Tensor) -> Tensor:
+    with computing(precision):
+        return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def bytes_of(text: str, **_: Any) -> dict[str, list[int]]:
+    """A tokenizer whose tokens are bytes."""
+    return {"input_ids": list(text.encode())}
 
 
 def byte_model(ids: Tensor, file: Path) -> nn.Module:
@@ -106,7 +125,7 @@ def byte_model(ids: Tensor, file: Path) -> nn.Module:
     for step in range(TRAINED):
         starts = torch.randint(0, len(ids) - 64, (8,), generator=generator)
         batch = torch.stack([ids[s : s + 64] for s in starts.tolist()])
-        loss = loss_of(model, batch)
+        loss = loss_of(model, PRECISIONS[0], batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,47 +136,73 @@ def byte_model(ids: Tensor, file: Path) -> nn.Module:
     return model.eval()
 
 
-def prepared(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The model and the token ids of the text."""
-    text = options.text.read_text()
+def prepared(options: argparse.Namespace) -> tuple[nn.Module, Text]:
+    """The model and the text."""
+    content = options.text.read_text()
     if options.model == "bytes":
-        ids = torch.tensor(list(text.encode()))
-        return byte_model(ids[: len(ids) // 3], options.output.with_suffix(".model.pt")), ids
+        ids = torch.tensor(list(content.encode()))
+        model = byte_model(ids[: len(ids) // 3], options.output.with_suffix(".model.pt"))
+        return model, Text(content, bytes_of, options.windows, options.window)
     tokenizer = load_tokenizer(options.model)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return load_model(options.model).eval(), ids
+    return load_model(options.model).eval(), Text(content, tokenizer, options.windows, options.window)
 
 
 def main() -> None:
     options = arguments()
+    torch.set_num_threads(options.threads)
     results = Results(options.output)
-    model, ids = prepared(options)
-    third = len(ids) // 3
-    windows = ids[third : third + options.windows * options.window].view(-1, options.window)
-    sequences = calibration_sequences(ids[:third], options.sequences, options.length, options.seed)
-    batches = list(torch.cat(sequences).split(options.batch))
-    config = PruningConfig(pruning_ratio=options.ratio)
-    if "dense" not in results.read():
-        results.add("dense", perplexity(model, windows), run=False)
-        print("dense", results.read()["dense"], flush=True)
+    model, text = prepared(options)
+    parts = text.measured(options.part)
+    batches = list(torch.cat(text.calibration(options.sequences, options.length, options.seed)).split(options.batch))
+    for domain, windows in parts.items():
+        if f"{options.part}/{domain}" not in results.read()["dense"]:
+            results.add("dense", f"{options.part}/{domain}", losses(model, list(windows), options.precision))
+    for name in ("model", "sequences", "length", "windows", "window", "steps", "batch", "precision"):
+        results.add("protocol", name, getattr(options, name))
     for row in options.rows:
-        key = f"{row} | {options.ratio} | {options.seed}"
+        key = f"{options.part} | {row} | {options.ratio} | {options.seed}"
         if key in results.read()["runs"]:
             continue
-        start, extra, scores = time.perf_counter(), {}, None
-        pruned = copy.deepcopy(model)
-        step = config if row == "default" else replace(config, iterations=1)
-        if (how := ROWS[row]) is not None:
-            file = options.output.with_suffix(f".{list(ROWS).index(row)}.{options.ratio}.{options.seed}.pt")
-            found = learned(model, batches, step, GateOptions(steps=options.steps, **how), file)
-            scores = found["scores"]
-            extra = {"loss": [value for value, _ in found["steps"]], "changed": found["steps"][-1][1]}
-            extra["learning_seconds"] = found["seconds"]
-        prune(pruned, batches, partial(loss_of, pruned), step, importance=scores)
-        run = {"row": row, "ratio": options.ratio, "seed": options.seed, "perplexity": perplexity(pruned, windows)}
-        run |= {"parameters": count_parameters(pruned), **extra, "seconds": time.perf_counter() - start}
-        results.add(key, run)
-        print(key, run["perplexity"], f"{run['seconds']:.0f} s", flush=True)
+        run = {"row": row, "ratio": options.ratio, "seed": options.seed, "part": options.part}
+        results.add("runs", key, run | measured(options, model, batches, row, parts))
+        print(table(results.read()), flush=True)
+
+
+def measured(
+    options: argparse.Namespace, model: nn.Module, batches: list[Tensor], row: str, parts: dict[str, Tensor]
+) -> dict[str, Any]:
+    """What is measured of a pruned copy."""
+    start, extra, scores = time.perf_counter(), {}, None
+    config = PruningConfig(pruning_ratio=options.ratio)
+    if row != "default":
+        config = replace(config, iterations=1)
+    if (how := ROWS[row]) is not None:
+        file = options.output.with_suffix(f".{list(ROWS).index(row)}.{options.ratio}.{options.seed}.pt")
+        gates = GateOptions(steps=options.steps, **how)
+        found = learned(model, batches, partial(loss_of, model, options.precision), config, gates, file)
+        scores = found["scores"]
+        extra = {"loss": [value for value, _ in found["steps"]], "changed": found["steps"][-1][1]}
+        extra["learning_seconds"] = found["seconds"]
+    pruned = copy.deepcopy(model)
+    prune(pruned, batches, partial(loss_of, pruned, options.precision), config, importance=scores)
+    found = {domain: losses(pruned, list(windows), options.precision) for domain, windows in parts.items()}
+    seconds = time.perf_counter() - start
+    return {"parameters": count_parameters(pruned), **extra, "seconds": seconds, "losses": found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Perplexity over dense, and over that of the default in one cut with the same sequences, with 95% intervals over windows."""
+    runs = results["runs"].values()
+    ones = {(r["part"], r["ratio"], r["seed"]): r["losses"] for r in runs if r["row"] == "default, one cut"}
+    lines = ["| | part, domain | removed | seed | over dense | over one cut |", "|---|---|---:|---:|---:|---:|"]
+    for run in runs:
+        base = ones.get((run["part"], run["ratio"], run["seed"]))
+        for domain, values in run["losses"].items():
+            over = perplexity(values) / perplexity(results["dense"][f"{run['part']}/{domain}"])
+            against = "" if base in (None, run["losses"]) else shown_perplexity_ratio(values, base[domain])
+            place = f"{run['part']}, {domain}"
+            lines.append(f"| {run['row']} | {place} | {run['ratio']:.0%} | {run['seed']} | {over:.3f} | {against} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

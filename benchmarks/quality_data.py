@@ -25,11 +25,12 @@ class Text:
     Args:
         text: The text.
         tokenizer: The model's tokenizer.
-        windows: How many windows of 512 tokens, evenly spaced, measure a domain.
+        windows: How many windows, evenly spaced, measure a domain.
+        length: Tokens of a window.
     """
 
-    def __init__(self, text: str, tokenizer: Any, windows: int) -> None:
-        self._tokenizer, self._windows = tokenizer, windows
+    def __init__(self, text: str, tokenizer: Any, windows: int, length: int = LENGTH) -> None:
+        self._tokenizer, self._windows, self._length = tokenizer, windows, length
         ids = self._ids(text)
         third = len(ids) // 3
         self._calibration, self._tuning, self._reporting = (ids[i * third : (i + 1) * third] for i in range(3))
@@ -43,16 +44,16 @@ class Text:
         return [self._calibration[None, s : s + length] for s in (starts * length).tolist()]
 
     def measured(self, part: str) -> dict[str, Tensor]:
-        """The windows of a part's domains, each of shape (windows, 512)."""
+        """The windows of a part's domains, each of shape (windows, length)."""
         found = {"wikitext": self._tuning if part == "tuning" else self._reporting}
         if "python" in PARTS[part]:
             found["python"] = self._ids("\n\n".join(topics.values()))
         return {domain: self._spaced(ids) for domain, ids in found.items()}
 
     def _spaced(self, ids: Tensor) -> Tensor:
-        whole = len(ids) // LENGTH
+        whole = len(ids) // self._length
         chosen = torch.linspace(0, whole - 1, min(self._windows, whole)).long()
-        return ids[: whole * LENGTH].view(whole, LENGTH)[chosen]
+        return ids[: whole * self._length].view(whole, self._length)[chosen]
 
 
 def reported(options: argparse.Namespace) -> tuple[Any, Tensor, list[Tensor]]:
