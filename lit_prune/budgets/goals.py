@@ -85,11 +85,10 @@ class Goals:
         return Workload(model, self.budget.batch, self.budget.length, self._example or _no_example)
 
     def _table(self, model: nn.Module, phase: str) -> Any:
-        budget = self.budget
-        if budget.latency_table is not None:
-            setting = setting_of(model, self._groups, phase, budget.batch, budget.length)
-            return find_table(str(budget.latency_table), setting)
-        return latency_table(model, self._groups, phase, budget.batch, budget.length, self._example)
+        workload = self._workload(model)
+        if self.budget.latency_table is not None:
+            return find_table(str(self.budget.latency_table), setting_of(workload, self._groups, phase))
+        return latency_table(workload, self._groups, phase)
 
     @property
     def measures_here(self) -> bool:
