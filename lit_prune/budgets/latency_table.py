@@ -21,7 +21,7 @@ from lit_prune.groups import BLOCK, GroupSet
 from lit_prune.transformers_internals import implementations_of
 
 FORMAT = "lit_prune-latency"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def setting_of(workload: Workload, group_sets: Sequence[GroupSet], phase: str) -
     """What the times of a model depend on, as plain data; a batch of the user's is run once, to see its shapes."""
     model = workload.model
     weight = next(model.parameters())
-    described: list[list[Any]] = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()]
-    described += [[*s.key, s.size] for s in group_sets]
+    described: list[list[Any]] = [[name, list(p.shape)] for name, p in model.named_parameters()]
+    described += [[*s.key, s.size] for s in group_sets if s.kind != BLOCK]
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor()
     return {
         "device": device,
@@ -162,7 +162,7 @@ def find_table(path: str, setting: Mapping[str, Any]) -> LatencyTable:
     """The table of a file that is of a model with these shapes, and of the same phase, batch, length and inputs.
 
     Device, threads, data type, implementations and version of torch are those of the machine that it was measured on, and may
-    be others.
+    be others. Of several tables, one with times of blocks is taken where blocks may be removed, and one of this data type.
 
     Raises:
         ArgumentValueError: If the file has none.
@@ -172,9 +172,15 @@ def find_table(path: str, setting: Mapping[str, Any]) -> LatencyTable:
     tables = load_tables(path)
     # those of a model that takes no token ids have a digest in place of a batch and a length
     wanted = ("phase", "batch", "length") if setting["digest"] is None else ("phase", "digest")
-    for table in tables:
-        if all(table.setting.get(k) == setting[k] for k in (*wanted, "shapes")):
-            return table
+    fitting = [t for t in tables if all(t.setting.get(k) == setting[k] for k in (*wanted, "shapes"))]
+    if fitting:
+        return max(
+            fitting,
+            key=lambda t: (
+                bool(t.setting.get("blocks")) or not setting["blocks"],
+                t.setting.get("dtype") == setting["dtype"],
+            ),
+        )
     shapes = [t for t in tables if t.setting.get("shapes") == setting["shapes"]]
     held = [{k: t.setting.get(k) for k in wanted} for t in shapes]
     reason = (

@@ -171,6 +171,34 @@ def test_tables_of_other_models_and_settings_are_refused(tmp_path):
         PruningConfig(budget=Budget(latency=0.8, latency_table=tmp_path / "none", length=32)).goals(model, group_sets)
 
 
+def test_a_table_serves_the_model_in_other_data_types_with_and_without_blocks(tmp_path):
+    """Each of the four is found in a file of its own for all that it has times of, and in a file of all where it fits best."""
+    tables, wanted = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny().to(dtype)
+        for blocks in (False, True):
+            group_sets = find_group_sets(model, blocks=blocks)
+            tables[dtype, blocks] = linear_table(model, group_sets)
+            wanted[dtype, blocks] = (model, group_sets)
+    for (_, blocks), table in tables.items():
+        path = tmp_path / "times.json"
+        save_tables(path, [table])
+        budget = Budget(latency="1.3x", latency_table=path, length=32)
+        for (_, needs_blocks), (model, group_sets) in wanted.items():
+            if needs_blocks and not blocks:
+                with pytest.raises(ArgumentValueError, match=r"no times of .*blocks=True"):
+                    PruningConfig(budget=budget).goals(model, group_sets)
+            else:
+                goals = PruningConfig(budget=budget).goals(model, group_sets)
+                assert goals.dense == {"latency.prefill": 1.0}
+    path = tmp_path / "all.json"
+    save_tables(path, list(tables.values()))
+    for (dtype, blocks), (model, group_sets) in wanted.items():
+        found = find_table(str(path), setting_of(Workload(model, 1, 32), group_sets, "prefill"))
+        assert found.setting["dtype"] == str(dtype).removeprefix("torch.")
+        assert found.setting["blocks"] or not blocks
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 def test_one_machine_prunes_for_another(tmp_path, blocks):
     """The times of the other machine are linear, so that the time of the cut model has a closed form."""
