@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny
-from lit_prune import apply_plan, find_group_sets, trace
+from lit_prune import Budget, Limits, PruningConfig, apply_plan, find_group_sets, prune, trace
 from lit_prune.budgets.flops import count_flops, flops_model
 from lit_prune.budgets.memory import memory_model
 from lit_prune.budgets.workloads import Workload, token_ids
 from lit_prune.errors import BudgetError
 from lit_prune.groups import BLOCK
 from lit_prune.plan import PruningPlan
+from lit_prune.repair.bias import added_biases
 
 MODELS = {
     "llama": {},
@@ -133,6 +135,55 @@ def test_predicted_memory_is_what_generate_holds_to_the_byte(name):
     bytes_held = sum(t.numel() * t.element_size() for t in [*held, *model.parameters()])
     assert memory.value(kept) == bytes_held
     assert half.value(kept) == bytes_held // 2
+
+
+BIASES = {
+    "biases of all outputs": {"num_hidden_layers": 3},
+    "biases present": {"num_hidden_layers": 3, "attention_bias": True},
+    "blocks": {"num_hidden_layers": 4},
+}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("case", BIASES)
+@pytest.mark.parametrize("asked", [{"params": "80%"}, {"memory": "85%", "length": 16, "dtype": "bfloat16"}])
+def test_biases_that_a_repair_adds_are_within_the_budget(asked, case, iterations, batches, loss_of):
+    model = tiny(**BIASES[case])
+    kinds = ("attention", "mlp", "block") if case == "blocks" else None
+    config = PruningConfig(
+        importance="wanda", budget=Budget(**asked), iterations=iterations, repair="bias", limits=Limits(kinds=kinds)
+    )
+    _, plan = prune(model, batches, loss_of(model), config)
+    (row,) = plan.info["budgets"]
+    assert plan.biases or case == "blocks"
+    assert row["measured"] <= row["predicted"] <= row["target"] < row["dense"]
+    if case != "blocks":
+        # a set that keeps all of its groups gets none
+        spared = len(added_biases(tiny(**BIASES[case]), find_group_sets(model))) - len(plan.biases)
+        size = model.config.hidden_size * (1 if "params" in asked else 2)
+        assert row["predicted"] - row["measured"] == spared * size
+    dense = tiny(**BIASES[case])
+    repaired = prune(dense, batches, loss_of(dense), replace(config, repair=None))[1].info["budgets"][0]
+    assert repaired["dense"] == row["dense"] and repaired["target"] == row["target"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_biases_of_convolutions_are_within_the_budget(transposed):
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        kind(16, 24, 3, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(24, 8, 1, bias=False),
+        nn.Flatten(2),
+    ).eval()
+    images = list(torch.randn(3, 2, 3, 8, 8))
+    config = PruningConfig(importance="wanda", budget="params=80%", iterations=1, repair="bias")
+    _, plan = prune(model, images, lambda batch: model(batch).square().mean(), config)
+    (row,) = plan.info["budgets"]
+    assert plan.biases and row["measured"] <= row["predicted"] <= row["target"]
 
 
 def test_what_cannot_be_run_is_said():
