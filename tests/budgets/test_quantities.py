@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import tiny
+from conftest import SMALL, tiny
 from lit_prune import Budget, Limits, PruningConfig, apply_plan, find_group_sets, prune, trace
 from lit_prune.budgets.flops import count_flops, flops_model
 from lit_prune.budgets.memory import memory_model
@@ -84,6 +86,41 @@ def test_flops_of_long_sequences_follow_from_short_ones():
     assert flops.value(dense) == pytest.approx(whole, rel=1e-9) and count_flops(Workload(model, 1, 1100)) == whole
     # attention takes the square of the length
     assert whole > 1.2 * 11 * counted(model, 1, 100)
+
+
+class CallsWithParameters(nn.Module):
+    """A table that a layer of its own turns before words meet it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+        self.turn, self.norm, self.read = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x @ self.norm(self.turn(self.table)))
+
+
+def test_flops_are_counted_where_modules_are_called_with_parameters():
+    """Torch's own counter fails for such modules where gradients are off, as they are when what is left is measured."""
+    model, x = CallsWithParameters(), torch.randn(3, 6)
+    example = lambda: contextlib.nullcontext(lambda: model(x).mean())  # noqa: E731
+    assert count_flops(Workload(model, 1, 1, example)) == 2 * (6 * 8 * 12 + 3 * 6 * 12 + 3 * 12 * 5)
+    positions = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
+
+    def deberta(norm: str) -> nn.Module:
+        sizes = {k: v for k, v in SMALL.items() if not k.startswith(("num_key_value", "bos", "eos", "pad"))}
+        config = CONFIG_MAPPING["deberta-v2"](**sizes, **positions, norm_rel_ebd=norm)
+        return AutoModelForMaskedLM.from_config(config).eval()
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = deberta("layer_norm")
+        model(input_ids=token_ids(model, 2, 16))
+    model = deberta("none")
+    flops = flops_model(Workload(model, 2, 16), group_sets := find_group_sets(model))
+    assert count_flops(Workload(model, 2, 16)) == counter.get_total_flops()
+    kept, plan = uneven(group_sets, seed=2)
+    apply_plan(model, plan)
+    assert flops.value(kept) == pytest.approx(count_flops(Workload(model, 2, 16)), rel=1e-9)
 
 
 class Convolutions(nn.Module):
