@@ -49,7 +49,8 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
     A product with a parameter takes operations in proportion to the parameter's size, whatever the operator: each row of a
     linear layer's weight is multiplied once a position, each element of a kernel once a place. Products without one, the
     scores of attention, are in proportion to the groups of the set whose module computes them. A token goes to as many
-    experts as before, so that experts that leave save nothing but their rows of the router.
+    experts as before, so that experts that leave save nothing but their rows of the router, unless every expert is given every
+    token.
 
     Args:
         workload: The model and what it is run on; it runs once, or three times in place of a long sequence.
@@ -57,12 +58,15 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
     """
     model = workload.model
     parameters = dict(model.named_parameters())
+    flops = _by_product(workload)
+    tokens = workload.batch * workload.length if workload.tokens else math.inf
 
     def counts(group_set: GroupSet, part: Slice) -> bool:
-        stacked = model.get_parameter(part.parameter).dim() == 3 and part.dim == 0 and part.input_dim is None
-        return not (stacked and not group_set.consumers)
+        parameter = model.get_parameter(part.parameter)
+        stacked = parameter.dim() == 3 and part.dim == 0 and part.input_dim is None and not group_set.consumers
+        # as many as if every expert were given every token
+        return not stacked or flops.get(f"{part.parameter}:", 0) >= 2 * parameter.numel() * tokens
 
-    flops = _by_product(workload)
     sizes = SizeModel(model, group_sets, counts)
     weight = np.array([flops.pop(f"{name}:", 0) / max(parameters[name].numel(), 1) for name in sizes.names])
     per_group, constant = np.zeros(len(group_sets)), 0.0

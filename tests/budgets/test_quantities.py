@@ -77,6 +77,35 @@ def test_predicted_flops_are_those_of_the_cut_model(name, blocks):
     assert flops.value(kept) < 0.95 * flops.value(dense)
 
 
+LLAMA_4 = {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 20, "head_dim": 8}
+# what runs experts, and whether it gives each of them every token
+EXPERTS = {
+    "llama4_text": ("eager", True, {"num_local_experts": 4, **LLAMA_4}),
+    "mixtral": ("eager", False, {"num_local_experts": 4}),
+    "qwen3_moe": ("grouped_mm", False, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("length", [20, 1100])
+def test_experts_that_leave_save_what_they_computed(name, length):
+    implementation, every_token, options = EXPERTS[name]
+    model = tiny(name, num_hidden_layers=2, max_position_embeddings=2048, **options)
+    if not every_token:
+        model.set_experts_implementation(implementation)
+    group_sets = find_group_sets(model)
+    flops = flops_model(Workload(model, 2, length), group_sets)
+    sizes = np.array([s.size for s in group_sets])
+    kept = np.array([3 if s.kind == "expert" else s.size for s in group_sets])
+    dense = count_flops(Workload(model, 2, length))
+    assert flops.value(sizes) == pytest.approx(dense, rel=1e-9) and not np.array_equal(kept, sizes)
+    apply_plan(model, PruningPlan.from_kept(group_sets, [np.arange(k) for k in kept]))
+    saved = dense - count_flops(Workload(model, 2, length))
+    assert dense - flops.value(kept) == pytest.approx(saved, rel=1e-9)
+    routers = 2 * 2 * length * model.config.hidden_size * model.config.num_hidden_layers
+    assert saved > 2 * routers if every_token else saved == routers
+
+
 def test_flops_of_long_sequences_follow_from_short_ones():
     model = tiny("llama", max_position_embeddings=4096)
     group_sets = find_group_sets(model)
