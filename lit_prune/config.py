@@ -205,8 +205,8 @@ class PruningConfig:
         if self.limits.hidden and (self.budget is not None or self.polish_epochs):
             raise ArgumentValueError(
                 "Hidden channels are removed by a pruning_ratio, and change what a model's head reads; expected neither budget"
-                f" nor polish_epochs where kinds has 'hidden', found budget={self.budget} and"
-                f" polish_epochs={self.polish_epochs}."
+                f" nor polish_epochs (which quality='best' sets) where kinds has 'hidden'; found"
+                f" budget={self.budget}, polish_epochs={self.polish_epochs} and quality={self.quality!r}."
             )
         if self.rotate_hidden and not self.limits.hidden:
             raise ArgumentValueError(
