@@ -205,12 +205,7 @@ def _to_pretrained(
         )
     dense = _dense(model)
     base, dense_config = type(dense), _dense_config(model)
-    if unstated := unstated_parts(model, dense, plan):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} was built with an option that its config does not hold (such as add_pooling_layer=False): of"
-            f" {unstated[:3]} the config builds others than it has, so that a folder of transformers would load as another model."
-            " Save it with lit_prune.save_pruned, and load it with lit_prune.load_pruned(directory, model=...)."
-        )
+    _check_stated(model, dense, plan)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense, hidden=plan.hidden)
     _check_held(model, group_sets)
@@ -244,6 +239,20 @@ def _to_pretrained(
         whole.generation_config = model.generation_config
     set_plan(whole, plan)
     return whole.eval()
+
+
+def _check_stated(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a model of which its config does not say all.
+
+    Raises:
+        UnsupportedModelError: Naming what it does not say.
+    """
+    if unstated := unstated_parts(model, dense, plan):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was built with an option that its config does not hold (such as add_pooling_layer=False): of"
+            f" {unstated[:3]} the config builds others than it has, so that a folder of transformers would load as another model."
+            " Save it with lit_prune.save_pruned, and load it with lit_prune.load_pruned(directory, model=...)."
+        )
 
 
 def _check_held(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
