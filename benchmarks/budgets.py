@@ -234,7 +234,7 @@ def run(options: argparse.Namespace) -> None:
             if time.monotonic() - started > 60 * options.minutes:
                 continue
             if options.time and key not in results["rows"]:
-                machine = setting_of(bench.model, bench.group_sets, "prefill", 1, options.tokens)
+                machine = setting_of(Workload(bench.model, 1, options.tokens), bench.group_sets, "prefill")
                 results["machine"] = {name: machine[name] for name in ("device", "torch", "threads")}
                 results["machine"] |= {"clock": options.clock, "tokens": options.tokens}
                 results["rows"][key] = bench.timed(name, repeat)

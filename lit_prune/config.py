@@ -41,6 +41,7 @@ from lit_prune.ranking.budget_selection import check_budgets
 from lit_prune.ranking.model_table import group_table, model_size, original_sizes, select_in_model
 from lit_prune.ranking.registry import NORMALIZATIONS, criteria, get_criterion
 from lit_prune.ranking.selection import RATIO_OF, Limits, parameter_budget
+from lit_prune.repair.bias import added_biases
 from lit_prune.repair.refit import REPAIRS
 
 DEFAULT = "default"
@@ -204,8 +205,8 @@ class PruningConfig:
         if self.limits.hidden and (self.budget is not None or self.polish_epochs):
             raise ArgumentValueError(
                 "Hidden channels are removed by a pruning_ratio, and change what a model's head reads; expected neither budget"
-                f" nor polish_epochs where kinds has 'hidden', found budget={self.budget} and"
-                f" polish_epochs={self.polish_epochs}."
+                f" nor polish_epochs (which quality='best' sets) where kinds has 'hidden'; found"
+                f" budget={self.budget}, polish_epochs={self.polish_epochs} and quality={self.quality!r}."
             )
         if self.rotate_hidden and not self.limits.hidden:
             raise ArgumentValueError(
@@ -283,7 +284,10 @@ class PruningConfig:
         Raises:
             BudgetError: If the budget asks for something that the model does not have.
         """
-        return None if self.budget is None else Goals(model, group_sets, Budget.of(self.budget), example)
+        if self.budget is None:
+            return None
+        added = added_biases(model, group_sets) if self.repair == "bias" else {}
+        return Goals(model, group_sets, Budget.of(self.budget), example, added)
 
     def check(self, model: nn.Module, group_sets: Sequence[GroupSet], goals: Goals | None = None) -> None:
         """Check against a model that the ratio or the budget can be reached, before any calibration.

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 CHECKED = ("5.15.0", "5.23.0")
 
-# the field of a config that says how a module of experts runs them
-EXPERTS_FIELD = "_experts_implementation"
+# the fields of a config that say how attention and how a module of experts are computed
+ATTENTION_FIELD, EXPERTS_FIELD = "_attn_implementation", "_experts_implementation"
 
 
 def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
@@ -43,6 +43,13 @@ def without_layer_warnings() -> Iterator[None]:
 def has_choice_of_experts(module: nn.Module) -> bool:
     """Return whether a module of experts takes from its config how it runs them."""
     return hasattr(getattr(module, "config", None), EXPERTS_FIELD)
+
+
+def implementations_of(model: nn.Module) -> list[str]:
+    """Return the names of the implementations of attention and experts that a model's configs ask for, sorted."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    found = {getattr(config, field, None) for config in configs for field in (ATTENTION_FIELD, EXPERTS_FIELD)}
+    return sorted(name for name in found if isinstance(name, str))
 
 
 def frames_of(module: nn.Module) -> Callable[[Any], Any] | None:

@@ -137,6 +137,12 @@ def test_options_that_contradict_each_other():
         PruningConfig(rotate_hidden=True)
     with pytest.raises(ValueError, match="repair='bias'"):
         PruningConfig(repair="bias", limits=Limits(kinds=(HIDDEN,)))
+    for refused in ({"budget": {"params": "0.8"}}, {"polish_epochs": 2}, {"quality": "best"}):
+        with pytest.raises(
+            ValueError, match=r"neither budget nor polish_epochs .*quality='best'.* where kinds has 'hidden'"
+        ):
+            PruningConfig(limits=Limits(kinds=(HIDDEN,)), **refused)
+    PruningConfig(limits=Limits(kinds=(HIDDEN,)), quality="fast")
     model = MODELS["llama"]()
     sets = find_group_sets(model, hidden=True)
     with pytest.raises(BudgetError):

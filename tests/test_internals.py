@@ -421,6 +421,15 @@ def test_experts_ask_their_config_how_to_run():
     assert transformers_internals.EXPERTS_FIELD in source
 
 
+def test_implementations_are_named_by_the_configs():
+    model = tiny("mixtral", "eager", num_local_experts=2, num_experts_per_tok=1)
+    assert "eager" in transformers_internals.implementations_of(model)
+    model.set_attn_implementation("sdpa")
+    model.set_experts_implementation("batched_mm")
+    assert transformers_internals.implementations_of(model) == ["batched_mm", "sdpa"]
+    assert transformers_internals.implementations_of(nn.Linear(1, 1)) == []
+
+
 def test_a_config_that_asks_itself_what_its_layers_differ_in_does_so_in_silence(caplog):
     fields = {"intermediate_size": 7, "allow_global_per_layer_attribute_access": True}
     config = transformers.LlamaConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 5}}, **fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 from lit_prune.arguments import shown
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError
@@ -45,8 +46,8 @@ def parse_amount(name: str, given: object, units: str) -> Amount:
 
     Args:
         name: What the argument is called.
-        given: Text, or a number: below 1 a fraction of dense, above it absolute. ``"1.5x"`` is a 1.5th of dense, ``"80%"``
-            and ``"0.8"`` are fractions.
+        given: Text, or a number of Python or NumPy: below 1 a fraction of dense, above it absolute. ``"1.5x"`` is a 1.5th of
+            dense, ``"80%"`` and ``"0.8"`` are fractions.
         units: Which units may follow a number: ``"count"`` (K, M, B or G, T), ``"bytes"`` (B, kB ... TiB) or ``"seconds"``
             (s, ms, us). A time always needs one.
 
@@ -55,12 +56,12 @@ def parse_amount(name: str, given: object, units: str) -> Amount:
         ArgumentValueError: If it cannot be read, or asks for no less than dense.
     """
     wanted = f"{name} must be less than dense, like '1.5x', '80%' or 0.8, or absolute, like {_EXAMPLES[units]}"
-    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+    if isinstance(given, bool) or not isinstance(given, (str, Real)):
         raise ArgumentTypeError(f"{wanted}; found {shown(given)} ({type(given).__name__}).")
-    match = _NUMBER.fullmatch(given if isinstance(given, str) else repr(given))
     try:
+        match = _NUMBER.fullmatch(given if isinstance(given, str) else repr(float(given)))
         number, unit = (float(match[1]), match[2]) if match else (math.nan, "")
-    except ValueError:
+    except (ValueError, OverflowError):
         number, unit = math.nan, ""
     known = {u.lower(): scale for u, scale in _UNITS[units].items()}
     bare_time = units == TIME_UNITS and unit == "" and number >= 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from lit_prune.budgets.sizes import SizeModel, SizeSum
 from lit_prune.budgets.workloads import Workload
@@ -34,18 +34,13 @@ _MORE = {GROUPED_PRODUCTS: _grouped_products}
 
 
 def count_flops(workload: Workload) -> int:
-    """FLOPs of one forward pass, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them.
+    """FLOPs of one forward pass, by the formulas of :class:`torch.utils.flop_counter.FlopCounterMode`.
 
-    Attention is run as matrix products for that, as the counter has no formula of the fused kernels for CPUs. Long sequences
-    are not run: the count is a polynomial in the length, of degree 2, through those of three short ones.
+    That class itself watches gradients of what modules are called with, and fails for a module that is called with a parameter.
+    Attention is run as matrix products, as torch has no formula of the fused kernels for CPUs. Long sequences are not run: the
+    count is a polynomial in the length, of degree 2, through those of three short ones.
     """
-
-    def count(length: int) -> dict[str, int]:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
-            workload.forward(length)
-        return {"": counter.get_total_flops()}
-
-    return round(_at_length(count, workload)[""])
+    return round(sum(_by_product(workload).values()))
 
 
 def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
@@ -54,7 +49,8 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
     A product with a parameter takes operations in proportion to the parameter's size, whatever the operator: each row of a
     linear layer's weight is multiplied once a position, each element of a kernel once a place. Products without one, the
     scores of attention, are in proportion to the groups of the set whose module computes them. A token goes to as many
-    experts as before, so that experts that leave save nothing but their rows of the router.
+    experts as before, so that experts that leave save nothing but their rows of the router, unless every expert is given every
+    token.
 
     Args:
         workload: The model and what it is run on; it runs once, or three times in place of a long sequence.
@@ -62,18 +58,15 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
     """
     model = workload.model
     parameters = dict(model.named_parameters())
-
-    def count(length: int) -> dict[str, int]:
-        products = _Products(model)
-        with sdpa_kernel(SDPBackend.MATH), products.counting():
-            workload.forward(length)
-        return products.flops
+    flops = _by_product(workload)
+    tokens = workload.batch * workload.length if workload.tokens else math.inf
 
     def counts(group_set: GroupSet, part: Slice) -> bool:
-        stacked = model.get_parameter(part.parameter).dim() == 3 and part.dim == 0 and part.input_dim is None
-        return not (stacked and not group_set.consumers)
+        parameter = model.get_parameter(part.parameter)
+        stacked = parameter.dim() == 3 and part.dim == 0 and part.input_dim is None and not group_set.consumers
+        # as many as if every expert were given every token
+        return not stacked or flops.get(f"{part.parameter}:", 0) >= 2 * parameter.numel() * tokens
 
-    flops = _at_length(count, workload)
     sizes = SizeModel(model, group_sets, counts)
     weight = np.array([flops.pop(f"{name}:", 0) / max(parameters[name].numel(), 1) for name in sizes.names])
     per_group, constant = np.zeros(len(group_sets)), 0.0
@@ -84,6 +77,18 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
         else:
             per_group[nearest] += number / group_sets[nearest].size
     return SizeSum(sizes, weight, per_group, constant)
+
+
+def _by_product(workload: Workload) -> dict[str, float]:
+    """FLOPs of one forward pass by what is multiplied, see :class:`_Products`."""
+
+    def count(length: int) -> dict[str, int]:
+        products = _Products(workload.model)
+        with sdpa_kernel(SDPBackend.MATH), products.counting():
+            workload.forward(length)
+        return products.flops
+
+    return _at_length(count, workload)
 
 
 def _at_length(count: Callable[[int], dict[str, int]], workload: Workload) -> dict[str, float]:

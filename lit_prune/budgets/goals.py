@@ -39,6 +39,8 @@ class Goals:
         group_sets: Its group sets.
         budget: The budget.
         example: Runs a calibration batch where the model takes no token ids, see :class:`Workload`.
+        biases: Elements of the biases that a repair may add, by layer: predicted parameters and memory of a cut model hold
+            all of them.
 
     Attributes:
         dense: What the model takes, by name of the limit.
@@ -50,7 +52,12 @@ class Goals:
     """
 
     def __init__(
-        self, model: nn.Module, group_sets: Sequence[GroupSet], budget: Budget, example: Example | None = None
+        self,
+        model: nn.Module,
+        group_sets: Sequence[GroupSet],
+        budget: Budget,
+        example: Example | None = None,
+        biases: Mapping[str, int] | None = None,
     ) -> None:
         self.budget, self._example = budget, example
         self._keys = {_original(model, s).key: i for i, s in enumerate(group_sets)}
@@ -76,6 +83,7 @@ class Goals:
                 self.quantities[name] = LatencyModel(self._table(model, phase), group_sets, flops)
         self.dense = {name: float(q.value(self._sizes)) for name, q in self.quantities.items()}
         self.targets = {name: limit.of(self.dense[name]) for name, limit in budget.limits.items()}
+        self._added = _added(model, biases or {}, budget)
 
     def _workload(self, model: nn.Module) -> Workload:
         return Workload(model, self.budget.batch, self.budget.length, self._example)
@@ -85,11 +93,10 @@ class Goals:
         return Workload(model, self.budget.batch, self.budget.length, self._example or _no_example)
 
     def _table(self, model: nn.Module, phase: str) -> Any:
-        budget = self.budget
-        if budget.latency_table is not None:
-            setting = setting_of(model, self._groups, phase, budget.batch, budget.length)
-            return find_table(str(budget.latency_table), setting)
-        return latency_table(model, self._groups, phase, budget.batch, budget.length, self._example)
+        workload = self._workload(model)
+        if self.budget.latency_table is not None:
+            return find_table(str(self.budget.latency_table), setting_of(workload, self._groups, phase))
+        return latency_table(workload, self._groups, phase)
 
     @property
     def measures_here(self) -> bool:
@@ -108,7 +115,9 @@ class Goals:
         found = []
         for name, quantity in self.quantities.items():
             target = self.dense[name] - (self.dense[name] - self.targets[name]) * share
-            found.append(Resource(name, _Remaining(quantity, place, len(self._sizes)), target))
+            found.append(
+                Resource(name, _Remaining(quantity, place, len(self._sizes), self._added.get(name, 0)), target)
+            )
         return found
 
     def multiples(self, model: nn.Module, group_sets: Sequence[GroupSet]) -> np.ndarray | None:
@@ -211,16 +220,26 @@ def _original(model: nn.Module, group_set: GroupSet) -> GroupSet:
     return group_set if plan is None else plan.original(group_set)
 
 
+def _added(model: nn.Module, biases: Mapping[str, int], budget: Budget) -> dict[str, int]:
+    """What biases of so many elements add to parameters and bytes."""
+    dtypes = {name: budget.served_as or model.get_parameter(f"{name}.weight").dtype for name in biases}
+    return {
+        PARAMS: sum(biases.values()),
+        MEMORY: sum(number * dtypes[name].itemsize for name, number in biases.items()),
+    }
+
+
 @dataclass(eq=False)
 class _Remaining:
-    """A quantity of the model as it was given, in terms of the sets that are left."""
+    """A quantity of the model as it was given, in terms of the sets that are left, and what a repair adds to it."""
 
     quantity: Quantity
     place: np.ndarray
     sets: int
+    added: int
 
     def value(self, kept: np.ndarray) -> float:
-        return self.quantity.value(self._all(kept))
+        return self.quantity.value(self._all(kept)) + self.added
 
     def saved(self, kept: np.ndarray) -> np.ndarray:
         return self.quantity.saved(self._all(kept))[self.place]

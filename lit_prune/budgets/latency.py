@@ -23,7 +23,7 @@ from lit_prune.budgets.latency_table import (
     save_tables,
     setting_of,
 )
-from lit_prune.budgets.workloads import Example, Workload
+from lit_prune.budgets.workloads import Workload
 from lit_prune.distributed import shards
 from lit_prune.errors import PruningError, UnsupportedStrategyError
 from lit_prune.groups import BLOCK, GroupSet, stack_of
@@ -79,15 +79,12 @@ def measure_latency(
     return tables
 
 
-def latency_table(
-    model: nn.Module, group_sets: Sequence[GroupSet], phase: str, batch: int, length: int, example: Example | None
-) -> LatencyTable:
+def latency_table(workload: Workload, group_sets: Sequence[GroupSet], phase: str) -> LatencyTable:
     """The table of a phase from the cache, or measured now and put there."""
-    setting = setting_of(model, group_sets, phase, batch, length)
-    file = cache_file(setting)
+    file = cache_file(setting_of(workload, group_sets, phase))
     with suppress(FileNotFoundError, PruningError):
         return load_tables(file)[0]
-    table = measure_table(Workload(model, batch, length, example), group_sets, phase)
+    table = measure_table(workload, group_sets, phase)
     # a cache that cannot be written is none
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +133,7 @@ def measure_table(
         curve = Times(kind, size, tuple(sets), (*main, size), tuple(float(x) for x in line))
         step = _step(curve, {v.kept: saved[v.kept] for v in mine if v.probe}, noise * dense / len(sets))
         times.append(Times(kind, size, curve.sets, curve.kept, curve.saved, step))
-    setting = setting_of(model, group_sets, phase, workload.batch, workload.length)
-    return LatencyTable(setting, dense, tuple(times))
+    return LatencyTable(setting_of(workload, group_sets, phase), dense, tuple(times))
 
 
 def time_plans(

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lit_prune._files import write_text
+from lit_prune.budgets.inputs import inputs_of
+from lit_prune.budgets.workloads import Workload
 from lit_prune.errors import ArgumentValueError, PruningError
 from lit_prune.groups import BLOCK, GroupSet
+from lit_prune.transformers_internals import implementations_of
 
 FORMAT = "lit_prune-latency"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class LatencyTable:
     """Measured times of one phase of one model on one machine.
 
     Args:
-        setting: What the times are of: ``device``, ``torch``, ``dtype``, ``threads``, ``shapes`` (a digest of those of all
-            parameters), ``phase``, ``batch`` and ``length``.
+        setting: What the times are of: ``device``, ``torch``, ``dtype``, ``autocast``, ``threads``, ``shapes`` (a digest of
+            those of all parameters), ``blocks`` (whether they were measured), ``implementations`` (of attention and experts),
+            ``phase``, ``batch``, ``length``, and ``digest`` (of the inputs of a model that takes no token ids).
         seconds: Of the model as it is.
         times: By kind and size of group sets.
     """
@@ -100,11 +103,12 @@ class LatencyTable:
         return table
 
 
-def setting_of(model: nn.Module, group_sets: Sequence[GroupSet], phase: str, batch: int, length: int) -> dict[str, Any]:
-    """What the times of a model depend on, as plain data."""
+def setting_of(workload: Workload, group_sets: Sequence[GroupSet], phase: str) -> dict[str, Any]:
+    """What the times of a model depend on, as plain data; a batch of the user's is run once, to see its shapes."""
+    model = workload.model
     weight = next(model.parameters())
-    described: list[list[Any]] = [[name, list(p.shape), str(p.dtype)] for name, p in model.named_parameters()]
-    described += [[*s.key, s.size] for s in group_sets]
+    described: list[list[Any]] = [[name, list(p.shape)] for name, p in model.named_parameters()]
+    described += [[*s.key, s.size] for s in group_sets if s.kind != BLOCK]
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor()
     return {
         "device": device,
@@ -113,9 +117,11 @@ def setting_of(model: nn.Module, group_sets: Sequence[GroupSet], phase: str, bat
         "threads": None if weight.is_cuda else torch.get_num_threads(),
         "shapes": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
         "blocks": any(s.kind == BLOCK for s in group_sets),
+        "implementations": implementations_of(model),
+        **asdict(inputs_of(workload)),
         "phase": phase,
-        "batch": batch,
-        "length": length,
+        "batch": workload.batch,
+        "length": workload.length,
     }
 
 
@@ -153,9 +159,10 @@ def load_tables(path: str | os.PathLike[str]) -> list[LatencyTable]:
 
 
 def find_table(path: str, setting: Mapping[str, Any]) -> LatencyTable:
-    """The table of a file that is of a model with these shapes, and of the same phase, batch and length.
+    """The table of a file that is of a model with these shapes, and of the same phase, batch, length and inputs.
 
-    Device, threads, data type and version of torch are those of the machine that it was measured on, and may be others.
+    Device, threads, data type, implementations and version of torch are those of the machine that it was measured on, and may
+    be others. Of several tables, one with times of blocks is taken where blocks may be removed, and one of this data type.
 
     Raises:
         ArgumentValueError: If the file has none.
@@ -163,10 +170,17 @@ def find_table(path: str, setting: Mapping[str, Any]) -> LatencyTable:
         PruningError: If it is no file of tables.
     """
     tables = load_tables(path)
-    wanted = ("phase", "batch", "length")
-    for table in tables:
-        if all(table.setting.get(k) == setting[k] for k in (*wanted, "shapes")):
-            return table
+    # those of a model that takes no token ids have a digest in place of a batch and a length
+    wanted = ("phase", "batch", "length") if setting["digest"] is None else ("phase", "digest")
+    fitting = [t for t in tables if all(t.setting.get(k) == setting[k] for k in (*wanted, "shapes"))]
+    if fitting:
+        return max(
+            fitting,
+            key=lambda t: (
+                bool(t.setting.get("blocks")) or not setting["blocks"],
+                t.setting.get("dtype") == setting["dtype"],
+            ),
+        )
     shapes = [t for t in tables if t.setting.get("shapes") == setting["shapes"]]
     held = [{k: t.setting.get(k) for k in wanted} for t in shapes]
     reason = (

@@ -31,7 +31,7 @@ from lit_prune.io.model_card import model_card, write_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.io.per_layer import add_layers, restore_layers, stock_with_layers
-from lit_prune.io.stock import rescaled_embeddings, stock_config
+from lit_prune.io.stock import rescaled_embeddings, stock_config, unstated_parts
 from lit_prune.modeling_pruned import PrunedConfig, to_ranges
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
@@ -119,8 +119,11 @@ def save_pruned(
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether a model is saved as a transformers model: it is one, and a description finds its groups."""
-    return isinstance(model, PreTrainedModel) and not _is_traced(model)
+    """Whether a model is saved as a transformers model: it is one, its config builds it, and a description finds its groups."""
+    if not isinstance(model, PreTrainedModel) or _is_traced(model):
+        return False
+    plan = get_plan(model)
+    return plan is None or not unstated_parts(model, _dense(model), plan)
 
 
 def _is_traced(model: nn.Module) -> bool:
@@ -200,10 +203,9 @@ def _to_pretrained(
             f"The weights of this {type(model).__name__} are shards, which are no weights of a folder. Gather them, and save"
             " them with lit_prune.save_pruned(model, directory, state_dict=whole_weights) on one rank; see docs/fsdp.md."
         )
-    base = _dense_class(type(model))
-    dense_config = _dense_config(model)
-    with torch.device("meta"):
-        dense = build(base, dense_config)
+    dense = _dense(model)
+    base, dense_config = type(dense), _dense_config(model)
+    _check_stated(model, dense, plan)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense, hidden=plan.hidden)
     _check_held(model, group_sets)
@@ -237,6 +239,20 @@ def _to_pretrained(
         whole.generation_config = model.generation_config
     set_plan(whole, plan)
     return whole.eval()
+
+
+def _check_stated(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a model of which its config does not say all.
+
+    Raises:
+        UnsupportedModelError: Naming what it does not say.
+    """
+    if unstated := unstated_parts(model, dense, plan):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was built with an option that its config does not hold (such as add_pooling_layer=False): of"
+            f" {unstated[:3]} the config builds others than it has, so that a folder of transformers would load as another model."
+            " Save it with lit_prune.save_pruned, and load it with lit_prune.load_pruned(directory, model=...)."
+        )
 
 
 def _check_held(model: nn.Module, group_sets: Sequence[GroupSet]) -> None:
@@ -309,6 +325,12 @@ def _dense_class(cls: type) -> type[PreTrainedModel]:
         f"{cls.__module__}.{cls.__name__} is not a class of transformers; a model of it cannot be rebuilt from a config. Save"
         " its state_dict and plan yourself."
     )
+
+
+def _dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as its config builds it before any cut, on the meta device."""
+    with torch.device("meta"):
+        return build(_dense_class(type(model)), _dense_config(model))
 
 
 def _dense_config(model: nn.Module) -> PreTrainedConfig:

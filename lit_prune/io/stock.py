@@ -89,6 +89,30 @@ def stock_config(
     return config, {name: fields[name] for name in changed if name in fields}
 
 
+def unstated_parts(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> list[str]:
+    """Names of what a model has otherwise than its config says: options of its class, such as ``add_pooling_layer``, decide.
+
+    Args:
+        model: The pruned model.
+        dense: The dense model as its config builds it.
+        plan: What was cut.
+
+    Returns:
+        Modules that the model has none of, and parameters that the config builds none of.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    absent = [
+        name
+        for name, _ in dense.named_modules()
+        if (owner := modules.get(name.rpartition(".")[0])) is not None
+        and getattr(owner, name.rpartition(".")[2], owner) is None
+    ]
+    built = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
+    built |= {f"{name}.bias" for name in plan.biases}
+    more = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in built]
+    return absent + more
+
+
 def _implied_widths(model: nn.Module, dense: PreTrainedConfig) -> dict[str, int]:
     """Widths of MLPs that a config leaves out, as it takes them for a multiple of the hidden size."""
     widths = {s.size for s in find_group_sets(model) if s.kind == "mlp"}

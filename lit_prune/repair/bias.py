@@ -67,6 +67,20 @@ def bias_fold(
     return replace(plan, biases=tuple(sorted({*plan.biases, *added})), info=info), biases
 
 
+def added_biases(model: nn.Module, group_sets: Sequence[GroupSet]) -> dict[str, int]:
+    """The most that :func:`bias_fold` adds to a model: elements of the biases that it gives to layers without one, by layer.
+
+    A layer whose outputs are removed as well, or that nothing is removed of, gets fewer or none.
+    """
+    found = {}
+    for name in dict.fromkeys(part.module for s in group_sets for part in s.repairable):
+        module: Any = model.get_submodule(name)
+        if getattr(module, "bias", None) is None:
+            groups = module.groups if isinstance(module, TRANSPOSED) else 1
+            found[name] = module.weight.shape[output_dim(module)] * groups
+    return found
+
+
 def _mean_output(module: Any, weight: Tensor, dim: int, columns: Tensor, mean: Tensor) -> Tensor:
     """What positions along the input dimension of a layer's weight give on average, shape ``(outputs,)``, float64.
 

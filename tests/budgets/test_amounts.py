@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from lit_prune.budgets.amounts import BYTE_UNITS, COUNT_UNITS, TIME_UNITS, parse_amount
@@ -20,6 +23,13 @@ from lit_prune.errors import ArgumentTypeError, ArgumentValueError
         ("6GB", BYTE_UNITS, 6e9),
         ("1.5 GiB", BYTE_UNITS, 1.5 * 1024**3),
         (100e6, COUNT_UNITS, 1e8),
+        (10**23, COUNT_UNITS, 1e23),
+        (np.float64(0.5), COUNT_UNITS, 60.0),
+        (np.float32(0.5), BYTE_UNITS, 60.0),
+        (np.float16(0.5), TIME_UNITS, 60.0),
+        (np.int64(10**9), BYTE_UNITS, 1e9),
+        (np.float64(1e8), COUNT_UNITS, 1e8),
+        (Fraction(1, 2), COUNT_UNITS, 60.0),
         ("7B", COUNT_UNITS, 7e9),
         ("120ms", TIME_UNITS, 0.12),
         ("2 s", TIME_UNITS, 2.0),
@@ -43,6 +53,10 @@ def test_amounts_are_fractions_of_dense_or_absolute(given, units, limit):
         ("6GB", COUNT_UNITS),
         (float("nan"), COUNT_UNITS),
         (float("inf"), COUNT_UNITS),
+        (10**400, COUNT_UNITS),
+        (np.float64("nan"), COUNT_UNITS),
+        (np.float64(1.0), COUNT_UNITS),
+        (np.float64(120), TIME_UNITS),
         (120, TIME_UNITS),
         ("5 parsecs", TIME_UNITS),
     ],
@@ -50,6 +64,20 @@ def test_amounts_are_fractions_of_dense_or_absolute(given, units, limit):
 def test_what_cannot_be_an_amount_is_refused_by_name(given, units):
     with pytest.raises(ArgumentValueError, match=r"budget\.x must be"):
         parse_amount("budget.x", given, units)
+
+
+@pytest.mark.parametrize("given", [True, np.bool_(True), None, [0.5], np.array([0.5]), 0.5j])
+def test_what_is_no_number_is_refused_by_its_type(given):
+    with pytest.raises(ArgumentTypeError, match=r"budget\.x must be"):
+        parse_amount("budget.x", given, COUNT_UNITS)
+
+
+def test_a_budget_may_be_computed_with_numpy():
+    share = np.linspace(0.6, 0.9, 4)[2]
+    budget = Budget(params=share, memory=np.int64(10**9), batch=np.int64(2), length=np.int64(32))
+    assert budget == Budget(params=0.8, memory=10**9, batch=2, length=32)
+    assert type(budget.batch) is type(budget.length) is int
+    assert Budget.of({"flops": share}) == PruningConfig(budget={"flops": share}).budget
 
 
 def test_text_mappings_and_objects_say_the_same():

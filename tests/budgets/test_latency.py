@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_quantities import Convolutions
 
 from conftest import tiny
-from lit_prune import Budget, BudgetError, PruningConfig, find_group_sets, get_plan, prune
+from lit_prune import Budget, BudgetError, PruningConfig, find_group_sets, get_plan, prune, trace
 from lit_prune.budgets.flops import flops_model
 from lit_prune.budgets.latency import latency_table, measure_table
 from lit_prune.budgets.latency_model import LatencyModel
@@ -34,7 +36,7 @@ def linear_table(model, group_sets, phase="prefill", length=32, *, share=0.8, mu
         names = tuple(s.name for s in group_sets if (s.kind, s.size) == (kind, size))
         step = multiple if kind == "mlp" else 1
         times.append(Times(kind, size, names, (0, size), (share / len(group_sets), 0.0), step))
-    setting = {**setting_of(model, group_sets, phase, 1, length), "device": "another machine"}
+    setting = {**setting_of(Workload(model, 1, length), group_sets, phase), "device": "another machine"}
     return LatencyTable(setting, 1.0, tuple(times))
 
 
@@ -82,39 +84,119 @@ def test_tables_are_measured_once_and_kept(tmp_path, monkeypatch):
     model = tiny()
     group_sets = find_group_sets(model)
     table = linear_table(model, group_sets)
-    file = cache_file(setting_of(model, group_sets, "prefill", 1, 32))
+    file = cache_file(setting_of(Workload(model, 1, 32), group_sets, "prefill"))
     file.parent.mkdir(parents=True)
     save_tables(file, [table])
-    assert latency_table(model, group_sets, "prefill", 1, 32, None) == table
+    assert latency_table(Workload(model, 1, 32), group_sets, "prefill") == table
     others = [
-        setting_of(model, group_sets, "decode", 1, 32),
-        setting_of(model, group_sets, "prefill", 2, 32),
-        setting_of(tiny(intermediate_size=32), group_sets, "prefill", 1, 32),
-        setting_of(model.double(), group_sets, "prefill", 1, 32),
+        setting_of(Workload(model, 1, 32), group_sets, "decode"),
+        setting_of(Workload(model, 2, 32), group_sets, "prefill"),
+        setting_of(Workload(tiny(intermediate_size=32), 1, 32), group_sets, "prefill"),
+        setting_of(Workload(model.double(), 1, 32), group_sets, "prefill"),
     ]
+    model.float().set_attn_implementation("eager")
+    others.append(setting_of(Workload(model, 1, 32), group_sets, "prefill"))
+    model.set_attn_implementation("sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        others.append(setting_of(Workload(model, 1, 32), group_sets, "prefill"))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    others.append(setting_of(model, group_sets, "prefill", 1, 32))
+    others.append(setting_of(Workload(model, 1, 32), group_sets, "prefill"))
     torch.set_num_threads(threads)
     assert len({file, *map(cache_file, others)}) == 1 + len(others)
+
+
+def example_of(run):
+    return lambda: contextlib.nullcontext(run)
+
+
+def test_times_of_a_model_without_token_ids_are_of_its_inputs(tmp_path, monkeypatch):
+    """Sizes, batches, data types, and what parts of a model are called with where its own forward is not."""
+    monkeypatch.setenv("LIT_PRUNE_CACHE", str(tmp_path))
+    model = Convolutions().eval()
+    trace(model, [torch.randn(2, 3, 12, 12)], lambda batch: model(batch).square().mean())
+    group_sets = find_group_sets(model)
+
+    def settings(*shape: int):
+        images = torch.randn(*shape)
+        runs = (
+            lambda: model(images),
+            lambda: model(x=images),
+            lambda: model.second(model.depthwise(model.first(images))),
+        )
+        return [setting_of(Workload(model, 1, 32, example_of(run)), group_sets, "prefill") for run in runs]
+
+    def autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(torch.randn(2, 3, 12, 12))
+
+    found = [settings(*shape) for shape in ((2, 3, 12, 12), (2, 3, 96, 96), (4, 3, 12, 12))]
+    # the parts of a pass see more than the whole of it
+    files = [{cache_file(setting) for setting in same} for same in found]
+    assert [len(same) for same in files] == [2, 2, 2] and len(set.union(*files)) == 6
+    assert [cache_file(s) for s in settings(2, 3, 12, 12)] == [cache_file(s) for s in found[0]]
+    cast = setting_of(Workload(model, 1, 32, example_of(autocast)), group_sets, "prefill")
+    assert cast["autocast"] == "bfloat16" and cast["digest"] == found[0][0]["digest"]
+
+    small, large = (LatencyTable(same[0], seconds, ()) for same, seconds in zip(found, (1.0, 2.0), strict=False))
+    for table in (small, large):
+        cache_file(table.setting).parent.mkdir(parents=True, exist_ok=True)
+        save_tables(cache_file(table.setting), [table])
+    for table, size in ((small, 12), (large, 96)):
+        images = torch.randn(2, 3, size, size)
+        workload = Workload(model, 1, 32, example_of(lambda images=images: model(images)))
+        assert latency_table(workload, group_sets, "prefill") == table
+    path = tmp_path / "times.json"
+    save_tables(path, [small])
+    assert find_table(str(path), small.setting) == small
+    with pytest.raises(ArgumentValueError, match="for a model of these shapes it holds"):
+        find_table(str(path), large.setting)
 
 
 def test_tables_of_other_models_and_settings_are_refused(tmp_path):
     model, path = tiny(), tmp_path / "times.json"
     group_sets = find_group_sets(model)
     save_tables(path, [linear_table(model, group_sets)])
-    assert find_table(str(path), setting_of(model, group_sets, "prefill", 1, 32)) == load_tables(path)[0]
+    assert find_table(str(path), setting_of(Workload(model, 1, 32), group_sets, "prefill")) == load_tables(path)[0]
     with pytest.raises(ArgumentValueError, match="'length': 32"):
-        find_table(str(path), setting_of(model, group_sets, "prefill", 1, 64))
+        find_table(str(path), setting_of(Workload(model, 1, 64), group_sets, "prefill"))
     other = tiny(intermediate_size=32)
     with pytest.raises(ArgumentValueError, match="none of its tables"):
-        find_table(str(path), setting_of(other, find_group_sets(other), "prefill", 1, 32))
+        find_table(str(path), setting_of(Workload(other, 1, 32), find_group_sets(other), "prefill"))
     for broken in ("", "[]", "{}", json.dumps({**json.loads(path.read_text()), "tables": [{}]})):
         path.write_text(broken)
         with pytest.raises(PruningError, match="no file of latency tables"):
             load_tables(path)
     with pytest.raises(FileNotFoundError):
         PruningConfig(budget=Budget(latency=0.8, latency_table=tmp_path / "none", length=32)).goals(model, group_sets)
+
+
+def test_a_table_serves_the_model_in_other_data_types_with_and_without_blocks(tmp_path):
+    """Each of the four is found in a file of its own for all that it has times of, and in a file of all where it fits best."""
+    tables, wanted = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny().to(dtype)
+        for blocks in (False, True):
+            group_sets = find_group_sets(model, blocks=blocks)
+            tables[dtype, blocks] = linear_table(model, group_sets)
+            wanted[dtype, blocks] = (model, group_sets)
+    for (_, blocks), table in tables.items():
+        path = tmp_path / "times.json"
+        save_tables(path, [table])
+        budget = Budget(latency="1.3x", latency_table=path, length=32)
+        for (_, needs_blocks), (model, group_sets) in wanted.items():
+            if needs_blocks and not blocks:
+                with pytest.raises(ArgumentValueError, match=r"no times of .*blocks=True"):
+                    PruningConfig(budget=budget).goals(model, group_sets)
+            else:
+                goals = PruningConfig(budget=budget).goals(model, group_sets)
+                assert goals.dense == {"latency.prefill": 1.0}
+    path = tmp_path / "all.json"
+    save_tables(path, list(tables.values()))
+    for (dtype, blocks), (model, group_sets) in wanted.items():
+        found = find_table(str(path), setting_of(Workload(model, 1, 32), group_sets, "prefill"))
+        assert found.setting["dtype"] == str(dtype).removeprefix("torch.")
+        assert found.setting["blocks"] or not blocks
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -147,12 +229,6 @@ def _limits(blocks):
 
 def test_savings_of_shared_weights_do_not_add_up():
     """Time in proportion to FLOPs, channels that every layer gives and the next reads: predicted as the FLOPs are."""
-    import contextlib
-
-    from test_quantities import Convolutions
-
-    from lit_prune import trace
-
     model, images = Convolutions().eval(), torch.randn(2, 3, 12, 12)
     trace(model, [images], lambda batch: model(batch).square().mean())
     group_sets = find_group_sets(model)

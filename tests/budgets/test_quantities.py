@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import tiny
-from lit_prune import apply_plan, find_group_sets, trace
+from conftest import SMALL, tiny
+from lit_prune import Budget, Limits, PruningConfig, apply_plan, find_group_sets, prune, trace
 from lit_prune.budgets.flops import count_flops, flops_model
 from lit_prune.budgets.memory import memory_model
 from lit_prune.budgets.workloads import Workload, token_ids
 from lit_prune.errors import BudgetError
 from lit_prune.groups import BLOCK
 from lit_prune.plan import PruningPlan
+from lit_prune.repair.bias import added_biases
 
 MODELS = {
     "llama": {},
@@ -73,6 +77,35 @@ def test_predicted_flops_are_those_of_the_cut_model(name, blocks):
     assert flops.value(kept) < 0.95 * flops.value(dense)
 
 
+LLAMA_4 = {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 20, "head_dim": 8}
+# what runs experts, and whether it gives each of them every token
+EXPERTS = {
+    "llama4_text": ("eager", True, {"num_local_experts": 4, **LLAMA_4}),
+    "mixtral": ("eager", False, {"num_local_experts": 4}),
+    "qwen3_moe": ("grouped_mm", False, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("length", [20, 1100])
+def test_experts_that_leave_save_what_they_computed(name, length):
+    implementation, every_token, options = EXPERTS[name]
+    model = tiny(name, num_hidden_layers=2, max_position_embeddings=2048, **options)
+    if not every_token:
+        model.set_experts_implementation(implementation)
+    group_sets = find_group_sets(model)
+    flops = flops_model(Workload(model, 2, length), group_sets)
+    sizes = np.array([s.size for s in group_sets])
+    kept = np.array([3 if s.kind == "expert" else s.size for s in group_sets])
+    dense = count_flops(Workload(model, 2, length))
+    assert flops.value(sizes) == pytest.approx(dense, rel=1e-9) and not np.array_equal(kept, sizes)
+    apply_plan(model, PruningPlan.from_kept(group_sets, [np.arange(k) for k in kept]))
+    saved = dense - count_flops(Workload(model, 2, length))
+    assert dense - flops.value(kept) == pytest.approx(saved, rel=1e-9)
+    routers = 2 * 2 * length * model.config.hidden_size * model.config.num_hidden_layers
+    assert saved > 2 * routers if every_token else saved == routers
+
+
 def test_flops_of_long_sequences_follow_from_short_ones():
     model = tiny("llama", max_position_embeddings=4096)
     group_sets = find_group_sets(model)
@@ -82,6 +115,41 @@ def test_flops_of_long_sequences_follow_from_short_ones():
     assert flops.value(dense) == pytest.approx(whole, rel=1e-9) and count_flops(Workload(model, 1, 1100)) == whole
     # attention takes the square of the length
     assert whole > 1.2 * 11 * counted(model, 1, 100)
+
+
+class CallsWithParameters(nn.Module):
+    """A table that a layer of its own turns before words meet it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+        self.turn, self.norm, self.read = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(x @ self.norm(self.turn(self.table)))
+
+
+def test_flops_are_counted_where_modules_are_called_with_parameters():
+    """Torch's own counter fails for such modules where gradients are off, as they are when what is left is measured."""
+    model, x = CallsWithParameters(), torch.randn(3, 6)
+    example = lambda: contextlib.nullcontext(lambda: model(x).mean())  # noqa: E731
+    assert count_flops(Workload(model, 1, 1, example)) == 2 * (6 * 8 * 12 + 3 * 6 * 12 + 3 * 12 * 5)
+    positions = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
+
+    def deberta(norm: str) -> nn.Module:
+        sizes = {k: v for k, v in SMALL.items() if not k.startswith(("num_key_value", "bos", "eos", "pad"))}
+        config = CONFIG_MAPPING["deberta-v2"](**sizes, **positions, norm_rel_ebd=norm)
+        return AutoModelForMaskedLM.from_config(config).eval()
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = deberta("layer_norm")
+        model(input_ids=token_ids(model, 2, 16))
+    model = deberta("none")
+    flops = flops_model(Workload(model, 2, 16), group_sets := find_group_sets(model))
+    assert count_flops(Workload(model, 2, 16)) == counter.get_total_flops()
+    kept, plan = uneven(group_sets, seed=2)
+    apply_plan(model, plan)
+    assert flops.value(kept) == pytest.approx(count_flops(Workload(model, 2, 16)), rel=1e-9)
 
 
 class Convolutions(nn.Module):
@@ -133,6 +201,55 @@ def test_predicted_memory_is_what_generate_holds_to_the_byte(name):
     bytes_held = sum(t.numel() * t.element_size() for t in [*held, *model.parameters()])
     assert memory.value(kept) == bytes_held
     assert half.value(kept) == bytes_held // 2
+
+
+BIASES = {
+    "biases of all outputs": {"num_hidden_layers": 3},
+    "biases present": {"num_hidden_layers": 3, "attention_bias": True},
+    "blocks": {"num_hidden_layers": 4},
+}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("case", BIASES)
+@pytest.mark.parametrize("asked", [{"params": "80%"}, {"memory": "85%", "length": 16, "dtype": "bfloat16"}])
+def test_biases_that_a_repair_adds_are_within_the_budget(asked, case, iterations, batches, loss_of):
+    model = tiny(**BIASES[case])
+    kinds = ("attention", "mlp", "block") if case == "blocks" else None
+    config = PruningConfig(
+        importance="wanda", budget=Budget(**asked), iterations=iterations, repair="bias", limits=Limits(kinds=kinds)
+    )
+    _, plan = prune(model, batches, loss_of(model), config)
+    (row,) = plan.info["budgets"]
+    assert plan.biases or case == "blocks"
+    assert row["measured"] <= row["predicted"] <= row["target"] < row["dense"]
+    if case != "blocks":
+        # a set that keeps all of its groups gets none
+        spared = len(added_biases(tiny(**BIASES[case]), find_group_sets(model))) - len(plan.biases)
+        size = model.config.hidden_size * (1 if "params" in asked else 2)
+        assert row["predicted"] - row["measured"] == spared * size
+    dense = tiny(**BIASES[case])
+    repaired = prune(dense, batches, loss_of(dense), replace(config, repair=None))[1].info["budgets"][0]
+    assert repaired["dense"] == row["dense"] and repaired["target"] == row["target"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_biases_of_convolutions_are_within_the_budget(transposed):
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        kind(16, 24, 3, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(24, 8, 1, bias=False),
+        nn.Flatten(2),
+    ).eval()
+    images = list(torch.randn(3, 2, 3, 8, 8))
+    config = PruningConfig(importance="wanda", budget="params=80%", iterations=1, repair="bias")
+    _, plan = prune(model, images, lambda batch: model(batch).square().mean(), config)
+    (row,) = plan.info["budgets"]
+    assert plan.biases and row["measured"] <= row["predicted"] <= row["target"]
 
 
 def test_what_cannot_be_run_is_said():

@@ -17,6 +17,7 @@ from conftest import tiny
 from lit_prune import Budget, PruningConfig, find_group_sets, make_plan
 from lit_prune.budgets.latency_table import LatencyTable, Times, save_tables, setting_of
 from lit_prune.budgets.trials import ratio_of_pairs
+from lit_prune.budgets.workloads import Workload
 from lit_prune.surgery.apply import cut
 
 Noise = Callable[[np.random.Generator], float]
@@ -63,7 +64,7 @@ def pruned(tmp_path, claimed: float, noise: Noise, seed: int = 0, patience: floa
         whole = machine.seconds(module) / len(sets)
         times.append(Times(kind, sets[0].size, tuple(s.name for s in sets), (0, sets[0].size), (claimed * whole, 0.0)))
     path = tmp_path / "times.json"
-    save_tables(path, [LatencyTable(setting_of(model, group_sets, "prefill", 1, 16), dense, tuple(times))])
+    save_tables(path, [LatencyTable(setting_of(Workload(model, 1, 16), group_sets, "prefill"), dense, tuple(times))])
     config = PruningConfig(importance="magnitude", budget=Budget(latency="1.5x", latency_table=path, length=16))
     goals = config.goals(model, group_sets)
     assert goals is not None

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import tiny
 from lit_prune import Budget, BudgetError, find_group_sets
 from lit_prune.budgets.latency_table import LatencyTable, Times, save_tables, setting_of
+from lit_prune.budgets.workloads import Workload
 from lit_prune.callbacks import CubicSchedule, PruningReport
 from lit_prune.errors import ArgumentValueError
 
@@ -58,7 +59,9 @@ def test_times_of_another_machine_decide_in_a_dry_run(tmp_path):
         Times(kind, size, tuple(s.name for s in group_sets if s.kind == kind), (0, size), (each, 0.0))
         for kind, size, each in {(s.kind, s.size, 0.25 if s.kind == "attention" else 0.01) for s in group_sets}
     )
-    save_tables(tmp_path / "times.json", [LatencyTable(setting_of(model, group_sets, "prefill", 1, 32), 1.0, times)])
+    save_tables(
+        tmp_path / "times.json", [LatencyTable(setting_of(Workload(model, 1, 32), group_sets, "prefill"), 1.0, times)]
+    )
     budget = Budget(latency=0.7, latency_table=tmp_path / "times.json", length=32)
     callback = pruning(budget=budget, dry_run=True, importance="magnitude")
     fit(tmp_path, callback)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from hidden_cases import MODELS, hidden_plan, logits, some
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import uneven_kept
+from conftest import SMALL, uneven_kept, unsettled
 from lit_prune import apply_plan, find_group_sets, get_plan, modeling_pruned
 from lit_prune.io.huggingface import load_pruned, save_pruned, to_pretrained
 
@@ -89,6 +90,22 @@ def test_mixed_with_uneven_layers(name, tmp_path):
     by_itself.load_state_dict(model.state_dict())
     by_itself.set_attn_implementation(model.config._attn_implementation)
     assert torch.equal(logits(by_itself), logits(model))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vit", "ViTModel"), ("deit", "DeiTModel")])
+def test_a_pooler_is_stock_and_as_wide_as_the_hidden_size(kind, name, tmp_path):
+    sizes = {k: v for k, v in SMALL.items() if k in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    config = CONFIG_MAPPING[kind](**sizes, num_hidden_layers=2, image_size=8, patch_size=4)
+    model = unsettled(getattr(transformers, name)(config))
+    apply_plan(model, hidden_plan(model, some(32, 24)))
+    assert model.config.pooler_output_size == model.config.hidden_size == 24
+    folder = save_pruned(model, tmp_path / "m")
+    written = config_of(folder)
+    assert (written["model_type"], written["hidden_size"], written["pooler_output_size"]) == (kind, 24, 24)
+    images = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    with torch.no_grad():
+        for loaded in (getattr(transformers, name).from_pretrained(folder).eval(), load_pruned(folder)):
+            close(loaded(**images).pooler_output, model(**images).pooler_output)
 
 
 def test_without_head_and_with_another(tmp_path):

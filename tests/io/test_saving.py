@@ -12,10 +12,26 @@ import weakref
 import pytest
 import torch
 from test_export import pruned, uniform, without_block
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertModel,
+    LlamaForCausalLM,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTModel,
+)
 
-from conftest import tiny, uneven_kept
-from lit_prune import PruningPlan, UnsupportedModelError, apply_plan, find_group_sets, load_pruned
+from conftest import tiny, uneven_kept, unsettled
+from lit_prune import (
+    PruningPlan,
+    UnsupportedModelError,
+    apply_plan,
+    find_group_sets,
+    get_plan,
+    load_pruned,
+    save_pruned,
+)
 from lit_prune.io.huggingface import to_pretrained
 from lit_prune.surgery.apply import cut
 
@@ -65,6 +81,40 @@ def test_copies_save_themselves(tmp_path, tokens, copied):
     assert torch.equal(load_pruned(tmp_path / "other")(tokens).logits, other(tokens).logits)
     assert torch.equal(load_pruned(tmp_path / "model")(tokens).logits, model(tokens).logits)
     assert not torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+PATCHES = {"image_size": 8, "patch_size": 4}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "options", "part"),
+    [
+        (BertModel, {"add_pooling_layer": False}, "pooler"),
+        (RobertaModel, {"add_pooling_layer": False}, "pooler"),
+        (ViTModel, {"add_pooling_layer": False}, "pooler"),
+        (ViTModel, {"use_mask_token": True}, "embeddings.mask_token"),
+    ],
+)
+def test_what_a_class_was_built_with_beside_its_config_is_not_lost(tmp_path, cls, options, part, hidden):
+    fields = {**SIZES, **(PATCHES if cls is ViTModel else {"vocab_size": 64})}
+
+    def build():
+        return unsettled(cls(cls.config_class(**fields), **options))
+
+    model = build()
+    group_sets = find_group_sets(model, hidden=hidden)
+    kept = [range(24) if s.kind == "hidden" else range(s.size - 1) for s in group_sets]
+    apply_plan(model, PruningPlan.from_kept(group_sets, [list(k) for k in kept]))
+    for save in (to_pretrained, lambda one: one.save_pretrained(tmp_path / "n")):
+        with pytest.raises(UnsupportedModelError, match=f"option that its config does not hold.*{part}.*save_pruned"):
+            save(model)
+    loaded = load_pruned(save_pruned(model, tmp_path / "m"), model=build)
+    one = {"pixel_values": torch.randn(2, 3, 8, 8)} if cls is ViTModel else {"input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        assert torch.equal(loaded(**one).last_hidden_state, model(**one).last_hidden_state)
+    assert get_plan(loaded).digest() == get_plan(model).digest()
 
 
 def test_undoing_the_cut_undoes_it(tmp_path):

@@ -162,6 +162,7 @@ register_architecture(
                 ("embeddings.mask_token", 2),
                 ("embeddings.position_embeddings", 2),
             ),
+            fields=("hidden_size", "pooler_output_size"),
         ),
     )
 )
