@@ -60,6 +60,8 @@ def cache_tensors(workload: Workload) -> list[CacheTensor]:
             # of a window, all but the token to come are held
             most = None if window is None or not grows else window - 1
             found.append(CacheTensor(layer, tuple(shape), grows[0] if grows else None, most, short.dtype))
+    if any(tensor.sequence_dim is not None for tensor in found):
+        workload.check_length()
     return found
 
 

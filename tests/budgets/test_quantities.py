@@ -138,6 +138,6 @@ def test_predicted_memory_is_what_generate_holds_to_the_byte(name):
 def test_what_cannot_be_run_is_said():
     model = tiny("gpt2")
     with pytest.raises(BudgetError, match="positions"):
-        Workload(model, 1, 10**6)
+        Workload(model, 1, 10**6).forward()
     with pytest.raises(BudgetError, match="calibration batch"):
         Workload(Convolutions(), 1, 1)
