@@ -61,7 +61,7 @@ def test_a_step_of_decoding_runs_the_decoder_alone(name):
 @pytest.mark.parametrize("name", PAIRS + IMAGES_AND_TEXT)
 def test_budgets_of_models_with_two_inputs_are_met(name):
     model, batch = case(name).build(), case(name).batch(0)
-    budget = Budget(flops="90%", length=16)
+    budget = Budget(flops="90%", memory="95%", length=16)
     _, plan = prune(model, [batch], lambda b: loss_of(model, b), PruningConfig(budget=budget, iterations=1))
     for row in plan.info["budgets"]:
         assert row["measured"] == pytest.approx(row["predicted"]) and row["measured"] <= row["target"] < row["dense"]
