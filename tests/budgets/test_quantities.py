@@ -185,6 +185,22 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
+@pytest.mark.parametrize("kinds", [("block", "mlp"), ("block",), ("block", "mlp", "query_head")])
+@pytest.mark.parametrize("name", ["llama", "gpt_bigcode"])
+def test_blocks_take_along_what_belongs_to_no_set(name, kinds):
+    model = tiny(name, **({"num_key_value_heads": 1} if name == "llama" else {}))
+    group_sets = [s for s in find_group_sets(model, blocks=True) if s.kind in kinds]
+    models = [quantity(Workload(model, 2, 20), group_sets) for quantity in (flops_model, memory_model)]
+    kept, plan = uneven(group_sets, seed=2)
+    saved = [m.saved(np.array([s.size for s in group_sets])) for m in models]
+    apply_plan(model, plan)
+    workload = Workload(model, 2, 20)
+    assert [m.value(kept) for m in models] == [pytest.approx(count_flops(workload), rel=1e-9), count_memory(workload)]
+    if kinds == ("block",):
+        dense = [m.value(np.array([1, 1, 1])) - m.value(np.array([0, 1, 1])) for m in models]
+        assert [s[0] for s in saved] == pytest.approx(dense)
+
+
 def test_a_budget_that_is_missed_is_said():
     model = tiny("llama")
     group_sets = find_group_sets(model)
