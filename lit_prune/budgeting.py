@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lit_prune.budgets.budget import MEMORY, PARAMS, Budget
+from lit_prune.budgets.budget import LATENCY, MEMORY, PARAMS, Budget
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.resources import Resource
 from lit_prune.budgets.sizes import SizeModel, SizeSum
@@ -28,6 +29,8 @@ from lit_prune.ranking.model_table import original_sizes
 from lit_prune.ranking.table import GroupTable
 
 BUDGETS = "budgets"
+# FLOPs are sums of floating-point numbers
+_ROUNDING = 1 + 1e-9
 
 
 def find_goals(
@@ -128,11 +131,21 @@ def with_measured(model: nn.Module, plan: PruningPlan, goals: Goals | None, *, c
         plan: The plan.
         goals: The goals; the plan stays as it is if ``None``.
         cut: Whether the model was cut, so that there is something to measure.
+
+    Warns:
+        UserWarning: If the model takes more than what was asked of something other than time, which varies.
     """
     if goals is None:
         return plan
     info = {key: value for key, value in plan.info.items() if key not in ("predicted", "budget_share", "budget")}
     info[BUDGETS] = goals.rows(plan.info["predicted"], goals.measure(model) if cut else {})
+    for row in info[BUDGETS]:
+        if not row["name"].startswith(LATENCY) and row.get("measured", 0) > row["target"] * _ROUNDING:
+            warnings.warn(
+                f"The pruned model misses its budget of {row['name']}: {row['target']:,.0f} was asked, {row['predicted']:,.0f}"
+                f" predicted, {row['measured']:,.0f} is measured. Ask for less, and please report the model.",
+                stacklevel=2,
+            )
     noted = get_plan(model)
     if cut and noted is not None:
         first = {key: value for key, value in noted.info.items() if key == "parameters_before"}

@@ -25,20 +25,20 @@ class Budget:
     """Upper limits of what the pruned model takes; all that are given are met.
 
     Each is a part of what the dense model takes (``"1.5x"`` is a 1.5th; ``0.8`` or ``"80%"`` a fraction) or absolute
-    (``"6GB"``, ``"120ms"``, ``100e6``). A model without token ids (a convolutional network) is run on one calibration batch
-    as it comes; ``batch`` and ``length`` do not apply to it.
+    (``"6GB"``, ``"120ms"``, ``100e6``). A model that token ids alone are not enough for (a convolutional network, CLIP) is
+    run on one calibration batch as it comes; ``batch`` and ``length`` do not apply to it, and it has no cache.
 
     Args:
         params: Parameters; tied ones count once.
         flops: Floating-point operations of one forward pass over ``batch`` sequences of ``length`` tokens, attention
             included, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them: two for a multiply-add.
-        memory: Bytes of the weights and of the key/value cache of ``batch`` sequences of ``length`` tokens.
+        memory: Bytes of the weights and of the cache, of keys and values or states, of ``batch`` sequences of ``length`` tokens.
         latency: Seconds of one forward pass that fills the cache with ``batch`` sequences of ``length`` tokens, the last
             logits only, as ``generate`` begins (``"prefill"``); or by phase: ``{"prefill": "1.5x", "decode": "1.3x"}``.
             ``"decode"`` is one more token for each sequence, with ``length`` tokens in the cache; ``"train"`` a forward and
             backward pass, without the optimizer's step.
         batch: Sequences.
-        length: Tokens of each sequence.
+        length: Tokens of each sequence, of an encoder and of a decoder.
         dtype: What weights and cache are held in where the model is served, for ``memory``: ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. That of the weights if ``None``.
         latency_table: A file with the times of a model of these shapes, measured on the machine that the model is for

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from lit_prune.budgets.sizes import SizeModel, SizeSum
+from lit_prune.budgets.sizes import SizeModel, SizeSum, block_around
 from lit_prune.budgets.workloads import Workload
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
 from lit_prune.torch_internals import GROUPED_PRODUCTS, DispatchMode, packet_of
@@ -48,9 +48,9 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
 
     A product with a parameter takes operations in proportion to the parameter's size, whatever the operator: each row of a
     linear layer's weight is multiplied once a position, each element of a kernel once a place. Products without one, the
-    scores of attention, are in proportion to the groups of the set whose module computes them. A token goes to as many
-    experts as before, so that experts that leave save nothing but their rows of the router, unless every expert is given every
-    token.
+    scores of attention, are in proportion to the groups of the set whose module computes them; where it has none, they leave with
+    the block around it. A token goes to as many experts as before, so that experts that leave save nothing but their rows of
+    the router, unless every expert is given every token.
 
     Args:
         workload: The model and what it is run on; it runs once, or three times in place of a long sequence.
@@ -72,6 +72,8 @@ def flops_model(workload: Workload, group_sets: Sequence[GroupSet]) -> SizeSum:
     per_group, constant = np.zeros(len(group_sets)), 0.0
     for name, number in flops.items():
         nearest = _nearest(name, group_sets)
+        if nearest is None:
+            nearest = block_around(name, group_sets)
         if nearest is None:
             constant += number
         else:

@@ -103,12 +103,25 @@ class SizeModel:
         owner = self._parameter_of_pair[self._pair]
         width = self._positions / np.maximum(self.groups, 1)[self._set]
         each = weight[owner] * elements[owner] / np.maximum(left[self._pair], 1) * width
-        saved = np.bincount(self._set, weights=each, minlength=len(self.groups))
+        # of no sets but blocks the counts are whole numbers
+        saved = np.bincount(self._set, weights=each, minlength=len(self.groups)).astype(np.float64)
         inside = self.block_of_parameter >= 0
         saved += np.bincount(
             self.block_of_parameter[inside], weights=(weight * elements)[inside], minlength=len(self.groups)
         )
         return saved
+
+
+def innermost_sets(module: str, group_sets: Sequence[GroupSet]) -> list[int]:
+    """The sets of the innermost module that is a module or around it and has some; blocks are not meant."""
+    around = [(len(s.name), i) for i, s in enumerate(group_sets) if s.kind != BLOCK and is_inside(module, s.name)]
+    return [i for length, i in around if length == max(around)[0]]
+
+
+def block_around(module: str, group_sets: Sequence[GroupSet]) -> int | None:
+    """The set of the block that a module is in, ``None`` if it is in none."""
+    around = [(len(s.name), i) for i, s in enumerate(group_sets) if s.kind == BLOCK and is_inside(module, s.name)]
+    return max(around)[1] if around else None
 
 
 def _blocks_around(group_sets: Sequence[GroupSet]) -> np.ndarray:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from architecture_cases import CASES
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, Cache, DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conftest import SMALL, tiny
+from conftest import SMALL, tiny, uneven_kept
 from lit_prune import Budget, Limits, PruningConfig, apply_plan, find_group_sets, prune, trace
+from lit_prune.budgeting import with_measured
 from lit_prune.budgets.flops import count_flops, flops_model
-from lit_prune.budgets.memory import memory_model
+from lit_prune.budgets.goals import Goals
+from lit_prune.budgets.memory import count_memory, memory_model
 from lit_prune.budgets.workloads import Workload, token_ids
 from lit_prune.errors import BudgetError
 from lit_prune.groups import BLOCK
@@ -252,9 +257,96 @@ def test_biases_of_convolutions_are_within_the_budget(transposed):
     assert plan.biases and row["measured"] <= row["predicted"] <= row["target"]
 
 
+# caches of encoders and decoders, layers that the cache numbers otherwise, states beside keys and in place of them
+CACHES = (
+    "BART",
+    "T5",
+    "GPT-Neo",
+    "Falcon-H1",
+    "Zamba",
+    "Mamba",
+    "Mamba-2, two groups",
+    "Kimi Linear",
+    "Qwen3-Next",
+    "LFM3",
+)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_predicted_memory_is_what_the_cache_holds(name):
+    case = next(case for case in CASES if case.name == name)
+    model = case.build()
+    group_sets = find_group_sets(model)
+    memory = memory_model(Workload(model, 2, 20), group_sets)
+    kept = uneven_kept(group_sets)
+    apply_plan(model, PruningPlan.from_kept(group_sets, kept))
+    ids = token_ids(model, 2, 20)
+    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True, **given)
+    cache = out.get("past_key_values", out.get("cache_params"))
+    held = [*tensors_in(cache), *model.parameters()]
+    assert memory.value(np.array([len(k) for k in kept])) == sum(t.numel() * t.element_size() for t in held)
+    assert len(held) > len([*model.parameters()])
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of a cache that are no scalars, wherever they are in it."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.dim() > 1 else []
+    if isinstance(value, Cache | CacheLayerMixin | LinearAttentionCacheLayerMixin):
+        value = vars(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+@pytest.mark.parametrize("kinds", [("block", "mlp"), ("block",), ("block", "mlp", "query_head")])
+@pytest.mark.parametrize("name", ["llama", "gpt_bigcode"])
+def test_blocks_take_along_what_belongs_to_no_set(name, kinds):
+    model = tiny(name, **({"num_key_value_heads": 1} if name == "llama" else {}))
+    group_sets = [s for s in find_group_sets(model, blocks=True) if s.kind in kinds]
+    models = [quantity(Workload(model, 2, 20), group_sets) for quantity in (flops_model, memory_model)]
+    kept, plan = uneven(group_sets, seed=2)
+    saved = [m.saved(np.array([s.size for s in group_sets])) for m in models]
+    apply_plan(model, plan)
+    workload = Workload(model, 2, 20)
+    assert [m.value(kept) for m in models] == [pytest.approx(count_flops(workload), rel=1e-9), count_memory(workload)]
+    if kinds == ("block",):
+        dense = [m.value(np.array([1, 1, 1])) - m.value(np.array([0, 1, 1])) for m in models]
+        assert [s[0] for s in saved] == pytest.approx(dense)
+
+
+def test_a_budget_that_is_missed_is_said():
+    model = tiny("llama")
+    group_sets = find_group_sets(model)
+    goals = Goals(model, group_sets, Budget(memory="80%", params="80%", length=16))
+    sizes = [np.arange(s.size) for s in group_sets]
+    plan = replace(PruningPlan.from_kept(group_sets, sizes), info={"predicted": goals.targets})
+    with pytest.warns(UserWarning, match="misses its budget of") as warned:
+        with_measured(model, plan, goals, cut=True)
+    assert [str(warning.message).split("budget of ")[1].split(":")[0] for warning in warned] == ["params", "memory"]
+
+
+def test_a_cache_that_no_module_is_called_with_is_refused():
+    class Hidden(LlamaForCausalLM):
+        """A decoder whose cache is made behind its modules."""
+
+        def forward(self, input_ids, past_key_values=None, use_cache=False):
+            out = super().forward(input_ids, use_cache=False)
+            cache = DynamicCache()
+            states = input_ids[:, None, :, None].float()
+            cache.update(states, states, 0)
+            out.past_key_values = cache
+            return out
+
+    model = Hidden(tiny("llama").config)
+    with pytest.raises(BudgetError, match="which module"):
+        memory_model(Workload(model, 1, 8), find_group_sets(model))
+
+
 def test_what_cannot_be_run_is_said():
     model = tiny("gpt2")
     with pytest.raises(BudgetError, match="positions"):
-        Workload(model, 1, 10**6)
+        Workload(model, 1, 10**6).forward()
     with pytest.raises(BudgetError, match="calibration batch"):
         Workload(Convolutions(), 1, 1)
