@@ -93,7 +93,11 @@ class _Teaching:
 def _fingerprint(model: nn.Module) -> str:
     """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and norm."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            # the extra state of a module
+            continue
+        tensor = value if value.is_floating_point() or value.is_complex() else value.double()
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         total, norm = tensor.sum(dtype=dtype).item(), torch.linalg.vector_norm(tensor, dtype=dtype).item()
         digest.update(f"{name} {tuple(tensor.shape)} {total} {norm}\n".encode())
