@@ -259,12 +259,18 @@ class Distillation(Callback):
         elif self._state.value.active and not self._undo:
             self._attach(pl_module, _pruning_callbacks(trainer)[0].model(pl_module))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        del trainer, pl_module, exception
+        self._detach()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         del trainer, pl_module, stage
         self._detach()
 
     def _detach(self) -> None:
+        self._terms.clear()
         while self._undo:
             self._undo.pop()()
 
