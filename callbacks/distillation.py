@@ -31,7 +31,8 @@ from lit_prune.arguments import (
     choice,
     optional,
 )
-from lit_prune.calibration.divergence import distillation_loss, masked_mean, mixed_loss, without_labels
+from lit_prune.calibration.divergence import distillation_loss as distillation_loss
+from lit_prune.calibration.divergence import masked_mean, mixed_loss, output_divergence, without_labels
 from lit_prune.calibration.token_masks import output_mask
 from lit_prune.callbacks.manual_optimization import replaced
 from lit_prune.callbacks.output import check_output, warn_instead
@@ -110,6 +111,10 @@ class Distillation(Callback):
     From the cut on, the loss of every training step is ``(1 - weight) * own loss + weight * distillation_loss
     + hidden_weight * hidden_state_loss``, logged as ``distillation_loss`` (and ``hidden_state_loss``). Calibration for
     later cuts runs on the module's own loss alone.
+
+    The distillation loss is the divergence of the classes (of pixels, in a map of logits) or of each label
+    (``config.problem_type="multi_label_classification"``) that the logits describe, and the squared error of a regression's: see
+    :func:`lit_prune.calibration.divergence.output_divergence`. The model's output has to have ``logits``.
 
     The teacher is a frozen copy of the model as it was before the first cut, or a model that lies on disk and is loaded
     once. A copy costs the memory of the dense weights and, for a run that is to be resumed, a ``directory`` to be written
@@ -324,7 +329,7 @@ class Distillation(Callback):
             with torch.no_grad():
                 taught = self._model(*args, **without_labels(student, kwargs))
             mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
-            kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
+            kl = output_divergence(student, output.logits, taught.logits, self.temperature, mask)
             hidden = None
             if self.hidden_weight:
                 states = _hidden_states(taught)

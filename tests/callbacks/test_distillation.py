@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from test_pruning import fit, pruning
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import ResNetConfig, ResNetForImageClassification
+from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.utils.data import DataLoader, default_collate
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
+from lit_prune import find_group_sets
+from lit_prune.calibration.agreement import Agreement
+from lit_prune.calibration.gates import Gates
 from lit_prune.callbacks import Distillation
 from lit_prune.callbacks.distillation import _fingerprint
+from lit_prune.repair.dense_outputs import OutputReader
 
 
 class Task(pl.LightningModule):
@@ -73,3 +89,152 @@ def test_the_fingerprint_reads_buffers_of_any_data_type(dtype):
     values = [torch.tensor(v).to(dtype) for v in ([1, 0, 1], [1, 0, 1], [1, 1, 1])]
     first, same, other = (_fingerprint(Stateful(v)) for v in values)
     assert first == same != other
+
+
+def bert(**options):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        **options,
+    )
+    return BertForSequenceClassification(config)
+
+
+def segformer():
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[2, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        classifier_dropout_prob=0.0,
+        num_labels=3,
+        drop_path_rate=0.0,
+        initializer_range=0.2,
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def mobilenet():
+    torch.manual_seed(0)
+    return MobileNetV2ForSemanticSegmentation(MobileNetV2Config(num_labels=5, depth_multiplier=0.25, image_size=64))
+
+
+def sentences(labels):
+    ids = torch.randint(0, 64, (len(labels), 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+
+
+def mean_kl(distribution, student, teacher, temperature):
+    found = kl_divergence(*(distribution(logits=logits / temperature) for logits in (teacher, student)))
+    return temperature**2 * found.mean()
+
+
+def squared(student, teacher, _):
+    return (student - teacher).square().mean()
+
+
+def of_classes(student, teacher, temperature):
+    return mean_kl(Categorical, student, teacher, temperature)
+
+
+def of_labels(student, teacher, temperature):
+    return mean_kl(Bernoulli, student, teacher, temperature)
+
+
+def of_maps(student, teacher, temperature):
+    return mean_kl(Categorical, student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1), temperature)
+
+
+MULTI = "multi_label_classification"
+
+
+# the model, its batches, and what its logits are compared by
+TASKS = {
+    "one number": (lambda: bert(num_labels=1), lambda: sentences(torch.randn(24)), squared),
+    "numbers": (
+        lambda: bert(num_labels=3, problem_type="regression"),
+        lambda: sentences(torch.randn(24, 3)),
+        squared,
+    ),
+    "classes": (lambda: bert(num_labels=3), lambda: sentences(torch.arange(24) % 3), of_classes),
+    "labels": (
+        lambda: bert(num_labels=3, problem_type=MULTI),
+        lambda: sentences(torch.eye(3).repeat(8, 1)),
+        of_labels,
+    ),
+    "maps": (segformer, lambda: images([torch.arange(32) % 3 * torch.ones(32, 1).long()] * 24), of_maps),
+}
+
+
+def bare(model):
+    """A copy without the hooks of the library; transformers has some of its own."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook.__module__.startswith("lit_prune")]:
+                del hooks[key]
+    return model
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_outputs_are_compared_by_what_they_are_of(tmp_path, task):
+    build, rows, expected = TASKS[task]
+    checked = []
+
+    class Check(pl.Callback):
+        def on_pruning_start(self, trainer, pl_module, pruning):
+            self.dense = copy.deepcopy(pl_module.model)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.batch = batch
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            if hasattr(self, "dense") and pl_module.training:
+                ours, theirs = bare(pl_module.model)(**self.batch), self.dense(**self.batch)
+                divergence = expected(ours.logits, theirs.logits, 2.0)
+                checked.append((loss.item(), (0.5 * ours.loss + 0.5 * divergence).item(), divergence.item()))
+
+    recovery = Distillation(weight=0.5, temperature=2.0)
+    fit(tmp_path, pruning(epoch=1), recovery, Check(), module=Task(build().eval(), rows()), max_epochs=2)
+    assert len(checked) == 6
+    for loss, wanted, divergence in checked:
+        assert loss == pytest.approx(wanted, rel=1e-4) and divergence > 1e-5
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "maps"])
+def test_gates_compare_outputs_by_what_they_are_of(task):
+    build, rows, expected = TASKS[task]
+    model, batch = build().eval(), default_collate(rows()[:4])
+    group_sets = find_group_sets(model)
+    gates = Gates(model, group_sets)
+    gates.set([torch.arange(s.size) > 0 for s in group_sets])
+    with gates, Agreement(model, gates) as agreement, gates.open():
+        logits = model(**batch).logits
+    torch.testing.assert_close(agreement.take(), expected(logits, model(**batch).logits, 1.0))
+
+
+@pytest.mark.parametrize("task", ["classes", "labels", "mobile maps"])
+def test_the_difference_that_polish_lowers_is_by_what_outputs_are_of(task):
+    build, rows, expected = TASKS.get(task, (mobilenet, lambda: images([torch.tensor(0)] * 2), of_maps))
+    model, batch = build().eval(), default_collate(rows()[:2])
+    batch.pop("labels")
+    reader = OutputReader(model)
+    with torch.no_grad(), reader.reading():
+        reader.start_batch(batch)
+        model(**batch)
+    ((dense, mask),) = reader.calls
+    given = dense + torch.randn(dense.shape[:2] + (1,) * (dense.dim() - 2))
+    torch.testing.assert_close(reader.difference(given, dense, mask), expected(given, dense, 1.0))
