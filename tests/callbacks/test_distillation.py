@@ -21,12 +21,14 @@ from transformers import (
     SegformerConfig,
     SegformerForSemanticSegmentation,
 )
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from lit_prune import find_group_sets
+from lit_prune import PruningError, find_group_sets
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.gates import Gates
 from lit_prune.callbacks import Distillation
-from lit_prune.callbacks.distillation import _fingerprint
+from lit_prune.callbacks.teacher import fingerprint
+from lit_prune.errors import ArgumentValueError
 from lit_prune.repair.dense_outputs import OutputReader
 
 
@@ -87,7 +89,7 @@ class Stateful(nn.Module):
 )
 def test_the_fingerprint_reads_buffers_of_any_data_type(dtype):
     values = [torch.tensor(v).to(dtype) for v in ([1, 0, 1], [1, 0, 1], [1, 1, 1])]
-    first, same, other = (_fingerprint(Stateful(v)) for v in values)
+    first, same, other = (fingerprint(Stateful(v)) for v in values)
     assert first == same != other
 
 
@@ -238,3 +240,57 @@ def test_the_difference_that_polish_lowers_is_by_what_outputs_are_of(task):
     ((dense, mask),) = reader.calls
     given = dense + torch.randn(dense.shape[:2] + (1,) * (dense.dim() - 2))
     torch.testing.assert_close(reader.difference(given, dense, mask), expected(given, dense, 1.0))
+
+
+class Classifier(nn.Module):
+    """Logits of four classes from images, given in one of several ways."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.wrap = wrap
+
+    def forward(self, pixel_values):
+        return self.wrap(self.layers(pixel_values))
+
+
+class Own(Task):
+    """Takes the loss itself, and counts its steps."""
+
+    def training_step(self, batch, batch_idx):
+        output = self.model(batch["pixel_values"])
+        self.steps = getattr(self, "steps", 0) + 1
+        logits = output if isinstance(output, torch.Tensor) else next(iter(output.values()))
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+
+WRAPS = {
+    "a tensor": lambda logits: logits,
+    "a dict": lambda logits: {"scores": logits},
+    "an output of start and end": lambda logits: QuestionAnsweringModelOutput(start_logits=logits),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_an_output_without_logits_is_refused_before_the_cut(tmp_path, wrap):
+    module = Own(Classifier(WRAPS[wrap]), images(torch.arange(24) % 4))
+    with pytest.raises(PruningError, match="expected an output of the model with an attribute of that name"):
+        fit(tmp_path, pruning(epoch=1), Distillation(), module=module)
+    assert module.model.layers[1].out_features == 32
+    assert not module.model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "match"),
+    [
+        (bert, {"kinds": ["hidden"]}, "expected hidden_weight=0 where kinds has 'hidden'"),
+        (bert, {"kinds": ["mlp", "hidden"]}, "expected hidden_weight=0 where kinds has 'hidden'"),
+        (lambda: Classifier(WRAPS["a tensor"]), {}, "Classifier takes no output_hidden_states"),
+    ],
+    ids=["hidden", "mlp and hidden", "no hidden states"],
+)
+def test_hidden_states_that_cannot_be_compared_are_refused_before_training(tmp_path, build, options, match):
+    module = Own(build(), images(torch.arange(24) % 4))
+    with pytest.raises((ArgumentValueError, PruningError), match=match):
+        fit(tmp_path, pruning(**options), Distillation(hidden_weight=1.0), module=module)
+    assert not hasattr(module, "steps")
