@@ -42,7 +42,7 @@ from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
 from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks
 from lit_prune.callbacks.runs import PerModule
-from lit_prune.callbacks.teacher import fingerprint, frozen, hidden_states, taught_layers
+from lit_prune.callbacks.teacher import fingerprint, frozen, hidden_states, run_teacher, taught_layers
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import plan_digest
 from lit_prune.io.sources import check_source, load_model
@@ -118,7 +118,8 @@ class Distillation(Callback):
         teacher: A directory in Hugging Face format, hub name, GGUF file or ``package:NAME`` to load the teacher from, in
             place of copying the dense model.
         directory: Where to keep the copy's weights for resumed runs, as ``teacher.safetensors``.
-        dtype: Data type of the teacher, ``"bfloat16"`` for instance to halve its memory; the model's own if ``None``.
+        dtype: Data type of the teacher's weights, and of what it is given, ``"bfloat16"`` for instance to halve its memory; the
+            model's own if ``None``.
 
     Raises:
         ArgumentTypeError: If an argument is of another type.
@@ -347,8 +348,7 @@ class Distillation(Callback):
                 return
             assert self._model is not None
             _check_logits(output)
-            with torch.no_grad():
-                taught = self._model(*args, **without_labels(student, kwargs))
+            taught = run_teacher(self._model, self.dtype, args, without_labels(student, kwargs))
             mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
             kl = output_divergence(student, output.logits, taught.logits, self.temperature, mask)
             hidden = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.plan import get_plan
+from lit_prune.torch_internals import tree_map
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,11 +34,40 @@ def frozen(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     Args:
         model: The model, which is changed in place.
         device: Where to.
-        dtype: Data type; the model's own if ``None``.
+        dtype: Data type of its weights; the model's own if ``None``. Buffers that are no part of its state (tables of
+            frequencies, for instance) are not rounded to 16 bits.
     """
     for parameter in model.parameters():
         parameter.grad = None
-    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    model.requires_grad_(False).eval().to(device=device)
+    if dtype is None or dtype.itemsize > 2:
+        return model.to(dtype=dtype)
+    for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def run_teacher(teacher: nn.Module, dtype: torch.dtype | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the output of a frozen model, given the arguments of a model of perhaps another data type.
+
+    Args:
+        teacher: The model.
+        dtype: What :func:`frozen` was given.
+        args: Positional arguments of the forward.
+        kwargs: Its other arguments.
+    """
+    if dtype is None:
+        return teacher(*args, **kwargs)
+    args, kwargs = tree_map(
+        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value,
+        (args, kwargs),
+    )
+    device = next(teacher.parameters()).device.type
+    # where a table of more bits meets weights of 16
+    with torch.autocast(device, dtype) if dtype.itemsize == 2 else contextlib.nullcontext():
+        return teacher(*args, **kwargs)
 
 
 def taught_layers(student: nn.Module, teacher: nn.Module, layers: int) -> list[int]:

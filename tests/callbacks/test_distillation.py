@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForSemanticSegmentation,
     ResNetConfig,
@@ -23,11 +26,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
+from conftest import tiny
 from lit_prune import PruningError, find_group_sets
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.gates import Gates
 from lit_prune.callbacks import Distillation
-from lit_prune.callbacks.teacher import fingerprint
+from lit_prune.callbacks.teacher import fingerprint, frozen, run_teacher
 from lit_prune.errors import ArgumentValueError
 from lit_prune.repair.dense_outputs import OutputReader
 
@@ -294,3 +298,60 @@ def test_hidden_states_that_cannot_be_compared_are_refused_before_training(tmp_p
     with pytest.raises((ArgumentValueError, PruningError), match=match):
         fit(tmp_path, pruning(**options), Distillation(hidden_weight=1.0), module=module)
     assert not hasattr(module, "steps")
+
+
+def convnext():
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=4, initializer_range=0.2)
+    return ConvNextForImageClassification(config)
+
+
+def embedded(count):
+    return torch.randn(count, 12, 32, generator=torch.Generator().manual_seed(0))
+
+
+# models, and what they are called with in float32
+CALLS = {
+    "convolutions": (convnext, lambda: {"pixel_values": default_collate(images([0, 0]))["pixel_values"]}),
+    "batch norms": (resnet, lambda: {"pixel_values": default_collate(images([0, 0]))["pixel_values"]}),
+    "embeddings": (lambda: bert(num_labels=3), lambda: {"inputs_embeds": embedded(2)}),
+    "rotary positions": (lambda: tiny("llama"), lambda: {"input_ids": torch.arange(24).view(2, 12)}),
+    "a table of floats": (lambda: Tabled(), lambda: {"x": embedded(2)}),
+}
+
+
+class Tabled(nn.Module):
+    """A network of positions, whose table is no part of the state."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("table", torch.randn(12, 8), persistent=False)
+        self.positions, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.head(x + self.positions(self.table)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_teacher_of_another_data_type_gives_what_the_model_gives(call, dtype):
+    build, arguments = CALLS[call]
+    model, dtype = build().eval(), getattr(torch, dtype)
+    teacher = frozen(copy.deepcopy(model), torch.device("cpu"), dtype)
+    assert all(p.dtype == dtype for p in teacher.parameters())
+    given, dense = run_teacher(teacher, dtype, (), arguments()).logits.float(), model(**arguments()).logits
+    tolerance = 0.05 if dtype.itemsize == 2 else 1e-4
+    assert (given - dense).norm() < tolerance * dense.norm()
+
+
+def test_frequencies_of_positions_keep_their_bits():
+    model = tiny("llama")
+    teacher = frozen(copy.deepcopy(model), torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(teacher.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_a_teacher_of_16_bits_takes_batches_of_floats(tmp_path):
+    module = Task(convnext(), images(torch.arange(24) % 4))
+    trainer, _ = fit(tmp_path, pruning(epoch=1), Distillation(dtype="bfloat16"), module=module, max_epochs=2)
+    assert 0 < trainer.callback_metrics["distillation_loss"] < 10
