@@ -32,8 +32,8 @@ from lit_prune.arguments import (
     choice,
     optional,
 )
+from lit_prune.calibration.divergence import counted, masked_mean, mixed_loss, output_divergence, without_labels
 from lit_prune.calibration.divergence import distillation_loss as distillation_loss
-from lit_prune.calibration.divergence import masked_mean, mixed_loss, output_divergence, without_labels
 from lit_prune.calibration.token_masks import output_mask
 from lit_prune.callbacks.manual_optimization import replaced
 from lit_prune.callbacks.output import check_output, warn_instead
@@ -63,8 +63,9 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        error = (s.float() - t.float()).square().mean(-1)
-        losses.append(masked_mean(error, mask) / masked_mean(t.float().square().mean(-1), mask))
+        s, t = counted(s.float(), mask), counted(t.float(), mask)
+        error = (s - t).square().mean(-1)
+        losses.append(masked_mean(error, mask) / masked_mean(t.square().mean(-1), mask))
     return torch.stack(losses).mean()
 
 

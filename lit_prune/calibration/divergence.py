@@ -24,6 +24,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
     Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
+    student, teacher = counted(student, mask), counted(teacher, mask)
     return masked_mean(_divergences(student, teacher, temperature), mask)
 
 
@@ -49,6 +50,7 @@ def output_divergence(
     """
     of_classes = gives_classes(model, student)
     student, teacher = _classes_last(model, student), _classes_last(model, teacher)
+    student, teacher = counted(student, mask), counted(teacher, mask)
     if not of_classes:
         dtype = accumulation_dtype(student.dtype)
         return masked_mean((student.to(dtype) - teacher.to(dtype)).square().mean(-1), mask)
@@ -56,7 +58,7 @@ def output_divergence(
         # the logit of a label's absence is 0
         student, teacher = (torch.stack([logits, torch.zeros_like(logits)], dim=-1) for logits in (student, teacher))
         return masked_mean(_divergences(student, teacher, temperature).mean(-1), mask)
-    return distillation_loss(student, teacher, temperature, mask)
+    return masked_mean(_divergences(student, teacher, temperature), mask)
 
 
 def gives_classes(model: nn.Module, logits: Tensor) -> bool:
@@ -84,6 +86,8 @@ def _divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
         functional.log_softmax(logits.to(accumulation_dtype(logits.dtype)) / temperature, dim=-1)
         for logits in (student, teacher)
     )
+    # a class that cannot be (a logit of -inf) adds 0, where infinities would add 0 * inf
+    log_student, log_teacher = (x.clamp_min(torch.finfo(x.dtype).min) for x in (log_student, log_teacher))
     divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)
     return temperature**2 * divergence.sum(-1)
 
@@ -97,7 +101,15 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of the values that a mask of their shape lets through; of all values if it is ``None`` or of another shape."""
     if mask is None or mask.shape != values.shape:
         return values.mean()
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+    return torch.where(mask.bool(), values, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Features, shape ``(..., features)``, with 0 at positions that a mask of the shape ``(...)`` leaves out: what is there,
+    be it NaN, has then no part in a gradient either."""
+    if mask is None or mask.shape != values.shape[:-1]:
+        return values
+    return torch.where(mask.bool().unsqueeze(-1), values, 0.0)
 
 
 def without_labels(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
