@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_prune._files import replacing
 from lit_prune.arguments import (
@@ -31,7 +32,8 @@ from lit_prune.arguments import (
     choice,
     optional,
 )
-from lit_prune.calibration.divergence import distillation_loss, masked_mean, mixed_loss, without_labels
+from lit_prune.calibration.divergence import counted, masked_mean, mixed_loss, output_divergence, without_labels
+from lit_prune.calibration.divergence import distillation_loss as distillation_loss
 from lit_prune.calibration.token_masks import output_mask
 from lit_prune.callbacks.manual_optimization import replaced
 from lit_prune.callbacks.output import check_output, warn_instead
@@ -40,10 +42,10 @@ from lit_prune.callbacks.pruning import StructuredPruning
 from lit_prune.callbacks.ranks import on_all_ranks
 from lit_prune.callbacks.renewal import _any_cut, _pruning_callbacks
 from lit_prune.callbacks.runs import PerModule
+from lit_prune.callbacks.teacher import fingerprint, frozen, hidden_states, run_teacher, taught_layers
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedStrategyError
 from lit_prune.io.lightning_checkpoint import plan_digest
 from lit_prune.io.sources import check_source, load_model
-from lit_prune.plan import get_plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -61,25 +63,29 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask
     """
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        error = (s.float() - t.float()).square().mean(-1)
-        losses.append(masked_mean(error, mask) / masked_mean(t.float().square().mean(-1), mask))
+        s, t = counted(s.float(), mask), counted(t.float(), mask)
+        error = (s - t).square().mean(-1)
+        losses.append(masked_mean(error, mask) / masked_mean(t.square().mean(-1), mask))
     return torch.stack(losses).mean()
 
 
-def _taught_layers(student: nn.Module, teacher: nn.Module, layers: int) -> list[int]:
-    """Which of the teacher's layers every layer of the student learns from: the one it was, and the last one the last."""
-    kept = [{e.name: e.kept for e in plan.blocks} if (plan := get_plan(m)) else {} for m in (student, teacher)]
-    if kept[0] == kept[1]:
-        return list(range(layers))
-    ((stack, ours),) = kept[0].items()
-    theirs = kept[1].get(stack, tuple(range(layers)))
-    return [*(theirs.index(layer) for layer in ours[:-1]), layers - 1]
+def _check_logits(output: Any) -> None:
+    """Raise PruningError if an output has no logits."""
+    if getattr(output, "logits", None) is None:
+        raise PruningError(
+            f"Distillation compares logits; expected an output of the model with an attribute of that name, found a"
+            f" {type(output).__name__} without one."
+        )
 
 
-def _hidden_states(output: Any) -> Sequence[Tensor]:
-    """The hidden states after each layer, those of the decoder if there are two stacks."""
-    name = "decoder_hidden_states" if hasattr(output, "decoder_hidden_states") else "hidden_states"
-    return getattr(output, name)[1:]
+def _check_before_cut(trainer: pl.Trainer) -> Callable[..., None]:
+    """A hook for a model that is calibrated; its outputs in validation may be others."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if not trainer.validating:
+            _check_logits(output)
+
+    return hook
 
 
 @dataclass(frozen=True)
@@ -90,22 +96,16 @@ class _Teaching:
     copy: str | None = None
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """What tells the weights of a model from those of another: a digest of every tensor's shape, sum and norm."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        total, norm = tensor.sum(dtype=dtype).item(), torch.linalg.vector_norm(tensor, dtype=dtype).item()
-        digest.update(f"{name} {tuple(tensor.shape)} {total} {norm}\n".encode())
-    return digest.hexdigest()
-
-
 class Distillation(Callback):
     """Add a distillation loss from the dense model to the pruned model's own loss.
 
     From the cut on, the loss of every training step is ``(1 - weight) * own loss + weight * distillation_loss
     + hidden_weight * hidden_state_loss``, logged as ``distillation_loss`` (and ``hidden_state_loss``). Calibration for
     later cuts runs on the module's own loss alone.
+
+    The distillation loss is the divergence of the classes (of pixels, in a map of logits) or of each label
+    (``config.problem_type="multi_label_classification"``) that the logits describe, and the squared error of a regression's: see
+    :func:`lit_prune.calibration.divergence.output_divergence`. The model's output has to have ``logits``.
 
     The teacher is a frozen copy of the model as it was before the first cut, or a model that lies on disk and is loaded
     once. A copy costs the memory of the dense weights and, for a run that is to be resumed, a ``directory`` to be written
@@ -114,11 +114,13 @@ class Distillation(Callback):
     Args:
         weight: Weight of the distillation loss, in (0, 1].
         temperature: Temperature of the softmaxes, positive.
-        hidden_weight: Weight of the loss on hidden states; 0 leaves them out.
+        hidden_weight: Weight of the loss on hidden states; 0 leaves them out. It needs a model that takes
+            ``output_hidden_states``, and kinds without ``"hidden"``.
         teacher: A directory in Hugging Face format, hub name, GGUF file or ``package:NAME`` to load the teacher from, in
             place of copying the dense model.
         directory: Where to keep the copy's weights for resumed runs, as ``teacher.safetensors``.
-        dtype: Data type of the teacher, ``"bfloat16"`` for instance to halve its memory; the model's own if ``None``.
+        dtype: Data type of the teacher's weights, and of what it is given, ``"bfloat16"`` for instance to halve its memory; the
+            model's own if ``None``.
 
     Raises:
         ArgumentTypeError: If an argument is of another type.
@@ -155,6 +157,7 @@ class Distillation(Callback):
         self._held: str | None = None
         self._terms: list[tuple[Tensor, Tensor | None]] = []
         self._undo: list[Callable[[], None]] = []
+        self._checking: RemovableHandle | None = None
 
     @property
     def _file(self) -> Path | None:
@@ -180,19 +183,49 @@ class Distillation(Callback):
 
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the copy can be written, or that the teacher is there."""
+        """Check that the copy can be written or the teacher is there, and that there are hidden states to compare.
+
+        Raises:
+            ArgumentValueError: If ``hidden_weight`` is given where hidden channels are removed.
+            PruningError: If it is given for a model that takes no ``output_hidden_states``.
+        """
+        if self.hidden_weight:
+            self._check_hidden_states(trainer, pl_module)
         if self.directory is not None:
             check_output(trainer, self.directory)
         if self.teacher is not None:
             check_source(self.teacher)
 
+    def _check_hidden_states(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for pruning in _pruning_callbacks(trainer):
+            if pruning.config.limits.hidden:
+                raise ArgumentValueError(
+                    "Hidden states that lose channels cannot be compared with the teacher's; expected hidden_weight=0 where"
+                    f" kinds has 'hidden', found hidden_weight={self.hidden_weight}."
+                )
+            model = pruning.model(pl_module)
+            parameters = inspect.signature(model.forward).parameters.values()
+            if not any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters):
+                raise PruningError(
+                    f"The forward of {type(model).__name__} takes no output_hidden_states, so Distillation has none to compare;"
+                    " use hidden_weight=0."
+                )
+
     def on_pruning_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
-        """Copy the dense model, before the first cut."""
-        copied = pruning.stages_done > 0 and self._state.value.copy is not None
-        if copied or self.teacher is not None or pruning.dry_run:
+        """Copy the dense model, before the first cut, and check in calibration that its outputs can be compared."""
+        if pruning.dry_run:
             return
-        self._model = self._frozen(copy.deepcopy(pruning.model(pl_module)), pl_module)
-        self._held = _fingerprint(self._model)
+        self._copy(trainer, pl_module, pruning)
+        if not self._undo:
+            self._stop_checking()
+            self._checking = pruning.model(pl_module).register_forward_hook(_check_before_cut(trainer))
+
+    def _copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
+        copied = pruning.stages_done > 0 and self._state.value.copy is not None
+        if copied or self.teacher is not None:
+            return
+        self._model = frozen(copy.deepcopy(pruning.model(pl_module)), pl_module.device, self.dtype)
+        self._held = fingerprint(self._model)
         self._state.value = _Teaching(copy=self._held)
         if self._file is not None and trainer.is_global_zero:
             with (
@@ -204,6 +237,7 @@ class Distillation(Callback):
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Start distillation."""
         del trainer
+        self._stop_checking()
         if not pruning.dry_run:
             self._state.value = replace(self._state.value, active=True)
             if not self._undo:
@@ -245,7 +279,7 @@ class Distillation(Callback):
             )
         self._model = copy.deepcopy(model)
         load_weights(self._model, str(self._file))
-        self._frozen(self._model, pl_module)
+        frozen(self._model, pl_module.device, self.dtype)
         self._held = wanted
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -255,19 +289,26 @@ class Distillation(Callback):
         elif self._state.value.active and not self._undo:
             self._attach(pl_module, _pruning_callbacks(trainer)[0].model(pl_module))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        del trainer, pl_module, exception
+        self._detach()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         del trainer, pl_module, stage
         self._detach()
 
+    def _stop_checking(self) -> None:
+        if self._checking is not None:
+            self._checking.remove()
+            self._checking = None
+
     def _detach(self) -> None:
+        self._stop_checking()
+        self._terms.clear()
         while self._undo:
             self._undo.pop()()
-
-    def _frozen(self, model: nn.Module, pl_module: pl.LightningModule) -> nn.Module:
-        for parameter in model.parameters():
-            parameter.grad = None
-        return model.requires_grad_(False).eval().to(device=pl_module.device, dtype=self.dtype)
 
     def _attach(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
         if self.teacher is None and (self._model is None or self._held != self._state.value.copy):
@@ -278,7 +319,7 @@ class Distillation(Callback):
         if self._model is None:
             assert self.teacher is not None
             dtype = self.dtype or next(model.parameters()).dtype
-            self._model = self._frozen(load_model(self.teacher, dtype=dtype), pl_module)
+            self._model = frozen(load_model(self.teacher, dtype=dtype), pl_module.device, self.dtype)
         self._model.to(pl_module.device)
         if self.hidden_weight:
             handle = model.register_forward_pre_hook(self._ask_for_hidden_states(pl_module), with_kwargs=True)
@@ -307,20 +348,16 @@ class Distillation(Callback):
             if not pl_module.training:
                 return
             assert self._model is not None
-            if getattr(output, "logits", None) is None:
-                raise PruningError(
-                    f"Distillation compares logits; the model's output is a {type(output).__name__} without any."
-                )
-            with torch.no_grad():
-                taught = self._model(*args, **without_labels(student, kwargs))
+            _check_logits(output)
+            taught = run_teacher(self._model, self.dtype, args, without_labels(student, kwargs))
             mask = output_mask(student, args, kwargs, output.logits.shape[:-1])
-            kl = distillation_loss(output.logits, taught.logits, self.temperature, mask)
+            kl = output_divergence(student, output.logits, taught.logits, self.temperature, mask)
             hidden = None
             if self.hidden_weight:
-                states = _hidden_states(taught)
-                states = [states[layer] for layer in _taught_layers(student, self._model, len(states))]
+                states = hidden_states(taught)
+                states = [states[layer] for layer in taught_layers(student, self._model, len(states))]
                 mask = output_mask(student, args, kwargs, states[0].shape[:-1])
-                hidden = hidden_state_loss(_hidden_states(output), states, mask)
+                hidden = hidden_state_loss(hidden_states(output), states, mask)
             self._terms.append((kl, hidden))
 
         return hook

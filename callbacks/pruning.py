@@ -113,8 +113,8 @@ class StructuredPruning(Callback):
         output_dir: Where to write ``plan.json`` and ``group_table.csv``; nothing is written if ``None``. A folder that cannot
             be written to is refused before training; if writing fails later, there is a warning and the run goes on.
         seed: Seed of ``importance="random"``.
-        compensation: Whether importance takes the repair ``"least_squares"`` into account (two more forward passes over
-            the calibration batches).
+        compensation: Whether importance takes the repair ``"least_squares"`` into account; what it needs is
+            recorded in calibration if there is memory for it, else in one more run of all decoder layers in each iteration.
         iterations: Number of equal cuts in which each stage reaches its ratio. Each is calibrated, ranked and repaired
             on the same batches, and costs as much. ``None`` for as few as remove 0.2 each at most, and two for a budget.
         recalibrate_batch_norm: Estimate the running statistics of batch norms behind what is removed anew on the calibration

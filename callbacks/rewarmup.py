@@ -113,7 +113,7 @@ class LearningRateRewarmup(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the learning rates of the schedule back if the error came within a step: checkpoints are written now."""
         del trainer, pl_module, exception
-        self._end_steps()
+        self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the optimizers."""

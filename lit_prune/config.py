@@ -146,7 +146,9 @@ class PruningConfig:
             are trained towards the outputs of the dense model, see :mod:`lit_prune.repair.polish`; 0 trains nothing. A pass
             costs about as much as one of training.
         quality: ``"fast"``, in place of ``iterations``, ``compensation`` and ``polish_epochs``: one cut without compensation; or
-            ``"best"``, in place of the last two: compensation, and three passes of polish. ``None`` for what those say.
+            ``"best"``, in place of the last two: compensation, and three passes of polish. ``None`` for what those say. A value
+            of one of them that is neither its default nor what the quality stands for is refused; one that equals its default
+            cannot be told from one that was left out, and gives way to the quality.
         offload_hidden_states: Whether the repair holds the hidden states of all calibration tokens in CPU memory, and brings
             those of one batch at a time to a CUDA device. ``None`` does so once they would take more than an eighth of the
             device's memory.

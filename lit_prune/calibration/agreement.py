@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_prune.calibration.divergence import distillation_loss, without_labels
+from lit_prune.calibration.divergence import output_divergence, without_labels
 from lit_prune.calibration.gates import Gates
 from lit_prune.calibration.token_masks import output_mask
 from lit_prune.errors import CalibrationError
@@ -17,6 +17,7 @@ from lit_prune.errors import CalibrationError
 class Agreement:
     r"""Measures :math:`\mathrm{KL}(p_\mathrm{whole}\,\|\,p_\mathrm{gated})` of every forward pass that goes through gates.
 
+    Of logits that are numbers it is the squared error, see :func:`lit_prune.calibration.divergence.output_divergence`.
     The model is run once more for it, with all gates open and without gradients. Its gradient has far less noise than that
     of the loss: it is 0 for every sample where nothing is removed. A context manager, which sets a hook.
 
@@ -49,7 +50,8 @@ class Agreement:
             )
         with self._gates.closed(), torch.no_grad():
             whole = model.forward(*args, **without_labels(model, kwargs)).logits
-        self._terms.append(distillation_loss(logits, whole, mask=output_mask(model, args, kwargs, logits.shape[:-1])))
+        mask = output_mask(model, args, kwargs, logits.shape[:-1])
+        self._terms.append(output_divergence(model, logits, whole, mask=mask))
 
     def take(self) -> Tensor:
         """Return the mean over the passes since the last call.

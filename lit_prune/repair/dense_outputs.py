@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration.divergence import distillation_loss
+from lit_prune.calibration.divergence import distillation_loss, gives_classes, output_divergence
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.random_state import random_state_kept
@@ -73,21 +73,19 @@ class OutputReader:
         """How far one output is from the dense one, a scalar with gradients for ``given``.
 
         The mean over positions of the Kullback-Leibler divergence, in nats, where the outputs are what output embeddings read
-        or logits of at least two classes; else the squared error over the mean square of the dense outputs.
+        or logits of at least two classes or labels; else the squared error over the mean square of the dense outputs.
         """
+        if self._head is None and self._gives_logits(dense):
+            return output_divergence(self._model, given, dense, mask=mask)
         given, dense = (x if mask is None else x[mask] for x in (given, dense))
         given, dense = given.reshape(-1, given.shape[-1]), dense.reshape(-1, dense.shape[-1])
         if self._head is not None:
             return _Divergence.apply(given, dense, self._model.get_submodule(self._head))
         given, dense = given.to(accumulation_dtype(given.dtype)), dense.to(accumulation_dtype(dense.dtype))
-        if self._gives_logits and dense.shape[-1] > 1:
-            return distillation_loss(given, dense)
         return (given - dense).square().mean() / dense.square().mean().clamp_min(torch.finfo(dense.dtype).tiny)
 
-    @property
-    def _gives_logits(self) -> bool:
-        config = getattr(self._model, "config", None)
-        return getattr(config, "problem_type", None) != "regression" and hasattr(self._model, "num_labels")
+    def _gives_logits(self, outputs: Tensor) -> bool:
+        return hasattr(self._model, "num_labels") and gives_classes(self._model, outputs)
 
 
 class _Divergence(torch.autograd.Function):

@@ -13,7 +13,7 @@ from test_recovery import Adapted, Recording, Taught
 from test_resume import Repeatable
 
 from lit_prune import PruningError
-from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery
+from lit_prune.callbacks import Distillation, LearnedGates, LearningRateRewarmup, LoRARecovery
 
 
 class Odd(Repeatable):
@@ -34,6 +34,36 @@ class Odd(Repeatable):
         self.optimizer = Recording(self.parameters(), lr=0.01)
         self.optimizer.rates = []
         return self.optimizer
+
+
+class OddTaught(Taught):
+    """Fails in a training step after the cut."""
+
+    def training_step(self, batch, batch_idx):
+        result = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == 9:
+            raise ZeroDivisionError("odd")
+        return result
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [Distillation, lambda: Distillation(hidden_weight=1.0), LearningRateRewarmup, lambda: LearnedGates(steps=6)],
+    ids=["distillation", "hidden states", "warm-up", "gates"],
+)
+def test_an_error_leaves_no_hooks_and_holds_no_graphs(tmp_path, callback):
+    module, recovery = OddTaught(), callback()
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, pruning(step=6), recovery, module=module)
+    assert module.trainer.global_step == 9
+    assert "training_step" not in vars(module)
+    for part in module.modules():
+        # transformers leaves hooks of its own
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        assert not [h for h in hooks if h.__module__.startswith("lit_prune")]
+    for optimizer in module.trainer.optimizers:
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not getattr(recovery, "_terms", [])
 
 
 class Catching(Odd):
