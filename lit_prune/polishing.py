@@ -45,10 +45,15 @@ class Polishing:
         self._dense: list[list[Tensor]] = []
 
     def record_dense(self) -> None:
-        """Record what the model gives, which is still the dense one."""
-        if self._epochs:
+        """Record what the model gives, which is still the dense one. One that gives nothing to compare gets a warning."""
+        if not self._epochs:
+            return
+        try:
             with suspended_hooks(self._holder), together(self._ranks, "polishing"):
                 self._dense = record_outputs(self._model, self._data, self._root, self._ranks)
+        except UnsupportedModelError as error:
+            warnings.warn(f"Nothing will be polished: {error}", stacklevel=3)
+            self._epochs = 0
 
     def polish(self, group_sets: Sequence[GroupSet]) -> tuple[dict[str, Any], Callable[[], None]]:
         """Polish the model, which is pruned by now. One that cannot be polished gets a warning.

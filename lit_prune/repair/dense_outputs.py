@@ -31,13 +31,14 @@ class OutputReader:
         model: The model.
 
     Attributes:
+        head: Path of the output embeddings, or ``None``.
         calls: What the forward passes gave since the last :meth:`start_batch`: outputs of shape ``(..., features)``, each with a
             bool mask of its real positions, or ``None`` if all are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._head = _output_embeddings(model)
+        self.head = _output_embeddings(model)
         self._masks: TokenMasks | None = None
         self.calls: list[tuple[Tensor, Tensor | None]] = []
 
@@ -45,9 +46,9 @@ class OutputReader:
     def reading(self) -> Iterator[None]:
         """Read what is run within."""
         with contextlib.ExitStack() as stack:
-            if self._head is not None:
-                self._masks = stack.enter_context(TokenMasks(self._model, [self._head]))
-                head = self._model.get_submodule(self._head)
+            if self.head is not None:
+                self._masks = stack.enter_context(TokenMasks(self._model, [self.head]))
+                head = self._model.get_submodule(self.head)
                 stack.callback(head.register_forward_pre_hook(self._before_head).remove)
             else:
                 stack.callback(self._model.register_forward_hook(self._after_model, with_kwargs=True).remove)
@@ -77,8 +78,8 @@ class OutputReader:
         """
         given, dense = (x if mask is None else x[mask] for x in (given, dense))
         given, dense = given.reshape(-1, given.shape[-1]), dense.reshape(-1, dense.shape[-1])
-        if self._head is not None:
-            return _Divergence.apply(given, dense, self._model.get_submodule(self._head))
+        if self.head is not None:
+            return _Divergence.apply(given, dense, self._model.get_submodule(self.head))
         given, dense = given.to(accumulation_dtype(given.dtype)), dense.to(accumulation_dtype(dense.dtype))
         if self._gives_logits and dense.shape[-1] > 1:
             return distillation_loss(given, dense)
@@ -129,7 +130,7 @@ def record_outputs(
         A list for every batch, empty if it was skipped (by any process); as many as the process with the fewest has.
 
     Raises:
-        UnsupportedModelError: If the model gives no tensor of floating point numbers.
+        UnsupportedModelError: If the model gives no tensor of floating point numbers on any batch, or is never called itself.
     """
     reader = OutputReader(model)
     kept: list[list[Tensor]] = []
@@ -139,11 +140,17 @@ def record_outputs(
                 reader.start_batch(batch)
                 counts = run(batch) is not SKIPPED
                 kept.append([output.detach().cpu() for output, _ in reader.calls] if counts else [])
-    if ranks is None:
-        return kept
-    counted = ranks.gather([bool(outputs) for outputs in kept])
-    everywhere = [all(flags) for flags in zip(*counted, strict=False)]
-    return [outputs if counts else [] for outputs, counts in zip(kept, everywhere, strict=False)]
+    if ranks is not None:
+        counted = ranks.gather([bool(outputs) for outputs in kept])
+        everywhere = [all(flags) for flags in zip(*counted, strict=False)]
+        kept = [outputs if counts else [] for outputs, counts in zip(kept, everywhere, strict=False)]
+    if not any(kept):
+        called = type(model).__name__ + ("" if reader.head is None else f" and its output embeddings, {reader.head},")
+        raise UnsupportedModelError(
+            f"Of {len(kept)} calibration batches none gave an output to compare with the dense one: expected steps that call"
+            f" {called} and count, found none."
+        )
+    return kept
 
 
 def _output_embeddings(model: nn.Module) -> str | None:
@@ -156,7 +163,9 @@ def _output_embeddings(model: nn.Module) -> str | None:
 
 
 def _main_tensor(output: Any, name: str) -> Tensor:
-    """The logits of an output, or else its first tensor of floating point numbers.
+    """The logits of an output, or else its first tensor of floating point numbers, shape ``(..., features)``.
+
+    One of a single dimension, a number for every sample, has one feature; it counts where there is no other.
 
     Raises:
         UnsupportedModelError: If there is none.
@@ -165,9 +174,10 @@ def _main_tensor(output: Any, name: str) -> Tensor:
         values: list[Any] = [output[LOGITS]] if output.get(LOGITS) is not None else list(output.values())
     else:
         values = list(output) if isinstance(output, Sequence) else [output]
-    found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
-    if found is None:
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
+    if not tensors:
         raise UnsupportedModelError(
             f"{name} gave a {type(output).__name__} without a tensor of floating point numbers."
         )
-    return found
+    found = next((t for t in tensors if t.dim() > 1), tensors[0])
+    return found if found.dim() > 1 else found.unsqueeze(-1)

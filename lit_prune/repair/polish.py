@@ -146,8 +146,6 @@ class _Run:
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
         self._put_back = put_back
         counted = [number for number, outputs in enumerate(dense) if outputs]
-        if not counted:
-            raise CalibrationError("No calibration batch gave an output to polish towards; expected at least one.")
         self._counted = len(counted)
         self._held = {number for number in counted if held_back(number)}
         with torch.no_grad():

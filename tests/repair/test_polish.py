@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -144,6 +145,64 @@ def test_it_comes_closer_to_the_dense_model_also_on_other_batches(kind):
     least = mean_loss(loss, dense, held)
     assert min(losses) - least < 0.97 * (losses[0] - least)
     assert found[6] < 0.98 * found[0]
+
+
+class Squeezed(Perceptron):
+    """One number for every sample, in one dimension, and a loss beside it."""
+
+    def forward(self, x):
+        output = super().forward(x)[:, 0]
+        return output.square().mean(), output
+
+
+def test_an_output_of_one_dimension_has_one_feature():
+    torch.manual_seed(0)
+    dense, batches, found = Squeezed().eval(), numbers(16), {}
+    for epochs in (0, 6):
+        model = copy.deepcopy(dense)
+
+        def run(batch, model=model):
+            model(batch)
+
+        prune(model, batches, run, PruningConfig(**{**CUT, "importance": "wanda"}, polish_epochs=epochs))
+        pairs = [(model(b)[1], dense(b)[1]) for b in numbers(8, seed=2)]
+        found[epochs] = sum(((x - y).square().mean() / y.square().mean()).item() for x, y in pairs) / len(pairs)
+    assert found[6] < 0.98 * found[0]
+
+
+@dataclasses.dataclass
+class Wrapped:
+    value: torch.Tensor
+
+
+class Wrapping(Perceptron):
+    """Gives its numbers in an object that nothing outside knows."""
+
+    def forward(self, x):
+        return Wrapped(super().forward(x))
+
+
+NOTHING_TO_READ = {
+    "a part of the model is called, not the model": (perceptron, numbers, lambda m, b: m.layers(b).square().mean()),
+    "a loss of hidden states and the weights of the head": (
+        llama,
+        tokens,
+        lambda m, b: functional.cross_entropy(
+            (m.model(b).last_hidden_state @ m.lm_head.weight.T).flatten(0, 1), b.flatten()
+        ),
+    ),
+    "an output without tensors": (lambda: Wrapping().eval(), numbers, lambda m, b: m(b).value.square().mean()),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING_TO_READ)
+def test_a_model_without_an_output_to_compare_is_pruned_with_a_warning(kind):
+    build, batches_of, loss = NOTHING_TO_READ[kind]
+    model = build()
+    with pytest.warns(UserWarning, match="Nothing will be polished"):
+        _, plan = prune(model, batches_of(8), lambda b: loss(model, b), PruningConfig(**CUT, polish_epochs=1))
+    assert "polish" not in plan.info
+    assert plan.entries
 
 
 @pytest.mark.parametrize("importance", ["fisher", "auto"])
