@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.divergence import distillation_loss
-from lit_prune.calibration.evaluation import evaluation_mode, is_observed
+from lit_prune.calibration.evaluation import evaluation_mode, is_observed, unobserved
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
@@ -79,11 +79,18 @@ class OutputReader:
         given, dense = (x if mask is None else x[mask] for x in (given, dense))
         given, dense = given.reshape(-1, given.shape[-1]), dense.reshape(-1, dense.shape[-1])
         if self.head is not None:
-            return _Divergence.apply(given, dense, self._model.get_submodule(self.head))
+            return _Divergence.apply(given, dense, self._logits)
         given, dense = given.to(accumulation_dtype(given.dtype)), dense.to(accumulation_dtype(dense.dtype))
         if self._gives_logits and dense.shape[-1] > 1:
             return distillation_loss(given, dense)
         return (given - dense).square().mean() / dense.square().mean().clamp_min(torch.finfo(dense.dtype).tiny)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The logits of what the output embeddings read, in the precision of their weights: autocast is over by now."""
+        assert self.head is not None
+        head: Any = self._model.get_submodule(self.head)
+        with unobserved():
+            return head(states.to(head.weight.dtype))
 
     @property
     def _gives_logits(self) -> bool:
@@ -92,27 +99,29 @@ class OutputReader:
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence of the logits that output embeddings make, with the logits of some positions in memory at a time."""
+    """The divergence of the logits that a function makes, with the logits of some positions in memory at a time."""
 
     @staticmethod
-    def forward(context: Any, given: Tensor, dense: Tensor, head: nn.Module) -> Tensor:
+    def forward(context: Any, given: Tensor, dense: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        context.dtype, wide = given.dtype, accumulation_dtype(given.dtype)
         total = torch.zeros((), dtype=torch.float64, device=given.device)
         gradients = []
         for student, teacher in zip(given.detach().split(CHUNK), dense.split(CHUNK), strict=True):
-            student.requires_grad_()
+            # so that its gradient is not in 16 bits
+            student = student.to(wide).requires_grad_()
             with torch.no_grad():
-                wanted = head(teacher).float()
+                wanted = logits(teacher).float()
             with torch.enable_grad():
-                loss = distillation_loss(head(student).float(), wanted) * len(student)
+                loss = distillation_loss(logits(student).float(), wanted) * len(student)
                 gradients.append(torch.autograd.grad(loss, student)[0])
             total += loss.detach()
         context.save_for_backward(torch.cat(gradients) / len(given))
-        return (total / len(given)).to(accumulation_dtype(given.dtype))
+        return (total / len(given)).to(wide)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = context.saved_tensors
-        return (saved * gradients[0]).to(saved.dtype), None, None
+        return (saved * gradients[0]).to(context.dtype), None, None
 
 
 def record_outputs(

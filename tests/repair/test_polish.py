@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    OPTConfig,
+)
 
 from lit_prune import PruningConfig, prune
 from lit_prune.errors import CalibrationError
@@ -20,32 +28,24 @@ from lit_prune.repair.dense_outputs import OutputReader, record_outputs
 CUT = {"iterations": 1, "compensation": False, "importance": "magnitude", "pruning_ratio": 0.3, "ratio_of": "prunable"}
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+
+
 def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 def bert():
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-        num_labels=3,
-        initializer_range=0.2,
-    )
+    config = BertConfig(**SMALL, num_labels=3, initializer_range=0.2)
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
@@ -272,6 +272,41 @@ def test_the_gradient_of_the_difference_is_that_of_the_divergence(monkeypatch):
     torch.testing.assert_close(ours.float(), whole.detach())
     torch.testing.assert_close(gradient, wanted)
     assert (gradient[0, :3] == 0).all()
+
+
+def masked_bert():
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(BertConfig(**SMALL, initializer_range=0.2)).eval()
+
+
+def opt():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        do_layer_norm_before=False,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("build", [llama, masked_bert, opt])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_works_where_steps_cast_to_16_bits(build, dtype):
+    """What the output embeddings read there has another dtype than their weights in some models (a projection before them)."""
+    model = build()
+
+    def loss(batch):
+        with torch.autocast("cpu", dtype):
+            return model(input_ids=batch, labels=batch).loss
+
+    _, plan = prune(model, tokens(8), loss, PruningConfig(**CUT, polish_epochs=2))
+    assert all(math.isfinite(value) for value in plan.info["polish"])
+    assert len(set(plan.info["polish"])) > 1
 
 
 def test_padding_has_no_part_in_it():
