@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.divergence import distillation_loss
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed, unobserved
+from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.calibration.precision import accumulation_dtype
-from lit_prune.calibration.random_state import random_state_kept
+from lit_prune.calibration.random_state import random_state, random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks, output_mask
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import UnsupportedModelError
-from lit_prune.repair.passes import Data
+from lit_prune.repair.passes import Data, sample
+from lit_prune.torch_internals import tree_leaves
 
 LOGITS = "logits"
 # positions whose logits over a vocabulary are in memory at once
@@ -32,6 +35,8 @@ class OutputReader:
 
     Attributes:
         head: Path of the output embeddings, or ``None``.
+        inputs: Some values of every tensor that the model was called with first since the last :meth:`start_batch`, or of every
+            tensor in the batch where only parts of the model are called.
         calls: What the forward passes gave since the last :meth:`start_batch`: outputs of shape ``(..., features)``, each with a
             bool mask of its real positions, or ``None`` if all are.
     """
@@ -41,11 +46,14 @@ class OutputReader:
         self.head = _output_embeddings(model)
         self._masks: TokenMasks | None = None
         self.calls: list[tuple[Tensor, Tensor | None]] = []
+        self.inputs: list[Tensor] = []
+        self._called = False
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Read what is run within."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
             if self.head is not None:
                 self._masks = stack.enter_context(TokenMasks(self._model, [self.head]))
                 head = self._model.get_submodule(self.head)
@@ -57,8 +65,14 @@ class OutputReader:
     def start_batch(self, batch: Any) -> None:
         """Forget the batch before."""
         self.calls.clear()
+        self.inputs, self._called = _samples(batch), False
         if self._masks is not None:
             self._masks.start_batch(batch)
+
+    def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # what later calls are given may come from earlier outputs, which pruning changes
+        if is_observed() and not self._called:
+            self.inputs, self._called = _samples((args, kwargs)), True
 
     def _before_head(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if is_observed():
@@ -124,10 +138,43 @@ class _Divergence(torch.autograd.Function):
         return (saved * gradients[0]).to(context.dtype), None, None
 
 
+@dataclass(frozen=True)
+class DenseBatch:
+    """What the dense model gave on a batch.
+
+    Args:
+        outputs: Its outputs, by call, in CPU memory; none if the batch was skipped, by any process.
+        inputs: What :class:`OutputReader` keeps of what the model was called with.
+        rewind: Puts the global random numbers where they were after the batch.
+    """
+
+    outputs: list[Tensor]
+    inputs: list[Tensor]
+    rewind: Callable[[], None]
+
+    def is_like(self, calls: Sequence[tuple[Tensor, Any]], inputs: Sequence[Tensor]) -> bool:
+        """Whether a batch is this one, by the shapes of what the model gives and the values of what it is called with."""
+        shapes = [output.shape for output, _ in calls] == [output.shape for output in self.outputs]
+        return shapes and len(inputs) == len(self.inputs) and all(map(_is_same, inputs, self.inputs))
+
+
+@dataclass(frozen=True)
+class DenseOutputs:
+    """What the dense model gave on the calibration batches.
+
+    Args:
+        batches: By batch; as many as the process with the fewest has.
+        rewind: Puts the global random numbers where they were before the first batch was asked for.
+    """
+
+    batches: list[DenseBatch]
+    rewind: Callable[[], None]
+
+
 def record_outputs(
     model: nn.Module, data: Data, root: nn.Module | None = None, ranks: Ranks | None = None
-) -> list[list[Tensor]]:
-    """Run the batches and keep what the model gives, by batch and call, in CPU memory.
+) -> DenseOutputs:
+    """Run the batches and keep what the model gives.
 
     Args:
         model: The model.
@@ -135,31 +182,42 @@ def record_outputs(
         root: The module that holds the model, if the function runs more than the model.
         ranks: The processes of a distributed run, each with batches of its own.
 
-    Returns:
-        A list for every batch, empty if it was skipped (by any process); as many as the process with the fewest has.
-
     Raises:
         UnsupportedModelError: If the model gives no tensor of floating point numbers on any batch, or is never called itself.
     """
     reader = OutputReader(model)
-    kept: list[list[Tensor]] = []
+    kept: list[DenseBatch] = []
+    rewind = random_state()
     with random_state_kept(), data() as (batches, run), reader.reading(), torch.no_grad():
         with evaluation_mode(model if root is None else root):
             for batch in batches:
                 reader.start_batch(batch)
                 counts = run(batch) is not SKIPPED
-                kept.append([output.detach().cpu() for output, _ in reader.calls] if counts else [])
+                outputs = [output.detach().cpu() for output, _ in reader.calls] if counts else []
+                kept.append(DenseBatch(outputs, reader.inputs, random_state()))
     if ranks is not None:
-        counted = ranks.gather([bool(outputs) for outputs in kept])
+        counted = ranks.gather([bool(batch.outputs) for batch in kept])
         everywhere = [all(flags) for flags in zip(*counted, strict=False)]
-        kept = [outputs if counts else [] for outputs, counts in zip(kept, everywhere, strict=False)]
-    if not any(kept):
+        kept = [b if counts else replace(b, outputs=[]) for b, counts in zip(kept, everywhere, strict=False)]
+    if not any(batch.outputs for batch in kept):
         called = type(model).__name__ + ("" if reader.head is None else f" and its output embeddings, {reader.head},")
         raise UnsupportedModelError(
             f"Of {len(kept)} calibration batches none gave an output to compare with the dense one: expected steps that call"
             f" {called} and count, found none."
         )
-    return kept
+    return DenseOutputs(kept, rewind)
+
+
+def _samples(values: Any) -> list[Tensor]:
+    """Some values of every tensor in a nesting, in CPU memory."""
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [sample(leaf).cpu() for leaf in leaves if leaf.layout == torch.strided and not leaf.is_nested]
+
+
+def _is_same(found: Tensor, known: Tensor) -> bool:
+    if not known.is_floating_point():
+        return torch.equal(found, known)
+    return relative_difference(found, known) <= tolerance(known.dtype)
 
 
 def _output_embeddings(model: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.repair.dense_outputs import OutputReader
+from lit_prune.repair.dense_outputs import DenseOutputs, OutputReader
 from lit_prune.repair.passes import Data
 
 # how far Adam may move a weight in all steps together, as a share of the weights' root mean square
@@ -38,7 +38,7 @@ def polish(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
     data: Data,
-    dense: Sequence[Sequence[Tensor]],
+    dense: DenseOutputs,
     epochs: int,
     *,
     root: nn.Module | None = None,
@@ -136,7 +136,7 @@ class _Run:
         model: nn.Module,
         trained: Sequence[nn.Parameter],
         data: Data,
-        dense: Sequence[Sequence[Tensor]],
+        dense: DenseOutputs,
         root: nn.Module | None,
         ranks: Ranks | None,
         held_back: Callable[[int], bool],
@@ -145,7 +145,7 @@ class _Run:
         self._reader = OutputReader(model)
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
         self._put_back = put_back
-        counted = [number for number, outputs in enumerate(dense) if outputs]
+        counted = [number for number, batch in enumerate(dense.batches) if batch.outputs]
         self._counted = len(counted)
         self._held = {number for number in counted if held_back(number)}
         with torch.no_grad():
@@ -192,27 +192,33 @@ class _Run:
 
     def _run(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Run the batches that are wanted; give their numbers, the mean difference of their calls and their loss."""
-        with self._data() as (batches, run), contextlib.ExitStack() as stack:
+        known = self._dense.batches
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            self._dense.rewind()
+            batches, run = stack.enter_context(self._data())
             # whoever gives the batches expects that those who run them leave the weights alone
             stack.callback(self._put_back)
             stack.enter_context(self._reader.reading())
             for number, batch in enumerate(batches):
-                if number >= len(self._dense):
+                if number >= len(known):
                     return
-                if not self._dense[number] or not wanted(number):
+                if not known[number].outputs or not wanted(number):
+                    # the batches behind it draw what they drew behind it then
+                    known[number].rewind()
                     continue
                 # now, as what a step writes into its weights is undone only when the next batch is asked for
                 self._write(self._masters)
                 self._reader.start_batch(batch)
                 given = run(batch)
                 loss = given.detach().float().mean() if isinstance(given, Tensor) else None
-                calls, dense = list(self._reader.calls), self._dense[number]
+                calls = list(self._reader.calls)
                 del given
-                if len(calls) != len(dense) or any(c.shape != d.shape for (c, _), d in zip(calls, dense, strict=True)):
+                if not known[number].is_like(calls, self._reader.inputs):
                     raise self._others(number)
                 differences = [
                     self._reader.difference(outputs, target.to(outputs.device), mask)
-                    for (outputs, mask), target in zip(calls, dense, strict=True)
+                    for (outputs, mask), target in zip(calls, known[number].outputs, strict=True)
                 ]
                 yield number, torch.stack(differences).mean(), loss
 
@@ -240,6 +246,7 @@ class _Run:
     @staticmethod
     def _others(number: int) -> CalibrationError:
         return CalibrationError(
-            f"Calibration batch {number} is not what it was when the dense model ran: polishing needs the same batches in"
-            " every pass. Use polish_epochs=0, or a loader without augmentation."
+            f"Calibration batch {number} is not what it was when the dense model ran (what the model is called with, or the"
+            " shape of what it gives, differs): polishing needs the same batches in every pass. Use polish_epochs=0, or a"
+            " loader that gives the same batches in the same order every time that it is iterated."
         )

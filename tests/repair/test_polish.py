@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -324,7 +327,7 @@ def test_padding_has_no_part_in_it():
             reader.start_batch(batch)
             model(**batch)
             ((states, real),) = reader.calls
-            results.append(float(reader.difference(states, outputs[0][0], real)))
+            results.append(float(reader.difference(states, outputs.batches[0].outputs[0], real)))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
@@ -352,19 +355,80 @@ def test_a_failure_leaves_the_model_as_it_was(kind):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_batches_that_change_between_passes_are_refused():
-    model = llama()
-    shapes = iter(range(4, 40))
+class Lengthening:
+    """Batches of other shapes every time."""
 
-    class Changing:
-        def __iter__(self):
-            yield from (torch.randint(0, 64, (2, next(shapes))) for _ in range(4))
+    def __init__(self, batches):
+        self.shapes = iter(range(4, 40))
 
-    config = PruningConfig(**CUT, repair=None, polish_epochs=1)
+    def __iter__(self):
+        yield from (torch.randint(0, 64, (2, next(self.shapes))) for _ in range(8))
+
+
+class ReadOn:
+    """A stream, as from a socket, that goes on where it was."""
+
+    def __init__(self, batches):
+        self.batches = iter(tokens(200))
+
+    def __iter__(self):
+        return itertools.islice(self.batches, 8)
+
+
+def shuffled(batches):
+    return DataLoader(batches, None, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+OTHERS = {
+    "shapes": (Lengthening, lambda m, b: m(input_ids=b, labels=b).loss),
+    "a stream": (ReadOn, lambda m, b: m(input_ids=b, labels=b).loss),
+    "a generator of its own": (shuffled, lambda m, b: m(input_ids=b, labels=b).loss),
+    "only parts of the model are called": (
+        shuffled,
+        lambda m, b: m.lm_head(m.model(b).last_hidden_state).logsumexp(-1).mean(),
+    ),
+    "embeddings in float": (
+        shuffled,
+        lambda m, b: m(inputs_embeds=functional.one_hot(b % 32, 32).float(), labels=b).loss,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_batches_that_change_between_passes_are_refused(kind):
+    loader, loss = OTHERS[kind]
+    model, batches = llama(), loader(tokens(8))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CalibrationError, match="polish_epochs=0"):
-        prune(model, Changing(), lambda b: model(input_ids=b, labels=b).loss, config)
+        prune(model, batches, lambda b: loss(model, b), PruningConfig(**CUT, repair=None, polish_epochs=1))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def masked(model, batch):
+    """A step that draws what it masks, as long as the batch is."""
+    hidden = torch.rand(batch.shape) < 0.15
+    return model(input_ids=batch.masked_fill(hidden, 0), labels=batch).loss
+
+
+def test_a_step_that_draws_random_numbers_draws_the_same_in_every_pass():
+    model = llama()
+    _, plan = prune(model, tokens(16), lambda b: masked(model, b), PruningConfig(**CUT, polish_epochs=2))
+    assert len(plan.info["polish"]) == 3
+
+
+def test_a_loader_that_shuffles_by_the_global_random_numbers_gives_one_order_in_every_pass():
+    batches, found = DataLoader(written(8), None, shuffle=True), []
+    for fixed in (True, False):
+        model = llama()
+        torch.manual_seed(3)
+        order = list(batches) if fixed else batches
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        loss = partial(CASES["llama"][2], model)
+        _, plan = prune(model, order, loss, PruningConfig(**CUT, polish_epochs=2))
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(plan.info["polish"])
+    assert found[0] == found[1]
 
 
 def test_weights_of_16_bits_take_steps_smaller_than_they_tell_apart():
