@@ -25,10 +25,15 @@ from lit_prune.torch_internals import tree_leaves
 LOGITS = "logits"
 # positions whose logits over a vocabulary are in memory at once
 CHUNK = 1024
+# positions whose logits are looked at to know whether they are what the output embeddings gave
+_ROWS = 16
 
 
 class OutputReader:
     """Reads what a model gives: what its output embeddings read, where it has any, or else its output.
+
+    That the logits are what the output embeddings make of it, or a multiple of that, is looked at in the first call of the
+    model; where they are something else (they may be capped), the logits themselves are read.
 
     Args:
         model: The model.
@@ -48,6 +53,9 @@ class OutputReader:
         self.calls: list[tuple[Tensor, Tensor | None]] = []
         self.inputs: list[Tensor] = []
         self._called = False
+        # what the output embeddings gave in this call of the model; None once it is known what becomes of it
+        self._made: list[_Rows] | None = []
+        self._scale, self._reads_logits = 1.0, False
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -58,31 +66,57 @@ class OutputReader:
                 self._masks = stack.enter_context(TokenMasks(self._model, [self.head]))
                 head = self._model.get_submodule(self.head)
                 stack.callback(head.register_forward_pre_hook(self._before_head).remove)
-            else:
-                stack.callback(self._model.register_forward_hook(self._after_model, with_kwargs=True).remove)
+                stack.callback(head.register_forward_hook(self._after_head).remove)
+            stack.callback(self._model.register_forward_hook(self._after_model, with_kwargs=True).remove)
             yield
 
     def start_batch(self, batch: Any) -> None:
         """Forget the batch before."""
         self.calls.clear()
         self.inputs, self._called = _samples(batch), False
+        if self._made:
+            self._made.clear()
         if self._masks is not None:
             self._masks.start_batch(batch)
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_observed():
+            return
+        if self._made:
+            self._made.clear()
         # what later calls are given may come from earlier outputs, which pruning changes
-        if is_observed() and not self._called:
+        if not self._called:
             self.inputs, self._called = _samples((args, kwargs)), True
 
     def _before_head(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if is_observed():
+        if is_observed() and not self._reads_logits:
             assert self._masks is not None
             self.calls.append((args[0], self._masks.of(args[0])))
 
+    def _after_head(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if is_observed() and self._made is not None:
+            self._made.append(_Rows.of(output))
+
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_observed():
+        if not is_observed():
+            return
+        if self.head is not None and self._made:
+            self._look_behind_head(self._made, _tensor_in(output))
+        if self.head is None or self._reads_logits:
             found = _main_tensor(output, type(module).__name__)
             self.calls.append((found, output_mask(module, args, kwargs, found.shape[:-1])))
+
+    def _look_behind_head(self, made: Sequence[_Rows], logits: Tensor | None) -> None:
+        """Find out what a model makes of the output of its output embeddings, where both can be compared."""
+        self._made = None
+        if len(made) > 1 or logits is None or logits.shape != made[0].shape:
+            return
+        scale = made[0].scale_of(logits)
+        if scale is None:
+            self._reads_logits = True
+            self.calls.clear()
+        else:
+            self._scale = scale
 
     def difference(self, given: Tensor, dense: Tensor, mask: Tensor | None) -> Tensor:
         """How far one output is from the dense one, a scalar with gradients for ``given``.
@@ -100,16 +134,52 @@ class OutputReader:
         return (given - dense).square().mean() / dense.square().mean().clamp_min(torch.finfo(dense.dtype).tiny)
 
     def _logits(self, states: Tensor) -> Tensor:
-        """The logits of what the output embeddings read, in the precision of their weights: autocast is over by now."""
+        """The logits of what was read."""
+        if self._reads_logits:
+            return states
         assert self.head is not None
         head: Any = self._model.get_submodule(self.head)
         with unobserved():
-            return head(states.to(head.weight.dtype))
+            # the autocast of the step is over, which may have cast the states to another dtype than that of the weights
+            return self._scale * head(states.to(head.weight.dtype))
 
     @property
     def _gives_logits(self) -> bool:
         config = getattr(self._model, "config", None)
         return getattr(config, "problem_type", None) != "regression" and hasattr(self._model, "num_labels")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The features of some positions of an output.
+
+    Args:
+        shape: Shape of the whole output.
+        values: Shape ``(positions, features)``, in double precision.
+        dtype: What it was in.
+    """
+
+    shape: torch.Size
+    values: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, output: Tensor) -> _Rows:
+        """Copy the rows of an output, shape ``(..., features)``."""
+        rows = output.detach().reshape(-1, output.shape[-1])
+        return cls(
+            output.shape, rows[:: max(1, -(-len(rows) // _ROWS))].to("cpu", torch.float64, copy=True), output.dtype
+        )
+
+    def scale_of(self, output: Tensor) -> float | None:
+        """The number that an output of the same shape is this one times, or ``None`` if there is none."""
+        other = _Rows.of(output)
+        finite = self.values.isfinite() & other.values.isfinite()
+        mine, others = self.values[finite], other.values[finite]
+        scale = float((mine * others).sum() / mine.square().sum().clamp_min(torch.finfo(mine.dtype).tiny))
+        # a product is rounded once
+        within = max(1e-5, torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps)
+        return scale if relative_difference(scale * self.values, other.values) <= within else None
 
 
 class _Divergence(torch.autograd.Function):
@@ -165,10 +235,12 @@ class DenseOutputs:
     Args:
         batches: By batch; as many as the process with the fewest has.
         rewind: Puts the global random numbers where they were before the first batch was asked for.
+        reader: What read them; it reads the same of the model when it is pruned.
     """
 
     batches: list[DenseBatch]
     rewind: Callable[[], None]
+    reader: OutputReader
 
 
 def record_outputs(
@@ -205,7 +277,7 @@ def record_outputs(
             f"Of {len(kept)} calibration batches none gave an output to compare with the dense one: expected steps that call"
             f" {called} and count, found none."
         )
-    return DenseOutputs(kept, rewind)
+    return DenseOutputs(kept, rewind, reader)
 
 
 def _samples(values: Any) -> list[Tensor]:
@@ -230,12 +302,23 @@ def _output_embeddings(model: nn.Module) -> str | None:
 
 
 def _main_tensor(output: Any, name: str) -> Tensor:
-    """The logits of an output, or else its first tensor of floating point numbers, shape ``(..., features)``.
-
-    One of a single dimension, a number for every sample, has one feature; it counts where there is no other.
+    """What :func:`_tensor_in` finds in an output.
 
     Raises:
         UnsupportedModelError: If there is none.
+    """
+    found = _tensor_in(output)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{name} gave a {type(output).__name__} without a tensor of floating point numbers."
+        )
+    return found
+
+
+def _tensor_in(output: Any) -> Tensor | None:
+    """The logits of an output, or else its first tensor of floating point numbers, shape ``(..., features)``.
+
+    One of a single dimension, a number for every sample, has one feature; it counts where there is no other.
     """
     if isinstance(output, Mapping):
         values: list[Any] = [output[LOGITS]] if output.get(LOGITS) is not None else list(output.values())
@@ -243,8 +326,6 @@ def _main_tensor(output: Any, name: str) -> Tensor:
         values = list(output) if isinstance(output, Sequence) else [output]
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
     if not tensors:
-        raise UnsupportedModelError(
-            f"{name} gave a {type(output).__name__} without a tensor of floating point numbers."
-        )
+        return None
     found = next((t for t in tensors if t.dim() > 1), tensors[0])
     return found if found.dim() > 1 else found.unsqueeze(-1)

@@ -25,7 +25,7 @@ from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.repair.dense_outputs import DenseOutputs, OutputReader
+from lit_prune.repair.dense_outputs import DenseOutputs
 from lit_prune.repair.passes import Data
 
 # how far Adam may move a weight in all steps together, as a share of the weights' root mean square
@@ -84,7 +84,7 @@ def polish(
             for parameter, old in zip(trained, before, strict=True):
                 parameter.copy_(old)
 
-    run = _Run(model, trained, data, dense, root, ranks, held_back, undo)
+    run = _Run(trained, data, dense, root, ranks, held_back, undo)
     try:
         with _only_trained(model if root is None else root, trained):
             return run.train(epochs, movement), undo
@@ -133,7 +133,6 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
         trained: Sequence[nn.Parameter],
         data: Data,
         dense: DenseOutputs,
@@ -142,7 +141,7 @@ class _Run:
         held_back: Callable[[int], bool],
         put_back: Callable[[], None],
     ) -> None:
-        self._reader = OutputReader(model)
+        self._reader = dense.reader
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
         self._put_back = put_back
         counted = [number for number, batch in enumerate(dense.batches) if batch.outputs]

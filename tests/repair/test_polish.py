@@ -19,7 +19,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
 )
 
@@ -117,8 +124,8 @@ def distance(model, dense, batches, kind):
     pairs = [(given(model, b), given(dense, b)) for b in batches]
     if kind == "perceptron":
         return sum(((x - y).square().mean() / y.square().mean()).item() for x, y in pairs) / len(pairs)
-    found = [torch.distributions.Categorical(logits=y) for _, y in pairs]
-    pruned = [torch.distributions.Categorical(logits=x) for x, _ in pairs]
+    found = [torch.distributions.Categorical(logits=y.float()) for _, y in pairs]
+    pruned = [torch.distributions.Categorical(logits=x.float()) for x, _ in pairs]
     return sum(torch.distributions.kl_divergence(d, p).mean().item() for d, p in zip(found, pruned, strict=True)) / len(
         pairs
     )
@@ -275,6 +282,75 @@ def test_the_gradient_of_the_difference_is_that_of_the_divergence(monkeypatch):
     torch.testing.assert_close(ours.float(), whole.detach())
     torch.testing.assert_close(gradient, wanted)
     assert (gradient[0, :3] == 0).all()
+
+
+def granite():
+    torch.manual_seed(0)
+    return GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=16.0, initializer_range=0.2)).eval()
+
+
+def cohere():
+    torch.manual_seed(0)
+    return CohereForCausalLM(CohereConfig(**SMALL, bos_token_id=1, eos_token_id=2, initializer_range=0.2)).eval()
+
+
+def gemma():
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, num_key_value_heads=4, head_dim=8, final_logit_softcapping=3.0)
+    model = Gemma2ForCausalLM(config).eval()
+    model.lm_head.weight.data.mul_(20)
+    return model
+
+
+class ScaledInPlace(LlamaForCausalLM):
+    """Logits that are written over what the head gave."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits.mul_(0.25)
+        return output
+
+
+def scaled_in_place():
+    torch.manual_seed(0)
+    return ScaledInPlace(LlamaConfig(**SMALL, initializer_range=0.2)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("build", "features"), [(llama, 32), (granite, 32), (cohere, 32), (scaled_in_place, 32), (gemma, 64)]
+)
+def test_what_a_model_does_to_the_output_of_its_head_is_part_of_the_difference(build, features, dtype):
+    model, batches = build().to(dtype), tokens(3)
+    dense = copy.deepcopy(model)
+    recorded = record_outputs(
+        model, lambda: contextlib.nullcontext((batches, lambda b: model(input_ids=b, labels=b).loss))
+    )
+    assert [b.outputs[0].shape[-1] for b in recorded.batches] == [features] * 3
+    for name, parameter in model.named_parameters():
+        if "layers" in name:
+            parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
+    reader = recorded.reader
+    for batch, known in zip(batches, recorded.batches, strict=True):
+        with reader.reading(), torch.no_grad():
+            reader.start_batch(batch)
+            model(input_ids=batch)
+        ((states, mask),) = reader.calls
+        found = float(reader.difference(states, known.outputs[0], mask))
+        wanted = distance(model, dense, [batch], "language model")
+        # the logits of a model in 16 bits are rounded once more
+        assert found == pytest.approx(wanted, rel=1e-3 if dtype == torch.float32 else 0.05)
+        assert wanted > 1e-4
+
+
+def test_capped_logits_are_polished():
+    dense, batches, others, found = gemma(), tokens(16), tokens(8, seed=2), {}
+    for epochs in (0, 6):
+        model = copy.deepcopy(dense)
+        config = PruningConfig(**{**CUT, "importance": "wanda"}, polish_epochs=epochs)
+        prune(model, batches, lambda b, model=model: model(input_ids=b) and None, config)
+        found[epochs] = distance(model, dense, others, "language model")
+    assert found[6] < 0.98 * found[0]
 
 
 def masked_bert():
