@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
@@ -180,7 +180,8 @@ class _Run:
             with torch.enable_grad():
                 for number, difference, _ in self._run(lambda n: n not in self._held):
                     self._finite(difference, number)
-                    gradients = torch.autograd.grad(difference, self._trained, allow_unused=True)
+                    # whoever scales losses, as for float16, divides the gradients of parameters by it
+                    gradients = torch.autograd.grad(difference * loss_scale(), self._trained, allow_unused=True)
                     self._step(optimizer, schedule, gradients)
         measured = []
         with torch.no_grad():

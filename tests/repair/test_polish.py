@@ -31,9 +31,13 @@ from transformers import (
 )
 
 from lit_prune import PruningConfig, prune
+from lit_prune.architectures import find_group_sets
+from lit_prune.calibration.precision import scaled_loss
+from lit_prune.detection import find_or_trace
 from lit_prune.errors import CalibrationError
 from lit_prune.repair import dense_outputs
 from lit_prune.repair.dense_outputs import OutputReader, record_outputs
+from lit_prune.repair.polish import polish
 
 CUT = {"iterations": 1, "compensation": False, "importance": "magnitude", "pruning_ratio": 0.3, "ratio_of": "prunable"}
 
@@ -386,6 +390,33 @@ def test_it_works_where_steps_cast_to_16_bits(build, dtype):
     _, plan = prune(model, tokens(8), loss, PruningConfig(**CUT, polish_epochs=2))
     assert all(math.isfinite(value) for value in plan.info["polish"])
     assert len(set(plan.info["polish"])) > 1
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_losses_that_come_scaled_do_not_change_the_steps(kind):
+    """As in float16, where a hook of every parameter divides its gradient again."""
+    build, batches_of, loss = CASES[kind]
+    weights = {}
+    for scale in (1.0, 2.0**20):
+        model, batches = build(), batches_of(4)
+
+        @contextlib.contextmanager
+        def data(model=model, batches=batches, scale=scale):
+            handles = [p.register_hook(lambda g: g / scale) for p in model.parameters() if p.requires_grad]
+            with scaled_loss(scale):
+                yield batches, partial(loss, model)
+            for handle in handles:
+                handle.remove()
+
+        outputs = record_outputs(model, data)
+        found = find_or_trace(model, batches, partial(loss, model))
+        sets = find_group_sets(model) if found is None else found
+        read = {part.parameter for group_set in sets for part in group_set.repairable}
+        for name in read:
+            model.get_parameter(name).data[:, ::2] *= 1.001
+        polish(model, sets, data, outputs, 2)
+        weights[scale] = [model.get_parameter(name).detach() for name in sorted(read)]
+    torch.testing.assert_close(weights[1.0], weights[2.0**20], rtol=1e-5, atol=1e-7)
 
 
 def test_padding_has_no_part_in_it():
