@@ -63,9 +63,9 @@ def polish(
         ranks: The processes of a distributed run, each with batches of its own.
         held_back: Whether a batch, by its number from 0, is not trained on but decides when to stop. The weights should not have
             been fitted to it before.
-        movement: Sum of the learning rates of all steps, as a share of the root mean square of each weight: how far Adam
-            moves a weight at most, about, whatever the number of batches; less if steps are so few that one would move it by
-            more than 0.005.
+        movement: Sum of the learning rates of all steps, as a share of the root mean square of each weight (of its layer's weight
+            for a bias of zeros): how far Adam moves a weight at most, about, whatever the number of batches; less if steps are
+            so few that one would move it by more than 0.005.
 
     Returns:
         The mean loss of the held-back batches before the first and after each pass, and a function that puts the weights back.
@@ -155,8 +155,13 @@ class _Run:
         steps = epochs * (self._counted - len(self._held))
         # the mean of the schedule is one half
         rate = min(2 * movement / max(1, steps), LARGEST_STEP)
+        sizes: list[float] = []
+        for master in self._masters:
+            size = master.square().mean().sqrt().item()
+            # a bias of zeros has no size of its own; its layer's weight comes before it
+            sizes.append(sizes[-1] if size == 0 and master.dim() == 1 and sizes else size)
         optimizer = torch.optim.Adam(
-            [{"params": [m], "lr": rate * m.square().mean().sqrt().item()} for m in self._masters]
+            [{"params": [m], "lr": rate * size} for m, size in zip(self._masters, sizes, strict=True)]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))

@@ -538,6 +538,33 @@ def test_a_loader_that_shuffles_by_the_global_random_numbers_gives_one_order_in_
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("build", "batches_of"), [(bert, tokens), (opt, tokens), (perceptron, numbers)])
+def test_biases_of_zeros_are_trained(build, batches_of):
+    model = build()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+
+    def run(batch):
+        model(batch)
+
+    config = PruningConfig(**{**CUT, "importance": "wanda"}, repair=None, polish_epochs=1)
+    prune(model, batches_of(7), run, config)
+    names = (
+        {"layers.2.bias"}
+        if build is perceptron
+        else {
+            f"{name}.bias"
+            for name, _ in model.named_modules()
+            if name.endswith(("attention.output.dense", "output.dense", "out_proj", "fc2")) and "pooler" not in name
+        }
+    )
+    assert names
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert bool(parameter.any()) == (name in names or name == "layers.4.bias"), name
+
+
 def test_weights_of_16_bits_take_steps_smaller_than_they_tell_apart():
     batches, dense = tokens(16), llama().to(torch.bfloat16)
     found = {}
