@@ -22,6 +22,7 @@ from lit_prune.budgeting import correct_goals, find_goals, with_measured, with_t
 from lit_prune.budgets.goals import Goals
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.calibration.module_checks import check_computation
+from lit_prune.calibration.random_state import same_random_numbers
 from lit_prune.calibration.statistics import Statistics
 from lit_prune.config import PruningConfig
 from lit_prune.costs import Costs
@@ -131,7 +132,8 @@ def prune(
 
     Args:
         model: The model, or a module that holds one; cut in place.
-        batches: Calibration batches; iterated several times, so not an iterator.
+        batches: Calibration batches; iterated several times, so not an iterator. The global random numbers are the same every
+            time, so that a loader may shuffle by them; one with a generator of its own that shuffles has to be a list first.
         loss_fn: Runs one batch through the model and returns its loss.
         config: The configuration.
         optimizers: Optimizers over the model's parameters; their state is pruned, too.
@@ -146,7 +148,8 @@ def prune(
     Raises:
         ArgumentError: If the batches are an iterator, which can be read only once.
         BudgetError: If the ratio cannot be reached under the limits, before any work is done.
-        CalibrationError: If calibration met a loss or gradient that is not finite, or no data.
+        CalibrationError: If calibration met a loss or gradient that is not finite, or no data, or if a model that is polished
+            sees other batches than before.
         TypeError: If the batches are an iterator.
         UnsupportedModelError: If nothing in the model can be pruned.
 
@@ -174,7 +177,7 @@ def prune(
                 bar.known(count)
             return prune_with(
                 inner,
-                lambda _: contextlib.nullcontext((bar.batches(batches) if progress else batches, loss_fn)),
+                same_random_numbers(lambda _: (bar.batches(batches) if progress else batches, loss_fn)),
                 config,
                 optimizers,
                 root=model,

@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.architectures.adaptations import nothing_to_undo
 from lit_prune.distributed.ranks import Ranks, together
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.repair.dense_outputs import record_outputs
+from lit_prune.repair.dense_outputs import DenseOutputs, record_outputs
 from lit_prune.repair.passes import Data
 from lit_prune.repair.polish import polish
 from lit_prune.surgery.references import suspended_hooks
@@ -42,13 +42,17 @@ class Polishing:
     ) -> None:
         self._model, self._data, self._epochs, self._root, self._ranks = model, data, epochs, root, ranks
         self._held_back = held_back
-        self._dense: list[list[Tensor]] = []
+        self._dense: DenseOutputs | None = None
 
     def record_dense(self) -> None:
-        """Record what the model gives, which is still the dense one."""
-        if self._epochs:
+        """Record what the model gives, which is still the dense one. One that gives nothing to compare gets a warning."""
+        if not self._epochs:
+            return
+        try:
             with suspended_hooks(self._holder), together(self._ranks, "polishing"):
                 self._dense = record_outputs(self._model, self._data, self._root, self._ranks)
+        except UnsupportedModelError as error:
+            warnings.warn(f"Nothing will be polished: {error}", stacklevel=3)
 
     def polish(self, group_sets: Sequence[GroupSet]) -> tuple[dict[str, Any], Callable[[], None]]:
         """Polish the model, which is pruned by now. One that cannot be polished gets a warning.
@@ -60,7 +64,7 @@ class Polishing:
             What the plan says of it: ``"polish"``, the loss of held-back batches before the first and after each pass; and a
             function that undoes it.
         """
-        if not self._epochs:
+        if self._dense is None:
             return {}, nothing_to_undo
         try:
             with suspended_hooks(self._holder), together(self._ranks, "polishing"):

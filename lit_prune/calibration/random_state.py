@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def random_state() -> Callable[[], None]:
@@ -37,3 +40,19 @@ def random_state_kept() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def same_random_numbers(give: Callable[[str], T]) -> Callable[[str], contextlib.AbstractContextManager[T]]:
+    """Return a function that gives what another one does, in a context that starts with the random numbers of right now.
+
+    The states of the global random number generators are put back when such a context ends.
+    """
+    rewind = random_state()
+
+    @contextlib.contextmanager
+    def given(what: str) -> Iterator[T]:
+        with random_state_kept():
+            rewind()
+            yield give(what)
+
+    return given

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.precision import accumulation_dtype
+from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import GroupSet
-from lit_prune.repair.dense_outputs import OutputReader
+from lit_prune.repair.dense_outputs import DenseOutputs
 from lit_prune.repair.passes import Data
 
 # how far Adam may move a weight in all steps together, as a share of the weights' root mean square
@@ -38,7 +38,7 @@ def polish(
     model: nn.Module,
     group_sets: Sequence[GroupSet],
     data: Data,
-    dense: Sequence[Sequence[Tensor]],
+    dense: DenseOutputs,
     epochs: int,
     *,
     root: nn.Module | None = None,
@@ -63,9 +63,9 @@ def polish(
         ranks: The processes of a distributed run, each with batches of its own.
         held_back: Whether a batch, by its number from 0, is not trained on but decides when to stop. The weights should not have
             been fitted to it before.
-        movement: Sum of the learning rates of all steps, as a share of the root mean square of each weight: how far Adam
-            moves a weight at most, about, whatever the number of batches; less if steps are so few that one would move it by
-            more than 0.005.
+        movement: Sum of the learning rates of all steps, as a share of the root mean square of each weight (of its layer's weight
+            for a bias of zeros): how far Adam moves a weight at most, about, whatever the number of batches; less if steps are
+            so few that one would move it by more than 0.005.
 
     Returns:
         The mean loss of the held-back batches before the first and after each pass, and a function that puts the weights back.
@@ -84,7 +84,7 @@ def polish(
             for parameter, old in zip(trained, before, strict=True):
                 parameter.copy_(old)
 
-    run = _Run(model, trained, data, dense, root, ranks, held_back, undo)
+    run = _Run(trained, data, dense, root, ranks, held_back, undo)
     try:
         with _only_trained(model if root is None else root, trained):
             return run.train(epochs, movement), undo
@@ -133,21 +133,18 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
         trained: Sequence[nn.Parameter],
         data: Data,
-        dense: Sequence[Sequence[Tensor]],
+        dense: DenseOutputs,
         root: nn.Module | None,
         ranks: Ranks | None,
         held_back: Callable[[int], bool],
         put_back: Callable[[], None],
     ) -> None:
-        self._reader = OutputReader(model)
+        self._reader = dense.reader
         self._trained, self._data, self._dense, self._ranks = trained, data, dense, ranks
         self._put_back = put_back
-        counted = [number for number, outputs in enumerate(dense) if outputs]
-        if not counted:
-            raise CalibrationError("No calibration batch gave an output to polish towards; expected at least one.")
+        counted = [number for number, batch in enumerate(dense.batches) if batch.outputs]
         self._counted = len(counted)
         self._held = {number for number in counted if held_back(number)}
         with torch.no_grad():
@@ -158,8 +155,13 @@ class _Run:
         steps = epochs * (self._counted - len(self._held))
         # the mean of the schedule is one half
         rate = min(2 * movement / max(1, steps), LARGEST_STEP)
+        sizes: list[float] = []
+        for master in self._masters:
+            size = master.square().mean().sqrt().item()
+            # a bias of zeros has no size of its own; its layer's weight comes before it
+            sizes.append(sizes[-1] if size == 0 and master.dim() == 1 and sizes else size)
         optimizer = torch.optim.Adam(
-            [{"params": [m], "lr": rate * m.square().mean().sqrt().item()} for m in self._masters]
+            [{"params": [m], "lr": rate * size} for m, size in zip(self._masters, sizes, strict=True)]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
@@ -183,7 +185,8 @@ class _Run:
             with torch.enable_grad():
                 for number, difference, _ in self._run(lambda n: n not in self._held):
                     self._finite(difference, number)
-                    gradients = torch.autograd.grad(difference, self._trained, allow_unused=True)
+                    # whoever scales losses, as for float16, divides the gradients of parameters by it
+                    gradients = torch.autograd.grad(difference * loss_scale(), self._trained, allow_unused=True)
                     self._step(optimizer, schedule, gradients)
         measured = []
         with torch.no_grad():
@@ -194,27 +197,33 @@ class _Run:
 
     def _run(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Run the batches that are wanted; give their numbers, the mean difference of their calls and their loss."""
-        with self._data() as (batches, run), contextlib.ExitStack() as stack:
+        known = self._dense.batches
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            self._dense.rewind()
+            batches, run = stack.enter_context(self._data())
             # whoever gives the batches expects that those who run them leave the weights alone
             stack.callback(self._put_back)
             stack.enter_context(self._reader.reading())
             for number, batch in enumerate(batches):
-                if number >= len(self._dense):
+                if number >= len(known):
                     return
-                if not self._dense[number] or not wanted(number):
+                if not known[number].outputs or not wanted(number):
+                    # the batches behind it draw what they drew behind it then
+                    known[number].rewind()
                     continue
                 # now, as what a step writes into its weights is undone only when the next batch is asked for
                 self._write(self._masters)
                 self._reader.start_batch(batch)
                 given = run(batch)
                 loss = given.detach().float().mean() if isinstance(given, Tensor) else None
-                calls, dense = list(self._reader.calls), self._dense[number]
+                calls = list(self._reader.calls)
                 del given
-                if len(calls) != len(dense) or any(c.shape != d.shape for (c, _), d in zip(calls, dense, strict=True)):
+                if not known[number].is_like(calls, self._reader.inputs):
                     raise self._others(number)
                 differences = [
                     self._reader.difference(outputs, target.to(outputs.device), mask)
-                    for (outputs, mask), target in zip(calls, dense, strict=True)
+                    for (outputs, mask), target in zip(calls, known[number].outputs, strict=True)
                 ]
                 yield number, torch.stack(differences).mean(), loss
 
@@ -242,6 +251,7 @@ class _Run:
     @staticmethod
     def _others(number: int) -> CalibrationError:
         return CalibrationError(
-            f"Calibration batch {number} is not what it was when the dense model ran: polishing needs the same batches in"
-            " every pass. Use polish_epochs=0, or a loader without augmentation."
+            f"Calibration batch {number} is not what it was when the dense model ran (what the model is called with, or the"
+            " shape of what it gives, differs): polishing needs the same batches in every pass. Use polish_epochs=0, or a"
+            " loader that gives the same batches in the same order every time that it is iterated."
         )
