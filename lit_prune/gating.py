@@ -165,9 +165,9 @@ class GateTraining:
                 signs = [2.0 * sign - 1 for sign in drawn]
             else:
                 signs = [-sign for sign in signs]
-            with torch.enable_grad():
-                with self.gates.open(), self.gates.changed_by([_SMALL * sign for sign in signs]):
-                    loss = loss_fn(batch)
+            changed = self.gates.changed_by([_SMALL * sign for sign in signs])
+            with torch.enable_grad(), self.gates.open(), changed:
+                loss = loss_fn(batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     self.gates.forget()
                     continue
@@ -361,11 +361,13 @@ def _learned(
             for batch in islice(stream, count):
                 with training.gates.open(batch):
                     loss = loss_fn(batch)
-                if not isinstance(loss, Tensor):
-                    raise CalibrationError(f"The loss function returned a {type(loss).__name__}; expected a tensor.")
-                if agreement is not None:
-                    loss = mixed_loss(loss, agreement.take(), options.distillation)
-                loss.backward()
+                    if not isinstance(loss, Tensor):
+                        raise CalibrationError(
+                            f"The loss function returned a {type(loss).__name__}; expected a tensor."
+                        )
+                    if agreement is not None:
+                        loss = mixed_loss(loss, agreement.take(), options.distillation)
+                    loss.backward()
                 losses.append(float(loss.detach()))
                 training.accumulate()
             if not training.step():

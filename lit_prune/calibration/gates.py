@@ -15,7 +15,7 @@ from lit_prune.architectures.features import feature_dim, input_features, is_con
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
-from lit_prune.calibration.token_masks import TokenMasks
+from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 
@@ -136,7 +136,9 @@ class Gates:
 
     @contextlib.contextmanager
     def open(self, batch: object = None) -> Iterator[None]:
-        """Let forward passes within go through the gates; the backward pass may follow later.
+        """Let forward passes within go through the gates; the backward pass belongs within as well.
+
+        Activation checkpointing runs parts of the forward pass in it again.
 
         Args:
             batch: What the passes are of; tells which of the dimensions is the batch's, with what the model is given.
@@ -205,6 +207,7 @@ class Gates:
             last = inputs.movedim(dim, -1).movedim(batch_dim, 0)
             samples = self._samples_in(last, inputs.dim() > -dim)
             derivative = self._note(name, samples, inputs.shape[dim], inputs)
+            samples = len(derivative)
             predictor = self.predictors.get(name)
             if self._changes:
                 left = last if predictor is None else last - last @ predictor.to(last).T
@@ -240,10 +243,14 @@ class Gates:
         return hook
 
     def _note(self, name: str, samples: int, features: int, like: Tensor) -> Tensor:
-        """A leaf that the backward pass leaves the derivatives in, as its gradient."""
+        """A leaf that the backward pass leaves the derivatives in, as its gradient.
+
+        What activation checkpointing computes anew has the leaf of the first time, when gradients may have been off.
+        """
+        if recomputing() and name in self._seen:
+            return self._seen[name][-1]
         dtype = accumulation_dtype(like.dtype)
-        grad = torch.is_grad_enabled()
-        derivative = torch.zeros(samples, features, dtype=dtype, device=like.device, requires_grad=grad)
+        derivative = torch.zeros(samples, features, dtype=dtype, device=like.device, requires_grad=True)
         self._seen.setdefault(name, []).append(derivative)
         return derivative
 

@@ -107,6 +107,21 @@ def test_mixed_precision(tmp_path):
     assert callback.stages_done == 1
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"train_weights": True, "reconstruct": False}], ids=["frozen", "training"])
+def test_activation_checkpointing_changes_nothing(tmp_path, options, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        module = Module()
+        module.dropout.p = 0.0
+        if checkpointed:
+            module.inner["lm"].gradient_checkpointing_enable({"use_reentrant": reentrant})
+        callback = pruning(importance="fisher", step=2, dry_run=True)
+        fit(tmp_path, callback, LearnedGates(steps=3, **options), module=module, max_epochs=1)
+        found.append(torch.as_tensor(callback.table.importance))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
+
+
 def test_a_schedule_learns_for_every_stage(tmp_path):
     watch = Watch()
     callback = pruning(importance="fisher", schedule=[Stage(0.1, step=3), Stage(0.2, step=9)])

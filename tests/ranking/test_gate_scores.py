@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import lit_prune
 from conftest import tiny
@@ -192,6 +193,44 @@ def test_the_state_goes_on_bit_for_bit(batches, loss_of):
     run(resumed, range(4, 8))
     for a, b in zip(whole.scores.importance(), resumed.scores.importance(), strict=True):
         assert torch.equal(a, b)
+
+
+def _plain_network(checkpointed):
+    """Three layers, of which the middle one is computed anew in the backward pass if asked for."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+
+        def forward(self, x):
+            middle = lambda h: torch.relu(self.second(torch.relu(h)))  # noqa: E731
+            h = self.first(x)
+            return self.third(checkpoint(middle, h, use_reentrant=False) if checkpointed else middle(h))
+
+    torch.manual_seed(0)
+    model = Network()
+    x, y = torch.randn(24, 4), torch.randn(24, 1)
+    return model, list(zip(x.split(8), y.split(8), strict=True)), lambda b: (model(b[0]) - b[1]).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["layers", "blocks", "divergence", "own code"])
+def test_activation_checkpointing_changes_nothing(kind, batches, loss_of):
+    found = []
+    for checkpointed in (False, True):
+        if kind == "own code":
+            model, data, loss = _plain_network(checkpointed)
+        else:
+            model, data = tiny(), batches
+            loss = loss_of(model)
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        limits = Limits(kinds=("mlp", "block")) if kind == "blocks" else Limits()
+        options = GateOptions(steps=3, distillation=0.5 * (kind == "divergence"))
+        config = PruningConfig("fisher", 0.2, limits=limits)
+        found.append(torch.cat(learn_gates(model, data, loss, config, options)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-12)
 
 
 def test_derivatives_that_are_not_finite_change_nothing(batches, loss_of):
