@@ -344,17 +344,17 @@ def _learned(
     Gates(inner, group_sets)
     table = first_table(inner, data, config, root=model)
     training = GateTraining(inner, group_sets, table, config.budget_of_parameters(inner, group_sets), config, options)
-    training.observe(data, model, None)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     stream = _again_and_again(batches)
     with ExitStack() as stack:
+        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        training.observe(data, model, None)
         stack.enter_context(suspended_hooks(model))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(training.gates)
         agreement = stack.enter_context(Agreement(inner, training.gates)) if options.distillation else None
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
         stack.enter_context(torch.enable_grad())
         while not training.done:
             losses = []
@@ -367,6 +367,8 @@ def _learned(
                         )
                     if agreement is not None:
                         loss = mixed_loss(loss, agreement.take(), options.distillation)
+                    if not loss.requires_grad:
+                        raise _unreached(training.gates.parts)
                     loss.backward()
                 losses.append(float(loss.detach()))
                 training.accumulate()
@@ -375,6 +377,13 @@ def _learned(
             if progress is not None:
                 progress(training.scores.steps, sum(losses) / len(losses), training.scores.changed)
     return training.scores.importance()
+
+
+def _unreached(names: Iterable[str]) -> CalibrationError:
+    return CalibrationError(
+        f"The loss does not depend on the gates of {list(names)[:3]}: the training step or loss function did not run them, or"
+        " cut the gradient off (no_grad, detach). If they run within torch.utils.checkpoint, give it use_reentrant=False."
+    )
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterable[Any]:

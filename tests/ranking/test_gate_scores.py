@@ -214,7 +214,7 @@ def _plain_network(checkpointed):
     return model, list(zip(x.split(8), y.split(8), strict=True)), lambda b: (model(b[0]) - b[1]).square().mean()
 
 
-@pytest.mark.parametrize("kind", ["layers", "blocks", "divergence", "own code"])
+@pytest.mark.parametrize("kind", ["layers", "blocks", "divergence", "reentrant", "own code"])
 def test_activation_checkpointing_changes_nothing(kind, batches, loss_of):
     found = []
     for checkpointed in (False, True):
@@ -224,13 +224,36 @@ def test_activation_checkpointing_changes_nothing(kind, batches, loss_of):
             model, data = tiny(), batches
             loss = loss_of(model)
             if checkpointed:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
         model.train()
         limits = Limits(kinds=("mlp", "block")) if kind == "blocks" else Limits()
         options = GateOptions(steps=3, distillation=0.5 * (kind == "divergence"))
         config = PruningConfig("fisher", 0.2, limits=limits)
         found.append(torch.cat(learn_gates(model, data, loss, config, options)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": False}, {"distillation": 1.0}], ids=str)
+@pytest.mark.parametrize("had", [False, True], ids=["none", "some"])
+def test_gradients_and_flags_of_weights_stay(options, had, batches, loss_of):
+    model = tiny()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained if had else ():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    learn_gates(model, batches, loss_of(model), PruningConfig("magnitude"), GateOptions(steps=1, **options))
+    assert all(p.grad is None if not had else bool((p.grad == 3).all()) for p in trained)
+    assert [p for p in model.parameters() if p.requires_grad] == trained
+    assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("loss", ["detached", "without gradients"])
+def test_a_loss_that_does_not_depend_on_the_gates_is_refused(loss, batches, loss_of):
+    model = tiny()
+    own = {"detached": lambda b: loss_of(model)(b).detach(), "without gradients": torch.no_grad()(loss_of(model))}[loss]
+    with pytest.raises(CalibrationError, match=r"does not depend on the gates of \['model.layers.*use_reentrant=False"):
+        learn_gates(model, batches, own, PruningConfig("magnitude"), GateOptions(steps=1))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_derivatives_that_are_not_finite_change_nothing(batches, loss_of):
