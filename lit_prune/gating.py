@@ -19,6 +19,7 @@ from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.divergence import mixed_loss
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.calibration.gates import Gates
+from lit_prune.calibration.precision import loss_scale
 from lit_prune.config import AUTO, PruningConfig
 from lit_prune.detection import find_or_trace
 from lit_prune.distributed.ranks import Ranks
@@ -154,28 +155,30 @@ class GateTraining:
     def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> tuple[float, int]:
         r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and the number of batches.
 
-        For random signs r the mean of :math:`r^Tg(1+\epsilon r)/\epsilon` is the trace (Hutchinson); every other batch has the
-        signs of the one before turned round, so that the gradient where all gates are 1 drops out.
+        For random signs r the mean of :math:`r^T(g(1+\epsilon r)-g(1-\epsilon r))/2\epsilon` is the trace (Hutchinson). A batch
+        without a loss does not count.
         """
         generator, trace, count = torch.Generator().manual_seed(0), 0.0, 0
-        signs: list[Tensor] = []
-        for number, batch in enumerate(batches):
-            if number % 2 == 0:
-                drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
-                signs = [2.0 * sign - 1 for sign in drawn]
-            else:
-                signs = [-sign for sign in signs]
-            changed = self.gates.changed_by([_SMALL * sign for sign in signs])
-            with torch.enable_grad(), self.gates.open(), changed:
-                loss = loss_fn(batch)
-                if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    self.gates.forget()
-                    continue
-                loss.backward()
-            slopes, _, samples = self.gates.take()
-            estimate = sum(float((sign * slope).sum()) for sign, slope in zip(signs, slopes, strict=True))
-            trace, count = trace + estimate / samples / _SMALL, count + 1
+        for batch in batches:
+            drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
+            signs = [2.0 * sign - 1 for sign in drawn]
+            slopes = [self._slope(batch, loss_fn, [_SMALL * turn * sign for sign in signs]) for turn in (1, -1)]
+            found = [slope for slope in slopes if slope is not None]
+            if len(found) == len(slopes):
+                trace, count = trace + sum(found) / (2 * _SMALL**2), count + 1
         return trace, count
+
+    def _slope(self, batch: Any, loss_fn: Callable[[Any], Any], changes: Sequence[Tensor]) -> float | None:
+        """The derivative of a batch's loss along changes of the gates, where they are so changed; ``None`` without a loss."""
+        scale = loss_scale()
+        with torch.enable_grad(), self.gates.open(), self.gates.changed_by(changes):
+            loss = loss_fn(batch)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                self.gates.forget()
+                return None
+            loss.backward()
+        slopes, _, samples = self.gates.take(scale)
+        return sum(float((change * slope).sum()) for change, slope in zip(changes, slopes, strict=True)) / samples
 
     def _predict(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Make predictions for a set of kept groups, and return the shares of all groups that they leave."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from conftest import tiny
 from lit_prune.callbacks import LearnedGates, Stage
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
+from lit_prune.ranking.gate_scores import UNIT
 
 pytestmark = pytest.mark.core
 
@@ -120,6 +121,29 @@ def test_activation_checkpointing_changes_nothing(tmp_path, options, reentrant):
         fit(tmp_path, callback, LearnedGates(steps=3, **options), module=module, max_epochs=1)
         found.append(torch.as_tensor(callback.table.importance))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("skipped", [(), (0,), (0, 2)], ids=str)
+def test_the_unit_of_the_loss_is_of_the_batches_that_have_one(tmp_path, skipped):
+    """Calibration runs a batch twice for it, with the same number."""
+
+    class Skips(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if not self.training:
+                seen.append(batch_idx)
+            return None if batch_idx in skipped and not self.training else loss
+
+    class Unit(pl.Callback):
+        def on_train_batch_end(self, *_):
+            units.update({state["scores"]["unit"]} if (state := gates.state_dict()["training"]) else ())
+
+    seen, units = [], set()
+    callback, gates = pruning(importance="magnitude", step=2, calibration_batches=3), LearnedGates(2, reconstruct=False)
+    fit(tmp_path, callback, gates, Unit(), module=Skips(), max_epochs=1)
+    assert "001122" in "".join(map(str, seen))
+    assert len(units) == 1
+    assert units != {UNIT}
 
 
 def test_a_schedule_learns_for_every_stage(tmp_path):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lit_prune
 from conftest import tiny
 from lit_prune import GateOptions, Limits, PruningConfig, learn_gates
+from lit_prune.calibration.precision import scaled_loss
 from lit_prune.errors import ArgumentValueError, CalibrationError, UnsupportedModelError
 from lit_prune.gating import GateTraining, first_table
 from lit_prune.groups import count_removed
@@ -95,6 +96,33 @@ def test_a_gate_whose_gradient_is_noise_stays_where_the_criterion_put_it():
     assert [number for number, _, _ in seen] == list(range(1, 31))
     # and the unit is that of the loss: what removing the first adds is 1
     assert float(importance[0][0]) == pytest.approx(1.0, rel=0.25)
+
+
+@pytest.mark.parametrize("losses", ["1", "11", "111", "011", "10101", "1101"])
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_the_unit_is_the_trace_of_the_hessian_by_the_gates(losses, scale):
+    """Channels that are orthogonal on every batch, of a quadratic loss whose gradient is not 0: the trace is exact."""
+    channels = [0.5, 1.0, 1.5, 2.0]
+    model, _, _ = planted(torch.diag(torch.tensor(channels)).tolist())
+    x = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)))
+    group_sets = lit_prune.trace(model, [x], lambda b: model(b).mean()).group_sets
+
+    def loss(batch):
+        if batch is None:
+            return None
+        values, target = batch
+        return scale * (model(values) - target).square().mean()
+
+    # every batch has another gradient
+    data = [(x, model(x).detach() + n * x[:, :1]) if c == "1" else None for n, c in enumerate(losses, 1)]
+    config = PruningConfig("magnitude", 0.3, limits=Limits(min_fraction=0.0))
+    table = first_table(model, _data([(x, x[:, :1])], loss), config)
+    budget = config.budget_of_parameters(model, group_sets)
+    training = GateTraining(model, group_sets, table, budget, config, GateOptions(reconstruct=False))
+    with scaled_loss(scale):
+        training.observe(_data(data, loss), model, None)
+    trace = 2 * sum(c**2 for c in channels)
+    assert 2 * training.scores.unit * training.scores.prior.sum() == pytest.approx(trace, rel=1e-4)
 
 
 @pytest.mark.parametrize(
