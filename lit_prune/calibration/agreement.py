@@ -51,6 +51,10 @@ class Agreement:
             whole = model.forward(*args, **without_labels(model, kwargs)).logits
         self._terms.append(distillation_loss(logits, whole, mask=output_mask(model, args, kwargs, logits.shape[:-1])))
 
+    def forget(self) -> None:
+        """Drop the passes since the last call of :meth:`take`."""
+        self._terms.clear()
+
     def take(self) -> Tensor:
         """Return the mean over the passes since the last call.
 

@@ -138,11 +138,12 @@ class Gates:
     def open(self, batch: object = None) -> Iterator[None]:
         """Let forward passes within go through the gates; the backward pass belongs within as well.
 
-        Activation checkpointing runs parts of the forward pass in it again.
+        Activation checkpointing runs parts of the forward pass in it again. What passes before have left is dropped.
 
         Args:
             batch: What the passes are of; tells which of the dimensions is the batch's, with what the model is given.
         """
+        self.forget()
         with self._token_masks:
             self._token_masks.start_batch(batch)
             before, self._open = self._open, True

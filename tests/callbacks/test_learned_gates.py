@@ -146,6 +146,33 @@ def test_the_unit_of_the_loss_is_of_the_batches_that_have_one(tmp_path, skipped)
     assert units != {UNIT}
 
 
+@pytest.mark.parametrize("options", [{}, {"distillation": 0.5}, {"distillation": 1.0}], ids=str)
+def test_a_step_that_returns_none_leaves_nothing_for_the_next(tmp_path, options):
+    found = []
+    for looks in (False, True):
+
+        class Skips(Module):
+            looks = False
+
+            def __init__(self):
+                super().__init__()
+                self.dropout.p = 0.0
+
+            def training_step(self, batch, batch_idx):
+                if self.trainer.state.fn == "fit" and self.trainer.global_step >= 3 and batch_idx % 2:
+                    if self.looks:
+                        super().training_step(batch, batch_idx)
+                    return None
+                return super().training_step(batch, batch_idx)
+
+        module = Skips()
+        module.looks = looks
+        callback = pruning(importance="fisher", step=3, dry_run=True)
+        fit(tmp_path, callback, LearnedGates(steps=3, reconstruct=False, **options), module=module)
+        found.append(torch.as_tensor(callback.table.importance))
+    assert torch.equal(*found)
+
+
 def test_a_schedule_learns_for_every_stage(tmp_path):
     watch = Watch()
     callback = pruning(importance="fisher", schedule=[Stage(0.1, step=3), Stage(0.2, step=9)])
