@@ -115,7 +115,8 @@ class GateTraining:
         # what is kept as the predictors see it
         self._basis = self.scores.kept
         self._sums: list[Tensor] = []
-        self._samples = 0
+        # by group set
+        self._samples = torch.zeros(len(group_sets), dtype=torch.float64)
         self.gates.set(self.scores.kept)
 
     @property
@@ -131,6 +132,9 @@ class GateTraining:
             root: The module that holds the model.
             ranks: The processes of a distributed run.
             resumed: Whether the curvature is known already.
+
+        Raises:
+            CalibrationError: If there are group sets whose gates the loss of no batch depends on.
         """
         all_reduce = None if ranks is None else ranks.sum
         if self.options.reconstruct:
@@ -142,43 +146,51 @@ class GateTraining:
             shares = self._predict([torch.ones_like(kept) for kept in self._basis])
             self.scores.set_shares(shares)
             with data("gates") as (batches, loss), evaluation_mode(root), suspended_hooks(root), self.gates:
-                trace, count = self._curvature(batches, loss)
-            line = torch.tensor([trace, count], dtype=torch.float64)
-            trace, count = (line if ranks is None else ranks.sum(line)).tolist()
+                line = self._curvature(batches, loss)
+            trace, count, *samples = (line if ranks is None else ranks.sum(line)).tolist()
             if count:
+                if missing := [s.name for s, number in zip(self._group_sets, samples, strict=True) if not number]:
+                    raise _unreached(missing)
                 self.scores.measure_unit(trace / count)
             self.scores.start(shares)
             self._basis = self.scores.kept
         self.scores.set_shares(self._predict(self._basis))
         self.gates.set(self.scores.kept)
 
-    def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> tuple[float, int]:
-        r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and the number of batches.
+    def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> Tensor:
+        r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and what it is of.
 
         For random signs r the mean of :math:`r^T(g(1+\epsilon r)-g(1-\epsilon r))/2\epsilon` is the trace (Hutchinson). A batch
         without a loss does not count.
+
+        Returns:
+            The sum, the number of batches, and by group set the number of samples whose loss depends on its gates (float64).
         """
-        generator, trace, count = torch.Generator().manual_seed(0), 0.0, 0
+        generator = torch.Generator().manual_seed(0)
+        total = torch.zeros(2 + len(self._group_sets), dtype=torch.float64)
         for batch in batches:
             drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
             signs = [2.0 * sign - 1 for sign in drawn]
             slopes = [self._slope(batch, loss_fn, [_SMALL * turn * sign for sign in signs]) for turn in (1, -1)]
             found = [slope for slope in slopes if slope is not None]
             if len(found) == len(slopes):
-                trace, count = trace + sum(found) / (2 * _SMALL**2), count + 1
-        return trace, count
+                total += torch.stack(found).sum(dim=0) / 2
+        return total
 
-    def _slope(self, batch: Any, loss_fn: Callable[[Any], Any], changes: Sequence[Tensor]) -> float | None:
-        """The derivative of a batch's loss along changes of the gates, where they are so changed; ``None`` without a loss."""
+    def _slope(self, batch: Any, loss_fn: Callable[[Any], Any], changes: Sequence[Tensor]) -> Tensor | None:
+        """What a batch adds to :meth:`_curvature` where the gates are so changed; ``None`` without a loss."""
         scale = loss_scale()
         with torch.enable_grad(), self.gates.open(), self.gates.changed_by(changes):
             loss = loss_fn(batch)
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
+            if not isinstance(loss, Tensor):
                 self.gates.forget()
                 return None
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         slopes, _, samples = self.gates.take(scale)
-        return sum(float((change * slope).sum()) for change, slope in zip(changes, slopes, strict=True)) / samples
+        parts = zip(changes, slopes, samples, strict=True)
+        along = sum(float((change * slope).sum()) / max(number, 1) for change, slope, number in parts)
+        return torch.tensor([along / _SMALL**2, 1, *samples], dtype=torch.float64)
 
     def _predict(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Make predictions for a set of kept groups, and return the shares of all groups that they leave."""
@@ -210,25 +222,27 @@ class GateTraining:
         first, second, samples = self.gates.take(scale)
         line = torch.cat([*first, *second])
         self._sums.append(line)
-        self._samples += samples
+        self._samples += torch.tensor(samples)
 
     def step(self, ranks: Ranks | None = None) -> bool:
         """Update the scores by all that was accumulated, on all processes, and set the gates.
+
+        Group sets that no batch ran have no news.
 
         Returns:
             Whether the derivatives were finite; if not, nothing changed. Neither does it where nothing was accumulated.
         """
         sizes = [len(k) for k in self.scores.kept]
         total = torch.stack(self._sums).sum(dim=0) if self._sums else torch.zeros(2 * sum(sizes), dtype=torch.float64)
-        line = torch.cat([total, torch.tensor([float(self._samples)])])
-        self._sums, self._samples = [], 0
+        line = torch.cat([total, self._samples])
+        self._sums, self._samples = [], torch.zeros_like(self._samples)
         if ranks is not None:
             line = ranks.sum(line)
-        samples = int(line[-1])
-        if not samples:
+        *parts, samples = line.split([*sizes, *sizes, len(sizes)])
+        if not samples.any():
             return True
-        parts = (line[:-1] / samples).split([*sizes, *sizes])
-        if not self.scores.update(parts[: len(sizes)], parts[len(sizes) :], samples):
+        means = [part / number.clamp_min(1) for part, number in zip(parts, torch.cat([samples, samples]), strict=True)]
+        if not self.scores.update(means[: len(sizes)], means[len(sizes) :], samples.tolist()):
             return False
         if self._grams and self.scores.steps % self.options.refresh == 0:
             self._basis = self.scores.kept

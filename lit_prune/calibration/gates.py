@@ -16,7 +16,7 @@ from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
-from lit_prune.errors import CalibrationError, UnsupportedModelError
+from lit_prune.errors import UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 
 Key = tuple[str, str]
@@ -268,7 +268,7 @@ class Gates:
         self._batch_size = 0
 
     @torch.no_grad()
-    def take(self, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor], int]:
+    def take(self, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """Take what the backward pass of a batch has left.
 
         Args:
@@ -276,10 +276,8 @@ class Gates:
 
         Returns:
             By group set the sum over the samples of the derivatives of each one's loss by every gate, the sum of their
-            squares, both of shape ``(groups,)`` (float64), and the number of samples.
-
-        Raises:
-            CalibrationError: If the backward pass did not reach a gate.
+            squares, both of shape ``(groups,)`` (float64), and the number of samples: 0, as the sums are, where the backward
+            pass reached no gate of the set (a layer that was skipped).
         """
         found: dict[Key, list[Tensor]] = {s.key: [] for s in self._group_sets}
         gradients = {name: [d.grad for d in leaves if d.grad is not None] for name, leaves in self._seen.items()}
@@ -290,20 +288,17 @@ class Gates:
             for group_set, index in parts:
                 found[group_set.key] += [g[:, index.to(g.device)].sum(dim=2) for g in gradients.get(name, [])]
         self.forget()
-        missing = [name for (name, _), derivatives in found.items() if not derivatives]
-        if missing:
-            raise CalibrationError(
-                f"The loss does not depend on the gates of {missing[:3]}: training_step did not run them, or cut the gradient"
-                " off (no_grad, detach)."
-            )
         counts = {len(d) for derivatives in found.values() for d in derivatives}
         samples = counts.pop() if len(counts) == 1 else 1
         totals = [
             torch.stack([d if samples > 1 else d.sum(dim=0, keepdim=True) for d in found[s.key]]).sum(dim=0).double()
             * (samples / scale)
+            if found[s.key]
+            else torch.zeros(samples, s.size, dtype=torch.float64)
             for s in self._group_sets
         ]
-        return [t.sum(dim=0).cpu() for t in totals], [t.square().sum(dim=0).cpu() for t in totals], samples
+        numbers = [samples if found[s.key] else 0 for s in self._group_sets]
+        return [t.sum(dim=0).cpu() for t in totals], [t.square().sum(dim=0).cpu() for t in totals], numbers
 
 
 class _GatedBlock(torch.autograd.Function):

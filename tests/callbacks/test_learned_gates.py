@@ -173,6 +173,45 @@ def test_a_step_that_returns_none_leaves_nothing_for_the_next(tmp_path, options)
     assert torch.equal(*found)
 
 
+class TwoBranches(torch.nn.Module):
+    """Two residual branches, the second of which every other pass in training leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        x = x + self.b(torch.relu(self.a(x)))
+        return x if self.training and self.passes % 2 else x + self.d(torch.relu(self.c(x)))
+
+
+class DropsLayers(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = TwoBranches()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(24, 8), batch_size=4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_that_a_step_leaves_out_has_no_news(tmp_path, accumulate):
+    callback = pruning(importance="fisher", step=1, validate=False, repair=None)
+    gates = LearnedGates(steps=6, reconstruct=False, train_weights=True)
+    fit(tmp_path, callback, gates, module=DropsLayers(), accumulate_grad_batches=accumulate)
+    assert callback.stages_done == 1
+    assert callback.plan.info["importance"] == "gates from fisher"
+
+
 def test_a_schedule_learns_for_every_stage(tmp_path):
     watch = Watch()
     callback = pruning(importance="fisher", schedule=[Stage(0.1, step=3), Stage(0.2, step=9)])

@@ -223,7 +223,7 @@ def test_the_state_goes_on_bit_for_bit(batches, loss_of):
         assert torch.equal(a, b)
 
 
-def _plain_network(checkpointed):
+def _plain_network(checkpointed, reentrant=False):
     """Three layers, of which the middle one is computed anew in the backward pass if asked for."""
 
     class Network(torch.nn.Module):
@@ -234,7 +234,7 @@ def _plain_network(checkpointed):
         def forward(self, x):
             middle = lambda h: torch.relu(self.second(torch.relu(h)))  # noqa: E731
             h = self.first(x)
-            return self.third(checkpoint(middle, h, use_reentrant=False) if checkpointed else middle(h))
+            return self.third(checkpoint(middle, h, use_reentrant=reentrant) if checkpointed else middle(h))
 
     torch.manual_seed(0)
     model = Network()
@@ -273,6 +273,42 @@ def test_gradients_and_flags_of_weights_stay(options, had, batches, loss_of):
     assert all(p.grad is None if not had else bool((p.grad == 3).all()) for p in trained)
     assert [p for p in model.parameters() if p.requires_grad] == trained
     assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["one layer", "reentrant"])
+def test_gates_that_no_loss_depends_on_are_refused_by_name(kind, batches):
+    if kind == "reentrant":
+        model, data, loss = _plain_network(True, reentrant=True)
+        name = "first"
+    else:
+        model, data, name = tiny(), batches, r"model\.layers\.1"
+        loss = lambda b: model(b, output_hidden_states=True).hidden_states[1].square().mean()  # noqa: E731
+    with pytest.raises(CalibrationError, match=rf"gates of \['{name}.*use_reentrant=False"):
+        learn_gates(model, data, loss, PruningConfig("magnitude"), GateOptions(steps=1))
+
+
+def test_a_set_that_no_batch_of_a_step_ran_has_no_news(batches, loss_of):
+    model = tiny()
+    config = PruningConfig("magnitude", pruning_ratio=0.2)
+    group_sets = lit_prune.find_group_sets(model)
+    data = _data(batches, loss_of(model))
+    options = GateOptions(steps=4, reconstruct=False)
+    budget = config.budget_of_parameters(model, group_sets)
+    training = GateTraining(model, group_sets, first_table(model, data, config), budget, config, options)
+    training.observe(data, model, None)
+    without = [torch.full((s.size,), float(".layers.0" not in s.name)) for s in group_sets]
+    gone = torch.cat(without).bool().numpy()
+    first = lambda: model(batches[0], output_hidden_states=True).hidden_states[1].square().mean()  # noqa: E731
+    with training.gates:
+        for count, losses in enumerate(([first], [first, lambda: loss_of(model)(batches[0])]), 1):
+            for run in losses:
+                with training.gates.open():
+                    run().backward()
+                training.accumulate()
+            assert training.step()
+            visits = training.scores.visits.sum(axis=0)
+            assert (visits[~gone] == count).all()
+            assert (visits[gone] == count - 1).all()
 
 
 @pytest.mark.parametrize("loss", ["detached", "without gradients"])
