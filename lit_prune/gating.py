@@ -18,7 +18,7 @@ from lit_prune.arguments import BATCHES, COUNT, FLAG, Rule, check_fields, option
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.divergence import mixed_loss
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.gates import Gates
+from lit_prune.calibration.gates import Gates, again_and_again, unreached
 from lit_prune.calibration.precision import loss_scale
 from lit_prune.config import AUTO, PruningConfig
 from lit_prune.detection import find_or_trace
@@ -150,7 +150,7 @@ class GateTraining:
             trace, count, *samples = (line if ranks is None else ranks.sum(line)).tolist()
             if count:
                 if missing := [s.name for s, number in zip(self._group_sets, samples, strict=True) if not number]:
-                    raise _unreached(missing)
+                    raise unreached(missing)
                 self.scores.measure_unit(trace / count)
             self.scores.start(shares)
             self._basis = self.scores.kept
@@ -362,7 +362,7 @@ def _learned(
     table = first_table(inner, data, config, root=model)
     training = GateTraining(inner, group_sets, table, config.budget_of_parameters(inner, group_sets), config, options)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    stream = _again_and_again(batches)
+    stream = again_and_again(batches)
     with ExitStack() as stack:
         stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
         for parameter, _ in flags:
@@ -385,7 +385,7 @@ def _learned(
                     if agreement is not None:
                         loss = mixed_loss(loss, agreement.take(), options.distillation)
                     if not loss.requires_grad:
-                        raise _unreached(training.gates.parts)
+                        raise unreached(training.gates.parts)
                     loss.backward()
                 losses.append(float(loss.detach()))
                 training.accumulate()
@@ -394,20 +394,3 @@ def _learned(
             if progress is not None:
                 progress(training.scores.steps, sum(losses) / len(losses), training.scores.changed)
     return training.scores.importance()
-
-
-def _unreached(names: Iterable[str]) -> CalibrationError:
-    return CalibrationError(
-        f"The loss does not depend on the gates of {list(names)[:3]}: the training step or loss function did not run them, or"
-        " cut the gradient off (no_grad, detach). If they run within torch.utils.checkpoint, give it use_reentrant=False."
-    )
-
-
-def _again_and_again(batches: Iterable[Any]) -> Iterable[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise CalibrationError("There is no batch to learn gates on.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
-from lit_prune.errors import UnsupportedModelError
+from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 
 Key = tuple[str, str]
@@ -317,3 +317,22 @@ class _GatedBlock(torch.autograd.Function):
         wide = accumulation_dtype(added.dtype)
         product = (added.to(wide) * gradient.to(wide)).reshape(ctx.samples, -1).sum(dim=1, keepdim=True)
         return gradient if ctx.kept else torch.zeros_like(gradient), product, None
+
+
+def unreached(names: Iterable[str]) -> CalibrationError:
+    """The error of a loss that does not depend on gates of some names."""
+    return CalibrationError(
+        f"The loss does not depend on the gates of {list(names)[:3]}: the training step or loss function did not run them, or"
+        " cut the gradient off (no_grad, detach). If they run within torch.utils.checkpoint, give it use_reentrant=False."
+    )
+
+
+def again_and_again(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, gone through again and again."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise CalibrationError("There is no batch to learn gates on.")
