@@ -96,22 +96,18 @@ def find_groups(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningMo
 
 
 class _Repeated:
-    """The training step on one batch, as often as is asked for, with the same number and the same items every time."""
+    """The training step on one batch, as often as is asked for, with the same items every time."""
 
     def __init__(self, step: TrainingStep) -> None:
         self._step = step
-        self._new = False
 
-    def take(self, batch: Any) -> Any:
+    @staticmethod
+    def take(batch: Any) -> Any:
         """The batch, in a form that can be run several times."""
-        self._new = True
         return _Rewinding(batch) if isinstance(batch, Iterator) else batch
 
     def __call__(self, batch: Any) -> Any:
         """The loss of a batch."""
-        if not self._new:
-            self._step.repeat()
-        self._new = False
         return self._step(batch.rewound() if isinstance(batch, _Rewinding) else batch)
 
 

@@ -152,9 +152,7 @@ class LearnedGates(Callback):
                 " instance."
             )
         if found[0].config.limits.hidden:
-            raise ArgumentValueError(
-                "LearnedGates has no gates for hidden channels; expected no 'hidden' among the kinds."
-            )
+            raise ArgumentValueError("LearnedGates has no gates for hidden channels; expected no kind 'hidden'.")
         if found[0].config.budget is not None:
             raise ArgumentValueError(
                 "LearnedGates learns under a number of parameters; expected a pruning_ratio, found"
@@ -256,6 +254,8 @@ class LearnedGates(Callback):
     def _with_divergence(self, own: Callable[..., Any], agreement: Agreement) -> Callable[..., Any]:
         @functools.wraps(own)
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            # those of a step before that returned None
+            agreement.forget()
             output = own(*args, **kwargs)
             if output is None or not self._entered:
                 return output

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from pydantic import Field
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lit_prune.architectures.registry import find_group_sets
+from lit_prune.architectures.registry import find_group_sets, has_groups
 from lit_prune.arguments import (
     COUNT,
     FLAG,
@@ -38,6 +39,8 @@ from lit_prune.io.lightning_checkpoint import ADAPTERS, ADAPTERS_FORMAT
 _DROPOUT: Rule[float] = Rule("a number from 0 to below 1", Annotated[float, Field(ge=0, lt=1)])
 
 
+# what peft has adapters for
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 _NAMES = sequence_of("a list of at least one name of a linear layer", TEXT, empty=False)
 
 
@@ -53,9 +56,10 @@ class _Adapters:
 class LoRARecovery(Callback):
     """Fine-tune the pruned model by low-rank adapters alone, and merge them into it at the end.
 
-    After the last cut, peft's LoRA layers take the place of the projections that were pruned, everything else is frozen,
-    and the module's ``configure_optimizers`` is called anew for what is left to train; learning rates and the state of the
-    schedulers carry over. When the run is over the adapters are merged, and what remains is a plain pruned model.
+    After the last cut, peft's LoRA layers take the place of the projections that were pruned, everything else in the pruned
+    model is frozen, and the module's ``configure_optimizers`` is called anew for what is left to train; learning rates and the
+    state of the schedulers carry over. What the LightningModule holds beside the model (a head) trains on as before. When the
+    run is over the adapters are merged, and what remains is a plain pruned model.
 
     Checkpoints of this phase hold adapters and the frozen weights. A run resumes from them, ``validate(ckpt_path=...)``
     takes them, and :func:`lit_prune.rebuild_from_checkpoint` merges them for ``load_from_checkpoint``.
@@ -64,8 +68,8 @@ class LoRARecovery(Callback):
         r: Rank of the adapters.
         alpha: Scale of the adapters, in units of ``r``: they are multiplied by ``alpha / r``.
         dropout: Dropout before the adapters.
-        target_modules: Names of the linear layers to adapt, as peft understands them; all that belong to groups if
-            ``None``.
+        target_modules: Names of the linear layers to adapt, as peft understands them; if ``None`` all linear layers and
+            convolutions that belong to groups, but for fused experts and what is in ``nn.MultiheadAttention``.
         merge: Whether to merge at the end; the adapters stay if not.
         seed: Seed of the adapters' initial values, so that they do not depend on what the run drew before.
 
@@ -125,15 +129,19 @@ class LoRARecovery(Callback):
 
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there are layers of the names given.
+        """Check that there are layers of the names given, or any to adapt.
 
         Raises:
-            PruningError: Naming those that the model does not have.
+            PruningError: Naming those that the model does not have, or if there are none.
         """
-        if self.target_modules is None or _adapted(pl_module):
+        if _adapted(pl_module):
             return
         for pruning in _pruning_callbacks(trainer):
             model = pruning.model(pl_module)
+            if self.target_modules is None:
+                if has_groups(model):
+                    self._default_targets(model)
+                continue
             paths = [path for path, _ in model.named_modules()]
             unknown = [n for n in self.target_modules if not any(p == n or p.endswith(f".{n}") for p in paths)]
             if unknown:
@@ -169,19 +177,35 @@ class LoRARecovery(Callback):
     def _inject(self, model: nn.Module) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        targets = self.target_modules
-        if targets is None:
-            names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
-            targets = sorted(names)
+        targets = self._default_targets(model) if self.target_modules is None else self.target_modules
         flags = [(p, p.requires_grad) for p in model.parameters()]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
         with random_state_kept():
             torch.manual_seed(self.seed)
-            inject_adapter_in_model(config, model)
+            try:
+                inject_adapter_in_model(config, model)
+            except BaseException:
+                _put_back(model, flags)
+                raise
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         transposed = [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]
         self._state.value = _Adapters(ADAPTERS, transposed, flags)
+
+    def _default_targets(self, model: nn.Module) -> list[str]:
+        """Names of the layers of a model that belong to groups and can be adapted.
+
+        Raises:
+            PruningError: If there are none.
+        """
+        names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
+        targets = sorted(name for name in names if _adaptable(model, name, self.r))
+        if not targets:
+            raise PruningError(
+                f"LoRARecovery adapts linear layers and convolutions that are pruned; found none in {type(model).__name__},"
+                f" whose groups lie in {sorted(names)[:3]}. Name other layers as target_modules, or train all weights."
+            )
+        return targets
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the first cut of a new run; train what an earlier fit merged as any other weights."""
@@ -194,12 +218,9 @@ class LoRARecovery(Callback):
         state = self._state.value
         if state.phase != ADAPTERS or not self.merge:
             return
-        for name, layer in list(_adapted(pl_module)):
+        for _, layer in _adapted(pl_module):
             layer.merge()
-            owner, _, attribute = name.rpartition(".")
-            setattr(pl_module.get_submodule(owner), attribute, layer.get_base_layer())
-        for parameter, requires_grad in state.flags:
-            parameter.requires_grad_(requires_grad)
+        _put_back(pl_module, state.flags)
         self._state.value = _Adapters("merged", state.transposed)
 
     def on_save_checkpoint(
@@ -227,6 +248,23 @@ class LoRARecovery(Callback):
         self._state.value = replace(
             self._state.value, phase=state_dict["phase"], transposed=list(state_dict["transposed"])
         )
+
+
+def _adaptable(model: nn.Module, name: str, r: int) -> bool:
+    """Whether adapters can take the place of a module and are run there: attention by PyTorch reads its projection's weight."""
+    module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(module, _LAYERS) or isinstance(owner, nn.MultiheadAttention):
+        return False
+    return r % getattr(module, "groups", 1) == 0
+
+
+def _put_back(model: nn.Module, flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    """Take all adapters out of a model, and let parameters be trained as before."""
+    for name, layer in _adapted(model):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, layer.get_base_layer())
+    for parameter, requires_grad in flags:
+        parameter.requires_grad_(requires_grad)
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:

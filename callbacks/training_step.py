@@ -55,7 +55,9 @@ class TrainingStep:
         self._guard = guard
         self._optimization = RecordedOptimization(trainer, model, guard)
         self._scale = gradient_scale(trainer)
-        self._number = -1
+        # of the batch that was run last, and by the identity of all that were given out
+        self._number = 0
+        self._numbers: dict[int, int] = {}
         self._autocast = True
         # the outputs of a step whose batch has not ended yet
         self._outputs: Mapping[str, Any] | None = None
@@ -74,11 +76,12 @@ class TrainingStep:
             iterator: Iterator[Any] = self._iterators(loader)
         else:
             iterator = (transferred(self._trainer, batch) for batch, *_ in loader)
-        for _ in range(limit):
+        for number in range(limit):
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+            self._number = self._numbers[id(batch)] = number
             yield batch
             self._end_batch(batch)
             progress()
@@ -87,16 +90,12 @@ class TrainingStep:
         """Let the calls from now on compute in the precision of the weights, also where training casts operators."""
         self._autocast = False
 
-    def repeat(self) -> None:
-        """Let the next call be one on the same batch again, with the same number."""
-        self._number -= 1
-
     def __call__(self, batch: Any) -> Any:
-        """The loss of a batch.
+        """The loss of a batch; one that runs again has the same number.
 
         :data:`lit_prune.calibration.statistics.SKIPPED` if the module skips it, or nothing in it trains the model.
         """
-        self._number += 1
+        self._number = self._numbers.get(id(batch), self._number)
         try:
             with self._guard.watching(), self._optimization.active(), self._gradients():
                 # as in Lightning, which warns

@@ -18,7 +18,8 @@ from lit_prune.arguments import BATCHES, COUNT, FLAG, Rule, check_fields, option
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.divergence import mixed_loss
 from lit_prune.calibration.evaluation import evaluation_mode
-from lit_prune.calibration.gates import Gates
+from lit_prune.calibration.gates import Gates, again_and_again, unreached
+from lit_prune.calibration.precision import loss_scale
 from lit_prune.config import AUTO, PruningConfig
 from lit_prune.detection import find_or_trace
 from lit_prune.distributed.ranks import Ranks
@@ -114,7 +115,8 @@ class GateTraining:
         # what is kept as the predictors see it
         self._basis = self.scores.kept
         self._sums: list[Tensor] = []
-        self._samples = 0
+        # by group set
+        self._samples = torch.zeros(len(group_sets), dtype=torch.float64)
         self.gates.set(self.scores.kept)
 
     @property
@@ -130,6 +132,9 @@ class GateTraining:
             root: The module that holds the model.
             ranks: The processes of a distributed run.
             resumed: Whether the curvature is known already.
+
+        Raises:
+            CalibrationError: If there are group sets whose gates the loss of no batch depends on.
         """
         all_reduce = None if ranks is None else ranks.sum
         if self.options.reconstruct:
@@ -141,41 +146,51 @@ class GateTraining:
             shares = self._predict([torch.ones_like(kept) for kept in self._basis])
             self.scores.set_shares(shares)
             with data("gates") as (batches, loss), evaluation_mode(root), suspended_hooks(root), self.gates:
-                trace, count = self._curvature(batches, loss)
-            line = torch.tensor([trace, count], dtype=torch.float64)
-            trace, count = (line if ranks is None else ranks.sum(line)).tolist()
+                line = self._curvature(batches, loss)
+            trace, count, *samples = (line if ranks is None else ranks.sum(line)).tolist()
             if count:
+                if missing := [s.name for s, number in zip(self._group_sets, samples, strict=True) if not number]:
+                    raise unreached(missing)
                 self.scores.measure_unit(trace / count)
             self.scores.start(shares)
             self._basis = self.scores.kept
         self.scores.set_shares(self._predict(self._basis))
         self.gates.set(self.scores.kept)
 
-    def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> tuple[float, int]:
-        r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and the number of batches.
+    def _curvature(self, batches: Iterable[Any], loss_fn: Callable[[Any], Any]) -> Tensor:
+        r"""Sum over batches of an estimate of the trace of the loss's Hessian by the gates, and what it is of.
 
-        For random signs r the mean of :math:`r^Tg(1+\epsilon r)/\epsilon` is the trace (Hutchinson); every other batch has the
-        signs of the one before turned round, so that the gradient where all gates are 1 drops out.
+        For random signs r the mean of :math:`r^T(g(1+\epsilon r)-g(1-\epsilon r))/2\epsilon` is the trace (Hutchinson). A batch
+        without a loss does not count.
+
+        Returns:
+            The sum, the number of batches, and by group set the number of samples whose loss depends on its gates (float64).
         """
-        generator, trace, count = torch.Generator().manual_seed(0), 0.0, 0
-        signs: list[Tensor] = []
-        for number, batch in enumerate(batches):
-            if number % 2 == 0:
-                drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
-                signs = [2.0 * sign - 1 for sign in drawn]
-            else:
-                signs = [-sign for sign in signs]
-            with torch.enable_grad():
-                with self.gates.open(), self.gates.changed_by([_SMALL * sign for sign in signs]):
-                    loss = loss_fn(batch)
-                if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    self.gates.forget()
-                    continue
+        generator = torch.Generator().manual_seed(0)
+        total = torch.zeros(2 + len(self._group_sets), dtype=torch.float64)
+        for batch in batches:
+            drawn = (torch.randint(0, 2, k.shape, generator=generator) for k in self._basis)
+            signs = [2.0 * sign - 1 for sign in drawn]
+            slopes = [self._slope(batch, loss_fn, [_SMALL * turn * sign for sign in signs]) for turn in (1, -1)]
+            found = [slope for slope in slopes if slope is not None]
+            if len(found) == len(slopes):
+                total += torch.stack(found).sum(dim=0) / 2
+        return total
+
+    def _slope(self, batch: Any, loss_fn: Callable[[Any], Any], changes: Sequence[Tensor]) -> Tensor | None:
+        """What a batch adds to :meth:`_curvature` where the gates are so changed; ``None`` without a loss."""
+        scale = loss_scale()
+        with torch.enable_grad(), self.gates.open(), self.gates.changed_by(changes):
+            loss = loss_fn(batch)
+            if not isinstance(loss, Tensor):
+                self.gates.forget()
+                return None
+            if loss.requires_grad:
                 loss.backward()
-            slopes, _, samples = self.gates.take()
-            estimate = sum(float((sign * slope).sum()) for sign, slope in zip(signs, slopes, strict=True))
-            trace, count = trace + estimate / samples / _SMALL, count + 1
-        return trace, count
+        slopes, _, samples = self.gates.take(scale)
+        parts = zip(changes, slopes, samples, strict=True)
+        along = sum(float((change * slope).sum()) / max(number, 1) for change, slope, number in parts)
+        return torch.tensor([along / _SMALL**2, 1, *samples], dtype=torch.float64)
 
     def _predict(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Make predictions for a set of kept groups, and return the shares of all groups that they leave."""
@@ -207,25 +222,27 @@ class GateTraining:
         first, second, samples = self.gates.take(scale)
         line = torch.cat([*first, *second])
         self._sums.append(line)
-        self._samples += samples
+        self._samples += torch.tensor(samples)
 
     def step(self, ranks: Ranks | None = None) -> bool:
         """Update the scores by all that was accumulated, on all processes, and set the gates.
+
+        Group sets that no batch ran have no news.
 
         Returns:
             Whether the derivatives were finite; if not, nothing changed. Neither does it where nothing was accumulated.
         """
         sizes = [len(k) for k in self.scores.kept]
         total = torch.stack(self._sums).sum(dim=0) if self._sums else torch.zeros(2 * sum(sizes), dtype=torch.float64)
-        line = torch.cat([total, torch.tensor([float(self._samples)])])
-        self._sums, self._samples = [], 0
+        line = torch.cat([total, self._samples])
+        self._sums, self._samples = [], torch.zeros_like(self._samples)
         if ranks is not None:
             line = ranks.sum(line)
-        samples = int(line[-1])
-        if not samples:
+        *parts, samples = line.split([*sizes, *sizes, len(sizes)])
+        if not samples.any():
             return True
-        parts = (line[:-1] / samples).split([*sizes, *sizes])
-        if not self.scores.update(parts[: len(sizes)], parts[len(sizes) :], samples):
+        means = [part / number.clamp_min(1) for part, number in zip(parts, torch.cat([samples, samples]), strict=True)]
+        if not self.scores.update(means[: len(sizes)], means[len(sizes) :], samples.tolist()):
             return False
         if self._grams and self.scores.steps % self.options.refresh == 0:
             self._basis = self.scores.kept
@@ -344,28 +361,32 @@ def _learned(
     Gates(inner, group_sets)
     table = first_table(inner, data, config, root=model)
     training = GateTraining(inner, group_sets, table, config.budget_of_parameters(inner, group_sets), config, options)
-    training.observe(data, model, None)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    stream = _again_and_again(batches)
+    stream = again_and_again(batches)
     with ExitStack() as stack:
+        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        training.observe(data, model, None)
         stack.enter_context(suspended_hooks(model))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(training.gates)
         agreement = stack.enter_context(Agreement(inner, training.gates)) if options.distillation else None
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
         stack.enter_context(torch.enable_grad())
         while not training.done:
             losses = []
             for batch in islice(stream, count):
                 with training.gates.open(batch):
                     loss = loss_fn(batch)
-                if not isinstance(loss, Tensor):
-                    raise CalibrationError(f"The loss function returned a {type(loss).__name__}; expected a tensor.")
-                if agreement is not None:
-                    loss = mixed_loss(loss, agreement.take(), options.distillation)
-                loss.backward()
+                    if not isinstance(loss, Tensor):
+                        raise CalibrationError(
+                            f"The loss function returned a {type(loss).__name__}; expected a tensor."
+                        )
+                    if agreement is not None:
+                        loss = mixed_loss(loss, agreement.take(), options.distillation)
+                    if not loss.requires_grad:
+                        raise unreached(training.gates.parts)
+                    loss.backward()
                 losses.append(float(loss.detach()))
                 training.accumulate()
             if not training.step():
@@ -373,13 +394,3 @@ def _learned(
             if progress is not None:
                 progress(training.scores.steps, sum(losses) / len(losses), training.scores.changed)
     return training.scores.importance()
-
-
-def _again_and_again(batches: Iterable[Any]) -> Iterable[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise CalibrationError("There is no batch to learn gates on.")

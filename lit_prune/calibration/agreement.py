@@ -53,6 +53,10 @@ class Agreement:
         mask = output_mask(model, args, kwargs, logits.shape[:-1])
         self._terms.append(output_divergence(model, logits, whole, mask=mask))
 
+    def forget(self) -> None:
+        """Drop the passes since the last call of :meth:`take`."""
+        self._terms.clear()
+
     def take(self) -> Tensor:
         """Return the mean over the passes since the last call.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lit_prune.architectures.features import feature_dim, input_features, is_con
 from lit_prune.architectures.layers import hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
-from lit_prune.calibration.token_masks import TokenMasks
+from lit_prune.calibration.token_masks import TokenMasks, recomputing
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.groups import BLOCK, GroupSet
 
@@ -136,11 +136,14 @@ class Gates:
 
     @contextlib.contextmanager
     def open(self, batch: object = None) -> Iterator[None]:
-        """Let forward passes within go through the gates; the backward pass may follow later.
+        """Let forward passes within go through the gates; the backward pass belongs within as well.
+
+        Activation checkpointing runs parts of the forward pass in it again. What passes before have left is dropped.
 
         Args:
             batch: What the passes are of; tells which of the dimensions is the batch's, with what the model is given.
         """
+        self.forget()
         with self._token_masks:
             self._token_masks.start_batch(batch)
             before, self._open = self._open, True
@@ -205,6 +208,7 @@ class Gates:
             last = inputs.movedim(dim, -1).movedim(batch_dim, 0)
             samples = self._samples_in(last, inputs.dim() > -dim)
             derivative = self._note(name, samples, inputs.shape[dim], inputs)
+            samples = len(derivative)
             predictor = self.predictors.get(name)
             if self._changes:
                 left = last if predictor is None else last - last @ predictor.to(last).T
@@ -240,10 +244,14 @@ class Gates:
         return hook
 
     def _note(self, name: str, samples: int, features: int, like: Tensor) -> Tensor:
-        """A leaf that the backward pass leaves the derivatives in, as its gradient."""
+        """A leaf that the backward pass leaves the derivatives in, as its gradient.
+
+        What activation checkpointing computes anew has the leaf of the first time, when gradients may have been off.
+        """
+        if recomputing() and name in self._seen:
+            return self._seen[name][-1]
         dtype = accumulation_dtype(like.dtype)
-        grad = torch.is_grad_enabled()
-        derivative = torch.zeros(samples, features, dtype=dtype, device=like.device, requires_grad=grad)
+        derivative = torch.zeros(samples, features, dtype=dtype, device=like.device, requires_grad=True)
         self._seen.setdefault(name, []).append(derivative)
         return derivative
 
@@ -260,7 +268,7 @@ class Gates:
         self._batch_size = 0
 
     @torch.no_grad()
-    def take(self, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor], int]:
+    def take(self, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """Take what the backward pass of a batch has left.
 
         Args:
@@ -268,10 +276,8 @@ class Gates:
 
         Returns:
             By group set the sum over the samples of the derivatives of each one's loss by every gate, the sum of their
-            squares, both of shape ``(groups,)`` (float64), and the number of samples.
-
-        Raises:
-            CalibrationError: If the backward pass did not reach a gate.
+            squares, both of shape ``(groups,)`` (float64), and the number of samples: 0, as the sums are, where the backward
+            pass reached no gate of the set (a layer that was skipped).
         """
         found: dict[Key, list[Tensor]] = {s.key: [] for s in self._group_sets}
         gradients = {name: [d.grad for d in leaves if d.grad is not None] for name, leaves in self._seen.items()}
@@ -282,20 +288,17 @@ class Gates:
             for group_set, index in parts:
                 found[group_set.key] += [g[:, index.to(g.device)].sum(dim=2) for g in gradients.get(name, [])]
         self.forget()
-        missing = [name for (name, _), derivatives in found.items() if not derivatives]
-        if missing:
-            raise CalibrationError(
-                f"The loss does not depend on the gates of {missing[:3]}: training_step did not run them, or cut the gradient"
-                " off (no_grad, detach)."
-            )
         counts = {len(d) for derivatives in found.values() for d in derivatives}
         samples = counts.pop() if len(counts) == 1 else 1
         totals = [
             torch.stack([d if samples > 1 else d.sum(dim=0, keepdim=True) for d in found[s.key]]).sum(dim=0).double()
             * (samples / scale)
+            if found[s.key]
+            else torch.zeros(samples, s.size, dtype=torch.float64)
             for s in self._group_sets
         ]
-        return [t.sum(dim=0).cpu() for t in totals], [t.square().sum(dim=0).cpu() for t in totals], samples
+        numbers = [samples if found[s.key] else 0 for s in self._group_sets]
+        return [t.sum(dim=0).cpu() for t in totals], [t.square().sum(dim=0).cpu() for t in totals], numbers
 
 
 class _GatedBlock(torch.autograd.Function):
@@ -314,3 +317,22 @@ class _GatedBlock(torch.autograd.Function):
         wide = accumulation_dtype(added.dtype)
         product = (added.to(wide) * gradient.to(wide)).reshape(ctx.samples, -1).sum(dim=1, keepdim=True)
         return gradient if ctx.kept else torch.zeros_like(gradient), product, None
+
+
+def unreached(names: Iterable[str]) -> CalibrationError:
+    """The error of a loss that does not depend on gates of some names."""
+    return CalibrationError(
+        f"The loss does not depend on the gates of {list(names)[:3]}: the training step or loss function did not run them, or"
+        " cut the gradient off (no_grad, detach). If they run within torch.utils.checkpoint, give it use_reentrant=False."
+    )
+
+
+def again_and_again(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, gone through again and again."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise CalibrationError("There is no batch to learn gates on.")

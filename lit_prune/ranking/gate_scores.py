@@ -129,13 +129,13 @@ class GateScores:
         """Return the scores that the groups were selected by last, float64 tensors of shape ``(groups,)``, by group set."""
         return list(torch.from_numpy(self._table.importance.copy()).split(self._table.sizes.tolist()))
 
-    def update(self, slope: Sequence[Tensor], square: Sequence[Tensor], samples: int) -> bool:
+    def update(self, slope: Sequence[Tensor], square: Sequence[Tensor], samples: Sequence[float]) -> bool:
         """Take the derivatives of a step, and project the scores on the budget again.
 
         Args:
             slope: By group set the mean over the step's samples of the derivative by each gate, shape ``(groups,)``.
             square: The mean of its square, likewise.
-            samples: Number of samples.
+            samples: By group set the number of samples; one of 0 has no news.
 
         Returns:
             Whether they were finite; if not, nothing changes.
@@ -145,13 +145,14 @@ class GateScores:
             return False
         # what is in a removed block gets no gradient, and has no news
         inside = ~np.append(self._table.kept, True)[self._table.block_of_row]
-        here = np.stack([~self._table.kept & ~inside, self._table.kept & ~inside])
+        news = ~inside & np.repeat(np.array(samples) > 0, self._table.sizes)
+        here = np.stack([~self._table.kept & news, self._table.kept & news])
         rate = np.where(here, np.maximum(1 / (self.visits + 1), 1 / self._horizon), 0.0)
         self.slope += rate * (first - self.slope)
         self.square += rate * (second - self.square)
         self.spread = (1 - rate) ** 2 * self.spread + rate**2
         self.visits += here
-        self.samples += max(1 / (self.steps + 1), 1 / self._horizon) * (samples - self.samples)
+        self.samples += max(1 / (self.steps + 1), 1 / self._horizon) * (max(samples) - self.samples)
         self.steps += 1
         self._project()
         return True

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from conftest import tiny
 from lit_prune.callbacks import LearnedGates, Stage
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
+from lit_prune.ranking.gate_scores import UNIT
 
 pytestmark = pytest.mark.core
 
@@ -105,6 +106,110 @@ def test_mixed_precision(tmp_path):
     callback = pruning(importance="fisher", step=2)
     fit(tmp_path, callback, LearnedGates(steps=2, distillation=1.0), precision="bf16-mixed", max_epochs=1)
     assert callback.stages_done == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"train_weights": True, "reconstruct": False}], ids=["frozen", "training"])
+def test_activation_checkpointing_changes_nothing(tmp_path, options, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        module = Module()
+        module.dropout.p = 0.0
+        if checkpointed:
+            module.inner["lm"].gradient_checkpointing_enable({"use_reentrant": reentrant})
+        callback = pruning(importance="fisher", step=2, dry_run=True)
+        fit(tmp_path, callback, LearnedGates(steps=3, **options), module=module, max_epochs=1)
+        found.append(torch.as_tensor(callback.table.importance))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("skipped", [(), (0,), (0, 2)], ids=str)
+def test_the_unit_of_the_loss_is_of_the_batches_that_have_one(tmp_path, skipped):
+    """Calibration runs a batch twice for it, with the same number."""
+
+    class Skips(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if not self.training:
+                seen.append(batch_idx)
+            return None if batch_idx in skipped and not self.training else loss
+
+    class Unit(pl.Callback):
+        def on_train_batch_end(self, *_):
+            units.update({state["scores"]["unit"]} if (state := gates.state_dict()["training"]) else ())
+
+    seen, units = [], set()
+    callback, gates = pruning(importance="magnitude", step=2, calibration_batches=3), LearnedGates(2, reconstruct=False)
+    fit(tmp_path, callback, gates, Unit(), module=Skips(), max_epochs=1)
+    assert "001122" in "".join(map(str, seen))
+    assert len(units) == 1
+    assert units != {UNIT}
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": 0.5}, {"distillation": 1.0}], ids=str)
+def test_a_step_that_returns_none_leaves_nothing_for_the_next(tmp_path, options):
+    found = []
+    for looks in (False, True):
+
+        class Skips(Module):
+            looks = False
+
+            def __init__(self):
+                super().__init__()
+                self.dropout.p = 0.0
+
+            def training_step(self, batch, batch_idx):
+                if self.trainer.state.fn == "fit" and self.trainer.global_step >= 3 and batch_idx % 2:
+                    if self.looks:
+                        super().training_step(batch, batch_idx)
+                    return None
+                return super().training_step(batch, batch_idx)
+
+        module = Skips()
+        module.looks = looks
+        callback = pruning(importance="fisher", step=3, dry_run=True)
+        fit(tmp_path, callback, LearnedGates(steps=3, reconstruct=False, **options), module=module)
+        found.append(torch.as_tensor(callback.table.importance))
+    assert torch.equal(*found)
+
+
+class TwoBranches(torch.nn.Module):
+    """Two residual branches, the second of which every other pass in training leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        x = x + self.b(torch.relu(self.a(x)))
+        return x if self.training and self.passes % 2 else x + self.d(torch.relu(self.c(x)))
+
+
+class DropsLayers(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = TwoBranches()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(24, 8), batch_size=4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_that_a_step_leaves_out_has_no_news(tmp_path, accumulate):
+    callback = pruning(importance="fisher", step=1, validate=False, repair=None)
+    gates = LearnedGates(steps=6, reconstruct=False, train_weights=True)
+    fit(tmp_path, callback, gates, module=DropsLayers(), accumulate_grad_batches=accumulate)
+    assert callback.stages_done == 1
+    assert callback.plan.info["importance"] == "gates from fisher"
 
 
 def test_a_schedule_learns_for_every_stage(tmp_path):

@@ -393,3 +393,45 @@ def test_adapters_that_cannot_be_added_leave_the_random_numbers_as_they_were():
     with pytest.raises(ValueError, match="not supported"):
         recovery._inject(model)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Numbers(pl.LightningModule):
+    def __init__(self, model, shape):
+        super().__init__()
+        self.model, self.shape = model, shape
+
+    def training_step(self, batch, batch_idx):
+        if not batch.is_floating_point():
+            return self.model(input_ids=batch, labels=batch).loss
+        return (self.model(batch) - 1).square().mean()
+
+    def train_dataloader(self):
+        data = torch.randn(16, *self.shape) if self.shape else torch.randint(3, 64, (16, 8))
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["fused experts", "torch attention"])
+def test_default_adapters_leave_out_what_cannot_have_any(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "fused experts":
+        module = Numbers(tiny("mixtral", num_local_experts=3, num_experts_per_tok=2), None)
+    else:
+        layer = torch.nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
+        module = Numbers(torch.nn.TransformerEncoder(layer, 2), (6, 16))
+    adapters = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            adapters.append([n for n, p in pl_module.named_parameters() if "lora" in n and p.requires_grad])
+
+    callback = pruning(step=2, importance="magnitude", repair=None, validate=False)
+    fit(tmp_path, callback, LoRARecovery(r=4), Look(), module=module, max_epochs=1)
+    assert not adapters[0]
+    assert adapters[-1]
+    assert not any("experts" in n or "self_attn.out_proj" in n for n in adapters[-1] if kind != "fused experts")
+    assert not any("lora" in n for n, _ in module.named_parameters())

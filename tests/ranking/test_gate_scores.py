@@ -9,10 +9,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import lit_prune
 from conftest import tiny
 from lit_prune import GateOptions, Limits, PruningConfig, learn_gates
+from lit_prune.calibration.precision import scaled_loss
 from lit_prune.errors import ArgumentValueError, CalibrationError, UnsupportedModelError
 from lit_prune.gating import GateTraining, first_table
 from lit_prune.groups import count_removed
@@ -94,6 +96,33 @@ def test_a_gate_whose_gradient_is_noise_stays_where_the_criterion_put_it():
     assert [number for number, _, _ in seen] == list(range(1, 31))
     # and the unit is that of the loss: what removing the first adds is 1
     assert float(importance[0][0]) == pytest.approx(1.0, rel=0.25)
+
+
+@pytest.mark.parametrize("losses", ["1", "11", "111", "011", "10101", "1101"])
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_the_unit_is_the_trace_of_the_hessian_by_the_gates(losses, scale):
+    """Channels that are orthogonal on every batch, of a quadratic loss whose gradient is not 0: the trace is exact."""
+    channels = [0.5, 1.0, 1.5, 2.0]
+    model, _, _ = planted(torch.diag(torch.tensor(channels)).tolist())
+    x = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)))
+    group_sets = lit_prune.trace(model, [x], lambda b: model(b).mean()).group_sets
+
+    def loss(batch):
+        if batch is None:
+            return None
+        values, target = batch
+        return scale * (model(values) - target).square().mean()
+
+    # every batch has another gradient
+    data = [(x, model(x).detach() + n * x[:, :1]) if c == "1" else None for n, c in enumerate(losses, 1)]
+    config = PruningConfig("magnitude", 0.3, limits=Limits(min_fraction=0.0))
+    table = first_table(model, _data([(x, x[:, :1])], loss), config)
+    budget = config.budget_of_parameters(model, group_sets)
+    training = GateTraining(model, group_sets, table, budget, config, GateOptions(reconstruct=False))
+    with scaled_loss(scale):
+        training.observe(_data(data, loss), model, None)
+    trace = 2 * sum(c**2 for c in channels)
+    assert 2 * training.scores.unit * training.scores.prior.sum() == pytest.approx(trace, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,103 @@ def test_the_state_goes_on_bit_for_bit(batches, loss_of):
     run(resumed, range(4, 8))
     for a, b in zip(whole.scores.importance(), resumed.scores.importance(), strict=True):
         assert torch.equal(a, b)
+
+
+def _plain_network(checkpointed, reentrant=False):
+    """Three layers, of which the middle one is computed anew in the backward pass if asked for."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+
+        def forward(self, x):
+            middle = lambda h: torch.relu(self.second(torch.relu(h)))  # noqa: E731
+            h = self.first(x)
+            return self.third(checkpoint(middle, h, use_reentrant=reentrant) if checkpointed else middle(h))
+
+    torch.manual_seed(0)
+    model = Network()
+    x, y = torch.randn(24, 4), torch.randn(24, 1)
+    return model, list(zip(x.split(8), y.split(8), strict=True)), lambda b: (model(b[0]) - b[1]).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["layers", "blocks", "divergence", "reentrant", "own code"])
+def test_activation_checkpointing_changes_nothing(kind, batches, loss_of):
+    found = []
+    for checkpointed in (False, True):
+        if kind == "own code":
+            model, data, loss = _plain_network(checkpointed)
+        else:
+            model, data = tiny(), batches
+            loss = loss_of(model)
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.train()
+        limits = Limits(kinds=("mlp", "block")) if kind == "blocks" else Limits()
+        options = GateOptions(steps=3, distillation=0.5 * (kind == "divergence"))
+        config = PruningConfig("fisher", 0.2, limits=limits)
+        found.append(torch.cat(learn_gates(model, data, loss, config, options)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": False}, {"distillation": 1.0}], ids=str)
+@pytest.mark.parametrize("had", [False, True], ids=["none", "some"])
+def test_gradients_and_flags_of_weights_stay(options, had, batches, loss_of):
+    model = tiny()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained if had else ():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    learn_gates(model, batches, loss_of(model), PruningConfig("magnitude"), GateOptions(steps=1, **options))
+    assert all(p.grad is None if not had else bool((p.grad == 3).all()) for p in trained)
+    assert [p for p in model.parameters() if p.requires_grad] == trained
+    assert model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["one layer", "reentrant"])
+def test_gates_that_no_loss_depends_on_are_refused_by_name(kind, batches):
+    if kind == "reentrant":
+        model, data, loss = _plain_network(True, reentrant=True)
+        name = "first"
+    else:
+        model, data, name = tiny(), batches, r"model\.layers\.1"
+        loss = lambda b: model(b, output_hidden_states=True).hidden_states[1].square().mean()  # noqa: E731
+    with pytest.raises(CalibrationError, match=rf"gates of \['{name}.*use_reentrant=False"):
+        learn_gates(model, data, loss, PruningConfig("magnitude"), GateOptions(steps=1))
+
+
+def test_a_set_that_no_batch_of_a_step_ran_has_no_news(batches, loss_of):
+    model = tiny()
+    config = PruningConfig("magnitude", pruning_ratio=0.2)
+    group_sets = lit_prune.find_group_sets(model)
+    data = _data(batches, loss_of(model))
+    options = GateOptions(steps=4, reconstruct=False)
+    budget = config.budget_of_parameters(model, group_sets)
+    training = GateTraining(model, group_sets, first_table(model, data, config), budget, config, options)
+    training.observe(data, model, None)
+    without = [torch.full((s.size,), float(".layers.0" not in s.name)) for s in group_sets]
+    gone = torch.cat(without).bool().numpy()
+    first = lambda: model(batches[0], output_hidden_states=True).hidden_states[1].square().mean()  # noqa: E731
+    with training.gates:
+        for count, losses in enumerate(([first], [first, lambda: loss_of(model)(batches[0])]), 1):
+            for run in losses:
+                with training.gates.open():
+                    run().backward()
+                training.accumulate()
+            assert training.step()
+            visits = training.scores.visits.sum(axis=0)
+            assert (visits[~gone] == count).all()
+            assert (visits[gone] == count - 1).all()
+
+
+@pytest.mark.parametrize("loss", ["detached", "without gradients"])
+def test_a_loss_that_does_not_depend_on_the_gates_is_refused(loss, batches, loss_of):
+    model = tiny()
+    own = {"detached": lambda b: loss_of(model)(b).detach(), "without gradients": torch.no_grad()(loss_of(model))}[loss]
+    with pytest.raises(CalibrationError, match=r"does not depend on the gates of \['model.layers.*use_reentrant=False"):
+        learn_gates(model, batches, own, PruningConfig("magnitude"), GateOptions(steps=1))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_derivatives_that_are_not_finite_change_nothing(batches, loss_of):
