@@ -197,11 +197,14 @@ class Workload:
         if name is None or cache is None:
             raise BudgetError(f"{type(self.model).__name__} has no cache, so it decodes no single tokens.")
         ids = token_ids(self.model, self.batch, 1)
-        token = {"input_ids": ids} if encoded is None else {"decoder_input_ids": ids, "encoder_outputs": (encoded,)}
+        arguments: dict[str, Any] = {name: cache, "use_cache": True}
+        arguments |= (
+            {"input_ids": ids} if encoded is None else {"decoder_input_ids": ids, "encoder_outputs": (encoded,)}
+        )
 
         def decode() -> None:
             # the cache grows by one token every time, which is little against its length
-            self.model(**token, **{name: cache}, use_cache=True)
+            self.model(**arguments)
 
         return decode
 
