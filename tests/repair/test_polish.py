@@ -373,6 +373,7 @@ def opt():
         num_attention_heads=4,
         max_position_embeddings=64,
         do_layer_norm_before=False,
+        init_std=0.2,
     )
     return AutoModelForCausalLM.from_config(config).eval()
 
