@@ -10,6 +10,9 @@ from torch import Tensor
 from lit_prune.calibration.gram import Gram, add_product, real_rows
 from lit_prune.calibration.precision import accumulation_dtype
 
+# in median lengths of what is wanted
+_LONGEST = 3.0
+
 
 class NormalEquations:
     """Products of inputs with each other, and of what is wanted with the inputs, in float32 or wider."""
@@ -34,6 +37,8 @@ class NormalEquations:
             self._gram = Gram(a.shape[1], a.device, wide)
             self._cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
             self._tokens = torch.zeros((), dtype=torch.float64, device=a.device)
+        scale = _influence(b)
+        a, b = a * scale.to(a.dtype), b * scale
         self._gram.add(a)
         add_product(self._cross, b, a)
         self._tokens += count
@@ -53,3 +58,14 @@ class NormalEquations:
             return values
         gram, cross, tokens = values
         return all_reduce(gram), all_reduce(cross), all_reduce(tokens)
+
+
+def _influence(wanted: Tensor) -> Tensor:
+    """What to multiply rows by, so that none counts for more than one a few times as long as the median, shape ``(rows, 1)``.
+
+    A few tokens (the first of a sequence, separators) hold values that are tens of times those of the others and that the next
+    norm takes out again; fitted as they are, they decide the weights that all other tokens are computed with.
+    """
+    lengths = wanted.to(accumulation_dtype(wanted.dtype)).norm(dim=1, keepdim=True)
+    limit = _LONGEST * lengths.median() if len(lengths) else lengths.new_zeros(())
+    return torch.where(lengths > limit, limit / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
