@@ -131,8 +131,11 @@ def test_the_first_consumer_is_the_ridge_solution_of_its_recorded_inputs():
     handle = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, a, o: seen.append((a[0], o)))
     logits(model, batches())
     handle.remove()
-    x = torch.cat([a.flatten(0, 1) for a, _ in seen])
-    y = torch.cat([o.flatten(0, 1) for _, o in seen])
+    # a token counts for no more than one of three median lengths of its sequence
+    lengths = [o.norm(dim=-1, keepdim=True) for _, o in seen]
+    influence = [(3 * n.median(dim=1, keepdim=True).values / n).clamp(max=1) for n in lengths]
+    x = torch.cat([(a * f).flatten(0, 1) for (a, _), f in zip(seen, influence, strict=True)])
+    y = torch.cat([(o * f).flatten(0, 1) for (_, o), f in zip(seen, influence, strict=True)])
     attention = next(i for i, s in enumerate(group_sets) if s.kind == "attention")
     columns = group_sets[attention].consumers[0].index[kept[attention]].flatten()
     weights = least_squares(model, group_sets, PruningPlan.from_kept(group_sets, kept), batches(), model, damping=0.0)
