@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from lit_prune.budgets.sizes import SizeModel, SizeSum, block_around
+from lit_prune.budgets.sizes import SizeModel, SizeSum, block_around, innermost_sets
 from lit_prune.budgets.workloads import Workload
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
 from lit_prune.torch_internals import GROUPED_PRODUCTS, DispatchMode, packet_of
@@ -111,9 +111,8 @@ def _at_length(count: Callable[[int], dict[str, int]], workload: Workload) -> di
 
 def _nearest(module: str, group_sets: Sequence[GroupSet]) -> int | None:
     """The set that the module's own products are of: that of the innermost module around it, or inside it."""
-    around = [(len(s.name), i) for i, s in enumerate(group_sets) if s.kind != BLOCK and is_inside(module, s.name)]
-    if around:
-        return max(around)[1]
+    if around := innermost_sets(module, group_sets):
+        return around[-1]
     inside = [i for i, s in enumerate(group_sets) if s.kind != BLOCK and module and is_inside(s.name, module)]
     return inside[0] if len(inside) == 1 else None
 

@@ -38,7 +38,7 @@ class NormalEquations:
             self._cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
             self._tokens = torch.zeros((), dtype=torch.float64, device=a.device)
         if wanted.dim() > 2:
-            scale, _ = real_rows(_influence(wanted, mask), mask)
+            scale = _influence(wanted, mask).reshape(-1, 1)
             a, b = a * scale.to(a.dtype), b * scale
         self._gram.add(a)
         add_product(self._cross, b, a)
