@@ -225,8 +225,12 @@ class PruningPlan:
         """A group set of the model that this plan results in, by the names and layer that everything had before."""
         moved = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
         name, layer = _moved(group_set.name, group_set.layer, moved)
-        slices = tuple(replace(s, parameter=_moved(s.parameter, 0, moved)[0]) for s in group_set.slices)
-        return replace(group_set, name=name, layer=layer, block=_moved(group_set.block, 0, moved)[0], slices=slices)
+        slices = tuple(replace(s, parameter=self.original_name(s.parameter)) for s in group_set.slices)
+        return replace(group_set, name=name, layer=layer, block=self.original_name(group_set.block), slices=slices)
+
+    def original_name(self, name: str) -> str:
+        """The name that a module or parameter of the model this plan results in had before."""
+        return _moved(name, 0, {e.name: dict(enumerate(e.kept)) for e in self.blocks})[0]
 
     def entries_after(self) -> dict[tuple[str, str], PlanEntry]:
         """The group-set entries by name and kind that the sets have in the pruned model."""

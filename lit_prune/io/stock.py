@@ -98,9 +98,9 @@ def unstated_parts(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> lis
         plan: What was cut.
 
     Returns:
-        Modules that the model has none of, and parameters that the config builds none of.
+        Modules that the model has none of, and parameters that the config builds none of, by the names in the dense model.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {plan.original_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     absent = [
         name
         for name, _ in dense.named_modules()
@@ -109,8 +109,8 @@ def unstated_parts(model: nn.Module, dense: nn.Module, plan: PruningPlan) -> lis
     ]
     built = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
     built |= {f"{name}.bias" for name in plan.biases}
-    more = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in built]
-    return absent + more
+    held = (plan.original_name(name) for name, _ in model.named_parameters(remove_duplicate=False))
+    return absent + [name for name in held if name not in built]
 
 
 def _implied_widths(model: nn.Module, dense: PreTrainedConfig) -> dict[str, int]:
