@@ -36,27 +36,33 @@ class Equations:
         self.input_sum = torch.zeros(inputs, dtype=precision, device=device)
         self.output_sum = torch.zeros(outputs, dtype=precision, device=device)
         self.rows = torch.zeros((), dtype=precision, device=device)
+        # of the squares of what rows are multiplied by
+        self.counted = torch.zeros((), dtype=precision, device=device)
         self._usable = True
 
     def give_up(self) -> None:
         """Let the layer keep its weights."""
         self._usable = False
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+    def add(self, inputs: Tensor, outputs: Tensor, influence: Tensor | None = None) -> None:
         """Add rows.
 
         Args:
             inputs: Shape ``(rows, inputs)``.
             outputs: Shape ``(rows, outputs)``.
+            influence: What to multiply each row by, shape ``(rows, 1)``; ones if ``None``.
         """
         step = max(1, piece_size(inputs.device) // max(1, inputs.shape[1]))
-        for a, b in zip(inputs.split(step), outputs.split(step), strict=True):
+        scales = torch.ones(len(inputs), 1, device=inputs.device) if influence is None else influence
+        for a, b, scale in zip(inputs.split(step), outputs.split(step), scales.split(step), strict=True):
             precision = accumulation_dtype(a.dtype)
-            a, b = a.to(precision), b.to(precision)
+            scale = scale.to(precision)
+            a, b = a * scale, b * scale
             self._gram.add(a)
             add_product(self.cross, b, a)
-            self.input_sum += a.sum(dim=0)
-            self.output_sum += b.sum(dim=0)
+            self.input_sum += (a * scale).sum(dim=0)
+            self.output_sum += (b * scale).sum(dim=0)
+            self.counted += scale.square().sum()
             self.rows += len(a)
 
     def add_up(self, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
@@ -64,7 +70,7 @@ class Equations:
         usable = torch.tensor(int(not self._usable))
         if all_reduce is not None:
             self._gram.replace(all_reduce)
-            for name in ("cross", "input_sum", "output_sum", "rows"):
+            for name in ("cross", "input_sum", "output_sum", "rows", "counted"):
                 setattr(self, name, all_reduce(getattr(self, name)))
             usable = all_reduce(usable)
         if int(usable):
@@ -83,7 +89,7 @@ class Equations:
             gram = self._gram.matrix
             return ridge(gram, self.cross, weight, _relative(damping, gram, self.rows)), None
         # in place: the sums are read once
-        mean = self.input_sum / self.rows
+        mean = self.input_sum / self.counted
         whole = self._gram.matrix.diagonal().to(torch.float64, copy=True)
         gram = self._gram.matrix.addr_(self.input_sum, mean, alpha=-1)
         cross = self.cross.addr_(self.output_sum, mean, alpha=-1)
@@ -91,5 +97,5 @@ class Equations:
         left = gram.diagonal().double()
         sizes = torch.where(left > _ROUNDING * whole, left, whole)
         solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), sizes=sizes)
-        shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.rows
+        shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.counted
         return solved, shift.to(bias.dtype)

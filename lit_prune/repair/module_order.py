@@ -68,7 +68,7 @@ class _Layer:
         calls: How often it was called in all batches.
         source: What identifies the tensor that its first call read; later, the number of the first layer that read it.
         sample: Some values of what its first call gave.
-        targets: By batch and call, what it gave in the dense model.
+        targets: By batch and call, what it gave in the dense model, and how much each row counts.
     """
 
     name: str
@@ -81,7 +81,7 @@ class _Layer:
     calls: int = 0
     source: Any = None
     sample: Tensor | None = None
-    targets: list[list[Tensor]] = field(default_factory=list)
+    targets: list[list[tuple[Tensor, Tensor | None]]] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -289,13 +289,14 @@ def _collect_targets(layers: Sequence[_Layer], passes: Passes, seed: int) -> Non
     """Note what layers give in the dense model, on the rows that they are fitted to."""
     by_name = {layer.name: layer for layer in layers}
 
-    def take(call: Call) -> Tensor:
+    def take(call: Call) -> tuple[Tensor, Tensor | None]:
         layer = by_name[call.name]
         if layer.sample is not None:
             _check_same(layer, sample(call.output), call.output.dtype)
-        return output_rows(call.module, call.output, layer.chosen(call, seed))[:, layer.outputs]
+        rows = layer.chosen(call, seed)
+        return output_rows(call.module, call.output, rows)[:, layer.outputs], call.influence(rows)
 
-    def use(taken: Mapping[str, Sequence[Tensor]]) -> None:
+    def use(taken: Mapping[str, Sequence[tuple[Tensor, Tensor | None]]]) -> None:
         for layer in layers:
             layer.targets.append(list(taken.get(layer.name, ())))
 
@@ -370,10 +371,10 @@ def _equations(stage: Sequence[_Layer], passes: Passes, pruned: _Pruned, seed: i
         for layer in stage:
             wanted, given = layer.targets[number], taken.get(layer.name, ())
             # a layer that other rows reach than in the dense model (an expert) says nothing
-            if len(given) != len(wanted) or any(len(a) != len(b) for a, b in zip(given, wanted, strict=True)):
+            if len(given) != len(wanted) or any(len(a) != len(b) for a, (b, _) in zip(given, wanted, strict=True)):
                 equations[layer.name].give_up()
-            for a, b in zip(given, wanted, strict=False):
-                equations[layer.name].add(a, b)
+            for a, (b, scale) in zip(given, wanted, strict=False):
+                equations[layer.name].add(a, b, scale)
         number += 1
 
     passes.run(by_name, take, use, within=pruned.running(), compare=not pruned.elsewhere)

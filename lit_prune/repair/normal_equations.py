@@ -9,9 +9,7 @@ from torch import Tensor
 
 from lit_prune.calibration.gram import Gram, add_product, real_rows
 from lit_prune.calibration.precision import accumulation_dtype
-
-# in median lengths of what is wanted
-_LONGEST = 3.0
+from lit_prune.repair.influence import influence
 
 
 class NormalEquations:
@@ -38,7 +36,7 @@ class NormalEquations:
             self._cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
             self._tokens = torch.zeros((), dtype=torch.float64, device=a.device)
         if wanted.dim() > 2:
-            scale = _influence(wanted, mask).reshape(-1, 1)
+            scale = influence(wanted, mask).reshape(-1, 1)
             a, b = a * scale.to(a.dtype), b * scale
         self._gram.add(a)
         add_product(self._cross, b, a)
@@ -59,25 +57,3 @@ class NormalEquations:
             return values
         gram, cross, tokens = values
         return all_reduce(gram), all_reduce(cross), all_reduce(tokens)
-
-
-def _influence(wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """What to multiply tokens by, so that none counts for more than one a few times as long as the median of its sequence.
-
-    A few tokens (the first of a sequence, separators) hold values that are tens of times those of the others and that the next
-    norm takes out again; fitted as they are, they decide the weights that all other tokens are computed with.
-
-    Args:
-        wanted: Shape ``(..., tokens, outputs)``.
-        mask: As of :meth:`NormalEquations.add`.
-
-    Returns:
-        Shape ``(..., tokens, 1)``.
-    """
-    lengths = wanted.to(accumulation_dtype(wanted.dtype)).norm(dim=-1, keepdim=True)
-    counted = lengths
-    if mask is not None and mask.shape == wanted.shape[:-1]:
-        counted = lengths.masked_fill(~mask[..., None], torch.nan)
-    limit = _LONGEST * counted.nanmedian(dim=-2, keepdim=True).values
-    # a sequence that is all padding has no median
-    return torch.where((lengths > limit) & (limit > 0), limit / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)

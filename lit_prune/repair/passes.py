@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.features import feature_dim
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.calibration.random_state import random_state, random_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.errors import UnsupportedModelError
+from lit_prune.repair.influence import influence
 from lit_prune.repair.products import Products
 from lit_prune.repair.reruns import WAY_OUT, rerun
 
@@ -91,6 +93,16 @@ class Call:
     def mask(self, hidden: Tensor) -> Tensor | None:
         """The mask of hidden states with features last, see :meth:`TokenMasks.of`."""
         return self._masks.of(hidden)
+
+    def influence(self, rows: Tensor) -> Tensor | None:
+        """How much some rows of the output count, shape ``(rows, 1)``; ``None`` where all count alike.
+
+        Tokens have outliers that the model has no use for, see :func:`lit_prune.repair.influence.influence`; positions of
+        feature maps differ by what is seen there.
+        """
+        if feature_dim(self.module) != -1 or self.output.dim() < 3:
+            return None
+        return influence(self.output, self.mask(self.output)).reshape(-1, 1)[rows]
 
     def _unsupported(self, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.name} ({type(self.module).__name__}) {found}; expected a tensor.")
