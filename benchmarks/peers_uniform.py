@@ -71,21 +71,27 @@ def _remove_greedily(linear: Any, inputs: Sequence[Tensor], width: int, count: i
     weight = linear.weight.double()
     left = torch.ones(len(inverse) // width, dtype=torch.bool)
     for _ in range(count):
-        parts = inverse.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        columns = weight.view(len(weight), len(left), width).permute(1, 2, 0)
-        blocks = parts.clone()
-        blocks[~left] = torch.eye(width, dtype=blocks.dtype)
-        costs = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-        group = int(costs.masked_fill(~left, float("inf")).argmin())
+        group = int(_costs(weight, inverse, left, width).masked_fill(~left, float("inf")).argmin())
         chosen = slice(group * width, (group + 1) * width)
         solved = torch.linalg.solve(inverse[chosen, chosen], inverse[chosen])
-        weight = weight - weight[:, chosen] @ solved
-        inverse = inverse - inverse[:, chosen] @ solved
+        weight.addmm_(weight[:, chosen].clone(), solved, alpha=-1)
+        inverse.addmm_(inverse[:, chosen].clone(), solved, alpha=-1)
         left[group] = False
         # what rounding leaves behind would be divided by later
         weight[:, chosen] = 0
         inverse[chosen], inverse[:, chosen] = 0, 0
     linear.weight.copy_(weight)
+
+
+def _costs(weight: Tensor, inverse: Tensor, left: Tensor, width: int) -> Tensor:
+    """What the removal of each group costs; anything for groups that are gone."""
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal().masked_fill(~left, 1.0)
+    parts = inverse.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.view(len(weight), len(left), width).permute(1, 2, 0)
+    blocks = parts.clone()
+    blocks[~left] = torch.eye(width, dtype=blocks.dtype)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
 
 
 @torch.no_grad()
