@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import before_layer
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.token_masks import TokenMasks
 from lit_prune.repair.consumer_grams import ConsumerGrams
@@ -42,19 +43,17 @@ def input_grams(
     """
     grams = ConsumerGrams()
 
-    def observe(name: str, masks: TokenMasks) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def observe(name: str, masks: TokenMasks) -> Callable[[nn.Module, Tensor], None]:
+        def hook(_: nn.Module, inputs: Tensor) -> None:
             if is_observed():
-                inputs: Tensor = args[0].detach()
-                grams.add(name, inputs, masks.of(inputs))
+                grams.add(name, inputs.detach(), masks.of(inputs))
 
         return hook
 
     with evaluation_mode(model if root is None else root), contextlib.ExitStack() as stack:
         masks = stack.enter_context(TokenMasks(model, list(features)))
         for name in features:
-            handle = model.get_submodule(name).register_forward_pre_hook(observe(name, masks))
-            stack.callback(handle.remove)
+            stack.callback(before_layer(model.get_submodule(name), observe(name, masks)).remove)
         for batch in batches:
             masks.start_batch(batch)
             forward(batch)
