@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +21,11 @@ def with_first_tensor(
     args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another tensor in place of the first."""
-    place = next(key for key, a in chain(enumerate(args), kwargs.items()) if isinstance(a, Tensor))
-    if isinstance(place, int):
+    place = next((number for number, a in enumerate(args) if isinstance(a, Tensor)), None)
+    if place is not None:
         return (*args[:place], tensor, *args[place + 1 :]), dict(kwargs)
-    return tuple(args), {**kwargs, place: tensor}
+    name = next(name for name, a in kwargs.items() if isinstance(a, Tensor))
+    return tuple(args), {**kwargs, name: tensor}
 
 
 def before_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor], Tensor | None]) -> RemovableHandle:

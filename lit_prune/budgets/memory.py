@@ -146,7 +146,7 @@ def _recorded(model: nn.Module) -> Iterator[dict[_Place, str]]:
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *__: Any) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
-                for _, place, _ in _tensors(value):
+                for place in [place for _, place, _ in _tensors(value)]:
                     found.setdefault(place, running[-1] if running else "")
 
     with contextlib.ExitStack() as hooks:
