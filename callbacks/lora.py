@@ -129,10 +129,10 @@ class LoRARecovery(Callback):
 
     @on_all_ranks("the checks before training")
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there are layers of the names given, or any to adapt.
+        """Check that there are layers of the names given which peft can adapt, or any to adapt.
 
         Raises:
-            PruningError: Naming those that the model does not have, or if there are none.
+            PruningError: Naming those that the model does not have or peft cannot adapt, or if there are none.
         """
         if _adapted(pl_module):
             return
@@ -150,6 +150,9 @@ class LoRARecovery(Callback):
                     f"LoRARecovery's target_modules {unknown} are no ends of paths of modules of {type(model).__name__};"
                     f" expected such ends. Those of what is pruned are {sorted(pruned)}."
                 )
+            for path in paths:
+                if any(path == n or path.endswith(f".{n}") for n in self.target_modules):
+                    self._check_adaptable(path, model.get_submodule(path))
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Add the adapters after the last cut."""
@@ -174,19 +177,37 @@ class LoRARecovery(Callback):
         if state.get("phase") == ADAPTERS and not _adapted(pl_module):
             self._inject(pruning.model(pl_module))
 
-    def _inject(self, model: nn.Module) -> None:
+    def _check_adaptable(self, path: str, module: nn.Module) -> None:
+        """Refuse a module that peft has no adapter for, by giving it one outside its model."""
+        flags = [(p, p.requires_grad) for p in module.parameters()]
+        holder = nn.ModuleDict({"layer": module})
+        try:
+            self._add_adapters(holder, ["layer"])
+        except Exception as error:
+            raise PruningError(
+                f"LoRARecovery's target_modules {self.target_modules} name {path!r} ({type(module).__name__}), which peft"
+                f" cannot adapt: {str(error).partition('. ')[0]}. Expected names of linear layers, convolutions or embeddings."
+            ) from error
+        finally:
+            _put_back(holder, flags)
+
+    def _add_adapters(self, model: nn.Module, targets: Sequence[str]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        targets = self._default_targets(model) if self.target_modules is None else self.target_modules
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
+        names = list(targets)
+        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names)  # type: ignore[arg-type]
         with random_state_kept():
             torch.manual_seed(self.seed)
-            try:
-                inject_adapter_in_model(config, model)
-            except BaseException:
-                _put_back(model, flags)
-                raise
+            inject_adapter_in_model(config, model)
+
+    def _inject(self, model: nn.Module) -> None:
+        targets = self._default_targets(model) if self.target_modules is None else self.target_modules
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            self._add_adapters(model, targets)
+        except BaseException:
+            _put_back(model, flags)
+            raise
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         transposed = [n for n, m in _adapted(model) if getattr(m, "fan_in_fan_out", False)]

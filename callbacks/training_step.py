@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lit_prune.calibration.evaluation import unobserved
+from lit_prune.calibration.evaluation import only_trained, unobserved
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.callbacks.lightning_internals import (
     IteratorFetcher,
@@ -128,20 +128,12 @@ class TrainingStep:
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[None]:
         """Let the step differentiate by inputs and other networks, also where nobody asks for gradients of the model."""
-        parameters = list(self._model.parameters())
-        if torch.is_grad_enabled() or shards.any_sharded(parameters) is not None:
+        if torch.is_grad_enabled() or shards.any_sharded(self._model.parameters()) is not None:
             yield
             return
-        flags = [(p, p.requires_grad) for p in parameters]
-        try:
-            for parameter in parameters:
-                # so that what needs none of this builds no graph
-                parameter.requires_grad_(False)
-            with torch.enable_grad():
-                yield
-        finally:
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+        # what needs no gradients of the model builds no graph
+        with only_trained(self._model), torch.enable_grad():
+            yield
 
     def _run(self, batch: Any) -> Any:
         fetcher = self._fetcher

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_prune.architectures.positions import token_positions
 from lit_prune.arguments import (
     BIGGEST,
     COUNT,
@@ -156,8 +157,8 @@ def _check_tokens(model: Any, ids: Tensor, options: Calibration) -> None:
             f"The tokenizer gives token {int(ids.max())}, and the model has embeddings of {rows} tokens: they do not belong"
             " together."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < ids.shape[-1]:
+    positions = token_positions(model, model.config.get_text_config())
+    if positions is not None and 0 < positions < ids.shape[-1]:
         raise ArgumentValueError(
             f"block_size={options.block_size} gives sequences of {ids.shape[-1]} tokens, and the model has {positions}"
             " positions. Lower --calibration.block_size."

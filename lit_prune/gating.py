@@ -17,7 +17,7 @@ from lit_prune.architectures.features import output_dim
 from lit_prune.arguments import BATCHES, COUNT, FLAG, Rule, check_fields, optional
 from lit_prune.calibration.agreement import Agreement
 from lit_prune.calibration.divergence import mixed_loss
-from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.evaluation import evaluation_mode, only_trained
 from lit_prune.calibration.gates import Gates, again_and_again, unreached
 from lit_prune.calibration.precision import loss_scale
 from lit_prune.config import AUTO, PruningConfig
@@ -361,12 +361,9 @@ def _learned(
     Gates(inner, group_sets)
     table = first_table(inner, data, config, root=model)
     training = GateTraining(inner, group_sets, table, config.budget_of_parameters(inner, group_sets), config, options)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     stream = again_and_again(batches)
     with ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in flags])
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        stack.enter_context(only_trained(model))
         training.observe(data, model, None)
         stack.enter_context(suspended_hooks(model))
         stack.enter_context(evaluation_mode(model))

@@ -185,6 +185,9 @@ class GroupSet:
             is a module of its own. Its rows are then no positions of the layer around it.
         buffers: The slices of buffers (running statistics of batch norms) that are removed with the groups; ``parameter``
             names a buffer.
+        counts_tokens: Of a whole block, whether it is one of those whose part of the key/value cache says how many tokens
+            there are so far, where that of other blocks (state-space models, linear attention, MLPs) does not. The model
+            runs with one of these or more.
     """
 
     name: str
@@ -201,6 +204,7 @@ class GroupSet:
     multiple_of: int = 1
     routed: bool = False
     buffers: tuple[Slice, ...] = ()
+    counts_tokens: bool = False
 
     @property
     def key(self) -> tuple[str, str]:

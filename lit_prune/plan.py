@@ -116,8 +116,8 @@ class PruningPlan:
         """Check that the plan fits a model's group sets.
 
         Raises:
-            PlanError: If it names a set that the model lacks, a size differs, too few groups stay for a module to run, or
-                the plan was made for a model with other sets.
+            PlanError: If it names a set that the model lacks, a size differs, too few groups stay for a module to run, no block
+                stays that counts tokens where others do not, or the plan was made for a model with other sets.
         """
         consumers = {part.module for s in group_sets for part in s.slices if part.consumes}
         if strange := [name for name in self.biases if name not in consumers]:
@@ -128,9 +128,13 @@ class PruningPlan:
         sizes = {s.key: s.size for s in group_sets if s.kind != BLOCK}
         minimum = {s.key: s.minimum for s in group_sets if s.kind != BLOCK}
         equal = {s.key: s.equal_parts for s in group_sets}
-        for stack in [stack_of(s.name)[0] for s in group_sets if s.kind == BLOCK]:
+        counting: dict[tuple[str, str], set[int]] = {}
+        for block in (s for s in group_sets if s.kind == BLOCK):
+            stack, index = stack_of(block.name)
             sizes[stack, BLOCK] = sizes.get((stack, BLOCK), 0) + 1
             minimum[stack, BLOCK] = 1
+            if block.counts_tokens:
+                counting.setdefault((stack, BLOCK), set()).add(index)
         for entry in self.entries:
             if entry.key not in sizes:
                 near = sorted(name for name, kind in sizes if kind == entry.kind)[:3]
@@ -147,6 +151,11 @@ class PruningPlan:
                 raise PlanError(
                     f"The plan keeps {len(entry.kept)} of the {entry.size} groups of {entry.name!r} ({entry.kind}), which"
                     f" runs with {minimum[entry.key]} or more."
+                )
+            if (needed := counting.get(entry.key)) and needed.isdisjoint(entry.kept):
+                raise PlanError(
+                    f"The plan keeps the blocks {list(entry.kept)} of {entry.name!r}, and none of {sorted(needed)}: expected one"
+                    " of these or more, because only their part of the key/value cache says how many tokens there are so far."
                 )
             if (parts := equal.get(entry.key, 1)) > 1:
                 counts = np.bincount(np.asarray(entry.kept, dtype=np.int64) // (entry.size // parts), minlength=parts)

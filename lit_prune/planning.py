@@ -60,7 +60,8 @@ def make_plan(
     check_names(model, group_sets)
     goals = goals or config.goals(model, group_sets)
     if learned is not None:
-        return _ranked(model, group_sets, learned, config, goals, statistics, f"gates from {config.importance}", {})
+        label = f"gates from {config.importance}"
+        return _ranked(model, group_sets, learned, config, goals, statistics, label, {}, learned=True)
     parameters: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     results: list[tuple[GroupTable, PruningPlan]] = []
     measured: dict[str, float] = {}
@@ -142,19 +143,23 @@ def _ranked(
     statistics: Statistics | None,
     label: str,
     weights: Mapping[str, float],
+    *,
+    learned: bool = False,
 ) -> tuple[GroupTable, PruningPlan]:
     """The table of an importance, the groups selected in it, and the plan."""
     table = group_table(model, group_sets, importance)
     before = count_parameters(model)
     reached = _select(model, group_sets, table, config, goals)
     removed = count_removed(model, group_sets, table.removed_groups())
+    # nobody says what an importance that was learned elsewhere was measured on
+    batches = None if learned else 0 if statistics is None else statistics.batches
     info = {
         "importance": label,
         "weights": dict(weights),
         "normalize": config.normalize,
         "repair": config.repair,
         **reached,
-        "calibration_batches": statistics.batches if statistics is not None else 0,
+        **({"calibration_batches": batches} if batches is not None else {}),
         **({"skipped_batches": statistics.skipped} if statistics is not None and statistics.skipped else {}),
         "parameters_before": before,
         "parameters_after": before - removed,

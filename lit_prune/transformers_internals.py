@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
 
 CHECKED = ("5.15.0", "5.23.0")
 
@@ -38,6 +38,25 @@ def without_layer_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+def layers_that_count_tokens(config: Any) -> list[bool]:
+    """Return for every layer of a model of mixed kinds whether its part of the cache says how many tokens there are so far.
+
+    The length of a cache is that of such a layer, and cannot be asked for where there is none.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        A list with an entry for each layer; empty if all layers count, or none does.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    known = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    counts = [issubclass(known.get(kind, object), cache_utils.CacheLayerMixin) for kind in kinds]
+    return counts if len(set(counts)) == 2 else []
 
 
 def has_choice_of_experts(module: nn.Module) -> bool:

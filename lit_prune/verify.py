@@ -43,12 +43,15 @@ def verify_architecture(model: nn.Module, forward: Callable[[nn.Module], Tensor]
     except UnsupportedModelError:
         group_sets = find_group_sets(model)
     blocks = [s.name for s in group_sets if s.kind == BLOCK]
+    counting = sum(s.counts_tokens for s in group_sets)
     checked = []
     for position, group_set in enumerate(group_sets):
         whole = group_set.kind == BLOCK
         if group_set.size - group_set.equal_parts < max(group_set.minimum, 1) and not whole:
             continue
         if whole and sum(stack_of(b)[0] == stack_of(group_set.name)[0] for b in blocks) < 2:
+            continue
+        if group_set.counts_tokens and counting == 1:
             continue
         group = group_set.size // 2
         removed = group_set.removed_with(group)

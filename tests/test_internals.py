@@ -466,6 +466,17 @@ def test_frames_of_speech():
     assert transformers_internals.frames_of(nn.Linear(1, 1)) is None
 
 
+def test_the_length_of_a_cache_is_that_of_a_layer_with_attention():
+    config = transformers.Lfm2Config(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+    assert transformers_internals.layers_that_count_tokens(config) == [False, True, False]
+    assert transformers.DynamicCache(config=config).get_seq_length() == 0
+    config = transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "conv"])
+    with pytest.raises(ValueError, match="get_seq_length"):
+        transformers.DynamicCache(config=config).get_seq_length()
+    for other in (config, transformers.LlamaConfig(), None):
+        assert transformers_internals.layers_that_count_tokens(other) == []
+
+
 def test_marked_tensors_are_not_filled():
     layer = nn.Linear(2, 2)
     with torch.no_grad():

@@ -1,17 +1,91 @@
-"""Calls of whole blocks (decoder layers): what goes in, what comes out, and passing them over."""
+"""Calls of layers and of whole blocks (decoder layers): what goes in, what comes out, and passing them over."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_prune.errors import UnsupportedModelError
+
+
+def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module is called with, by position or by keyword; ``None`` if there is none."""
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def with_first_tensor(
+    args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another tensor in place of the first."""
+    place = next((number for number, a in enumerate(args) if isinstance(a, Tensor)), None)
+    if place is not None:
+        return (*args[:place], tensor, *args[place + 1 :]), dict(kwargs)
+    name = next(name for name, a in kwargs.items() if isinstance(a, Tensor))
+    return tuple(args), {**kwargs, name: tensor}
+
+
+def before_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor], Tensor | None]) -> RemovableHandle:
+    """Call a hook with a layer and its input before every call of the layer; a tensor that the hook gives takes its place.
+
+    Args:
+        layer: A module that computes something of one tensor, which is the first that it is called with.
+        hook: The hook.
+
+    Returns:
+        The handle that takes the hook off. A call of the layer without a tensor raises an ``UnsupportedModelError``.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = hook(module, _input(module, args, kwargs))
+        return None if changed is None else with_first_tensor(args, kwargs, changed)
+
+    return layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def after_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor, Any], None]) -> RemovableHandle:
+    """Call a hook with a layer, its input and its output after every call of the layer.
+
+    Args:
+        layer: As for :func:`before_layer`.
+        hook: The hook.
+
+    Returns:
+        The handle that takes the hook off. A call of the layer without a tensor raises an ``UnsupportedModelError``.
+    """
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hook(module, _input(module, args, kwargs), output)
+
+    return layer.register_forward_hook(after, with_kwargs=True)
+
+
+def _input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    found = first_tensor(args, kwargs)
+    if found is None:
+        raise UnsupportedModelError(
+            f"A {type(module).__name__} was called with {[type(a).__name__ for a in args]} and {sorted(kwargs)}; expected a"
+            " tensor."
+        )
+    return found
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a block is called with."""
-    return args[0] if args else kwargs["hidden_states"]
+    """The hidden states that a block is called with.
+
+    Raises:
+        UnsupportedModelError: If they are neither its first argument nor ``hidden_states=``.
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"A block was called with {[type(a).__name__ for a in args]} and {sorted(kwargs)}; expected hidden states, a tensor,"
+            " as its first argument or as hidden_states=."
+        )
+    return hidden
 
 
 def hidden_output(output: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import before_layer
 from lit_prune.architectures.registry import stream_of
 from lit_prune.architectures.stream import norms_over_channels
 from lit_prune.modeling_pruned import sync_features
@@ -50,8 +51,8 @@ def norms_over_kept(model: nn.Module, names: Iterable[str], kept: Tensor) -> Ite
         kept: Indices of the channels that count, ascending, shape ``(kept,)``.
     """
 
-    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].index_select(-1, kept.to(args[0].device)), *args[1:])
+    def narrow(_: nn.Module, inputs: Tensor) -> Tensor:
+        return inputs.index_select(-1, kept.to(inputs.device))
 
     def widen(width: int, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         whole = output.new_zeros((*output.shape[:-1], width))
@@ -64,7 +65,7 @@ def norms_over_kept(model: nn.Module, names: Iterable[str], kept: Tensor) -> Ite
                 width = len(parameter)
                 parameter.data = parameter.data[kept.to(parameter.device)]
             sync_features(module)
-            stack.callback(module.register_forward_pre_hook(narrow).remove)
+            stack.callback(before_layer(module, narrow).remove)
             stack.callback(module.register_forward_hook(lambda m, a, o, width=width: widen(width, m, a, o)).remove)
         yield
 

@@ -17,6 +17,7 @@ from lit_prune.errors import UnsupportedModelError
 from lit_prune.group_data import KeptGroups, dimension_lengths, kept_groups
 from lit_prune.groups import BLOCK, GroupSet, Slice, check_weights, stack_of
 from lit_prune.plan import get_plan
+from lit_prune.transformers_internals import layers_that_count_tokens
 
 
 @renamed_fields(blocks="components")
@@ -338,6 +339,7 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
     places: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), set()).add(name)
+    counting = layers_that_count_tokens(getattr(model, "config", None))
     for stack in stacks:
         blocks = model.get_submodule(stack)
         config = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
@@ -362,7 +364,9 @@ def _whole_blocks(model: nn.Module, architecture: Architecture) -> Iterator[Grou
                 )
             own = {id(p): (n, p) for n, p in parameters.items()}
             slices = tuple(Slice(n, 0, torch.arange(len(p)).view(1, -1)) for n, p in own.values())
-            yield GroupSet(name, index, BLOCK, 1, sum(p.numel() for _, p in own.values()), slices, block=name)
+            cost = sum(p.numel() for _, p in own.values())
+            counts = len(counting) == len(blocks) and counting[index]
+            yield GroupSet(name, index, BLOCK, 1, cost, slices, block=name, counts_tokens=counts)
 
 
 def _check_alternatives(model: nn.Module, architecture: Architecture, group_sets: list[GroupSet]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from lit_prune.budgets.running import running_modules
 from lit_prune.budgets.sizes import SizeModel, SizeSum, block_around, innermost_sets
 from lit_prune.budgets.workloads import Workload
 from lit_prune.groups import BLOCK, GroupSet, Slice, is_inside
@@ -130,11 +131,8 @@ class _Products(DispatchMode):
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count what runs meanwhile. The mode itself is entered again for every composite operator."""
-        with contextlib.ExitStack() as hooks:
-            for name, module in self._model.named_modules():
-                hooks.enter_context(_hooked(module, name, self._inside))
-            with self:
-                yield
+        with running_modules(self._model) as self._inside, self:
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,20 +167,3 @@ def _memory(tensor: Tensor) -> int:
 def _multiplies_own_weight(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(name)
     return not any(True for _ in module.children()) and isinstance(getattr(module, "weight", None), nn.Parameter)
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, name: str, inside: list[str]) -> Iterator[None]:
-    handles: list[Any] = [
-        module.register_forward_pre_hook(lambda *_: inside.append(name)),
-        module.register_forward_hook(lambda *_: _drop_last(inside), always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _drop_last(inside: list[str]) -> None:
-    inside.pop()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.budgets.running import running_modules
 from lit_prune.budgets.workloads import Workload
 from lit_prune.calibration.precision import Precision
 from lit_prune.torch_internals import tree_leaves
@@ -39,21 +40,16 @@ def inputs_of(workload: Workload) -> Inputs:
     if workload.tokens:
         return Inputs(None, _autocast(device))
     called: list[Any] = []
-    running: list[nn.Module] = []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if not running:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            called.append([_autocast(device), [[list(x.shape), str(x.dtype)] for x in tensors]])
+
     with contextlib.ExitStack() as hooks:
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not running:
-                tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                called.append([_autocast(device), [[list(x.shape), str(x.dtype)] for x in tensors]])
-            running.append(module)
-
-        def leave(*_: Any) -> None:
-            running.pop()
-
         for module in workload.model.modules():
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        running = hooks.enter_context(running_modules(workload.model))
         workload.forward()
     digest = hashlib.sha256(json.dumps([shapes for _, shapes in called]).encode()).hexdigest()
     return Inputs(digest[:16], called[0][0] if called else None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lit_prune.budgets.running import running_modules
 from lit_prune.budgets.sizes import SizeModel, SizeSum, block_around, innermost_sets
 from lit_prune.budgets.workloads import Workload
 from lit_prune.errors import BudgetError
@@ -141,28 +142,18 @@ def _itemsize(parameter: Tensor, dtype: torch.dtype | None) -> int:
 def _recorded(model: nn.Module) -> Iterator[dict[_Place, str]]:
     """By its place in the cache, the innermost module that runs when a tensor is first there."""
     found: dict[_Place, str] = {}
-    inside: list[str] = []
 
-    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *__: Any) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
-                for _, place, _ in _tensors(value):
-                    found.setdefault(place, inside[-1] if inside else "")
-
-    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        look(args, kwargs)
-        inside.append(name)
-
-    def leave(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        look(args, kwargs)
-        inside.pop()
+                for place in [place for _, place, _ in _tensors(value)]:
+                    found.setdefault(place, running[-1] if running else "")
 
     with contextlib.ExitStack() as hooks:
-        for name, module in model.named_modules():
-            before = module.register_forward_pre_hook(lambda _, a, k, name=name: enter(name, a, k), with_kwargs=True)
-            hooks.callback(before.remove)
-            after = module.register_forward_hook(lambda _, a, k, __: leave(a, k), with_kwargs=True, always_call=True)
-            hooks.callback(after.remove)
+        for module in model.modules():
+            hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(look, with_kwargs=True).remove)
+        running = hooks.enter_context(running_modules(model))
         yield found
 
 

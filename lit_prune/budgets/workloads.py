@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.positions import token_positions
 from lit_prune.budgets.budget import DECODE, PREFILL, TRAIN
 from lit_prune.calibration.evaluation import evaluation_mode, unobserved
 from lit_prune.errors import BudgetError
@@ -65,19 +66,6 @@ def _vocabulary(model: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _positions(model: Any) -> int | None:
-    """The most tokens that the model's positions are enough for, ``None`` if any number is."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    words = model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is not words and module.num_embeddings == most:
-            # the positions of tokens begin behind that of padding
-            return most if module.padding_idx is None else most - module.padding_idx - 1
-    return most
-
-
 class Workload:
     """Runs a model on made-up token ids, or on one batch of the user's where it takes none.
 
@@ -111,7 +99,7 @@ class Workload:
         Raises:
             BudgetError: If it has fewer.
         """
-        most = _positions(self.model) if self.tokens else None
+        most = token_positions(self.model, getattr(self.model, "config", None)) if self.tokens else None
         if most is not None and self.length > most:
             raise BudgetError(
                 f"The budget is for sequences of {self.length:,} tokens; {type(self.model).__name__} has {most:,} positions"

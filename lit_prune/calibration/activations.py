@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.architectures.features import feature_dim
+from lit_prune.architectures.layers import before_layer
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.reduce import add_line, piece_size, pieces
 from lit_prune.calibration.statistic_registry import INPUT_SUMS, InputStatistic, get_statistic
@@ -119,7 +119,7 @@ class ActivationObserver:
 
     def __enter__(self) -> ActivationObserver:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+            self._handles.append(before_layer(module, self._hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,12 +141,11 @@ class ActivationObserver:
         counts = {name: int(totals.pop("count")) for name, totals in self._totals.items()}
         return {name: ActivationStatistics(counts[name], totals) for name, totals in self._totals.items()}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(self, name: str) -> Callable[[nn.Module, Tensor], None]:
         @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, inputs: Tensor) -> None:
             if recomputing() or not is_observed():
                 return
-            inputs: Tensor = args[0]
             dim = feature_dim(module)
             state = (version_of(inputs), self._token_masks.batches, dim)
             if self._last is None or self._last[0]() is not inputs or self._last[1] != state:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,21 @@ def unobserved() -> Iterator[None]:
 def is_observed() -> bool:
     """Whether a forward pass is part of a calibration batch, and not within :func:`unobserved`."""
     return _OBSERVED.get()
+
+
+@contextlib.contextmanager
+def only_trained(root: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Let these parameters of a module require gradients and no others, so that no graph is built for those; undone at the
+    end."""
+    wanted = {id(p) for p in trained}
+    flags = [(p, p.requires_grad) for p in root.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.architectures.features import feature_dim, input_features, is_convolution, output_dim
-from lit_prune.architectures.layers import hidden_input, hidden_output
+from lit_prune.architectures.layers import before_layer, hidden_input, hidden_output
 from lit_prune.calibration.mask_gradients import observable
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
@@ -106,7 +106,7 @@ class Gates:
                 self._handles.append(block.register_forward_hook(self._gate_block(group_set), with_kwargs=True))
         for name in self.parts:
             module = self._model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(self._gate_inputs(name)))
+            self._handles.append(before_layer(module, self._gate_inputs(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -197,11 +197,10 @@ class Gates:
             mask = self._keep[name] = mask.to(device)
         return mask
 
-    def _gate_inputs(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _gate_inputs(self, name: str) -> Callable[[nn.Module, Tensor], Tensor | None]:
+        def hook(module: nn.Module, inputs: Tensor) -> Tensor | None:
             if not self._open:
                 return None
-            inputs: Tensor = args[0]
             dim = feature_dim(module)
             keep = self.mask_of(name, inputs.shape[dim], inputs.device)
             batch_dim = self._token_masks.batch_dim if dim == -1 and inputs.dim() > 2 else 0
@@ -215,9 +214,9 @@ class Gates:
                 line = self._changes[name].to(last) + derivative.to(last)
                 # a sample has its own line, or all rows have the same
                 line = line.view(*line.shape[:1], *[1] * (last.dim() - 2), -1) if samples > 1 else line[0]
-                return ((last + line * left).movedim(0, batch_dim).movedim(-1, dim), *args[1:])
+                return (last + line * left).movedim(0, batch_dim).movedim(-1, dim)
             gated = _Gated.apply(last, derivative, keep, None if predictor is None else predictor.to(inputs))
-            return (gated.movedim(0, batch_dim).movedim(-1, dim), *args[1:])
+            return gated.movedim(0, batch_dim).movedim(-1, dim)
 
         return hook
 

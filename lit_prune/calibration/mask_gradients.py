@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.architectures.features import feature_dim, input_features
-from lit_prune.architectures.layers import hidden_input, hidden_output
+from lit_prune.architectures.layers import before_layer, hidden_input, hidden_output
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.terms import Term
@@ -134,18 +134,15 @@ class MaskCollector:
                 masks = self._masks[part.module] = []
                 module = self._model.get_submodule(part.module)
                 hook = self._mask_inputs(masks, described=bool(group_set.block))
-                self._handles.append(module.register_forward_pre_hook(hook))
+                self._handles.append(before_layer(module, hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _mask_inputs(
-        self, masks: list[Tensor], described: bool
-    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            inputs: Tensor = args[0]
+    def _mask_inputs(self, masks: list[Tensor], described: bool) -> Callable[[nn.Module, Tensor], Tensor | None]:
+        def hook(module: nn.Module, inputs: Tensor) -> Tensor | None:
             if not is_observed():
                 return None
             dim = feature_dim(module)
@@ -159,7 +156,7 @@ class MaskCollector:
                 requires_grad=torch.is_grad_enabled(),
             )
             masks.append(mask)
-            return (_Masked.apply(inputs, mask, batch_dim, dim), *args[1:])
+            return _Masked.apply(inputs, mask, batch_dim, dim)
 
         return hook
 

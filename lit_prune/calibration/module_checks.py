@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.architectures.layers import first_tensor
 from lit_prune.architectures.plain_modules import (
     CONVOLUTIONS,
     LINEAR,
@@ -198,7 +199,7 @@ class _Watch:
             handle.remove()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = _first_tensor(args, kwargs)
+        first = first_tensor(args, kwargs)
         if not self.called and first is not None:
             # a copy: the hooks behind may change it in place
             self._given = first.detach().clone()
@@ -207,7 +208,7 @@ class _Watch:
         if self.called:
             return
         self.called = True
-        first = _first_tensor(args, kwargs)
+        first = first_tensor(args, kwargs)
         if first is None or shards.any_sharded(module.parameters()) is not None:
             return
         what = f"{self._path} ({type(module).__name__})"
@@ -250,10 +251,6 @@ class _Watch:
         return f"what the forward of {class_forward(module).func.__qualname__.partition('.')[0]} does"
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-
-
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -276,7 +273,7 @@ def _product(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
         # its call may say how large the output is to be
         transposed: Any = next(c for c in TRANSPOSED if isinstance(module, c))
         return transposed.forward(module, *args, **kwargs)
-    x = _first_tensor(args, kwargs)
+    x = first_tensor(args, kwargs)
     assert x is not None
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(module.weight.dtype)

@@ -94,7 +94,8 @@ def save_pruned(
             )
         return save_litgpt(model, directory, tokenizer, state_dict=state_dict)
     check_replaceable(directory)
-    if not _is_transformers(model):
+    as_transformers, dense = _how_saved(model)
+    if not as_transformers:
         if self_contained:
             raise ArgumentValueError(
                 f"self_contained=True writes code of transformers models; found a {type(model).__name__}, whose code is yours."
@@ -110,7 +111,8 @@ def save_pruned(
                 state_dict=state_dict,
             )
         return Path(directory)
-    whole = to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
+    with saving.plan_of_inner_model(model):
+        whole = _to_pretrained(model, self_contained, state_dict, dense)
     with replacing_folder(directory) as temporary:
         write_pruned(
             whole, temporary, tokenizer, metrics=metrics, self_contained=self_contained, max_shard_size=max_shard_size
@@ -118,12 +120,15 @@ def save_pruned(
     return Path(directory)
 
 
-def _is_transformers(model: nn.Module) -> bool:
-    """Whether a model is saved as a transformers model: it is one, its config builds it, and a description finds its groups."""
+def _how_saved(model: nn.Module) -> tuple[bool, PreTrainedModel | None]:
+    """Whether a model is saved as one of transformers: its config builds it, and a description finds its groups; and the dense
+    model that the config builds then, on the device ``meta``, if the model was pruned."""
     if not isinstance(model, PreTrainedModel) or _is_traced(model):
-        return False
-    plan = get_plan(model)
-    return plan is None or not unstated_parts(model, _dense(model), plan)
+        return False, None
+    if (plan := get_plan(model)) is None:
+        return True, None
+    dense = _dense(model)
+    return (False, None) if unstated_parts(model, dense, plan) else (True, dense)
 
 
 def _is_traced(model: nn.Module) -> bool:
@@ -179,12 +184,13 @@ def to_pretrained(
         UnsupportedModelError: If it is not a transformers model, its weights are quantised, or they are shards of weights.
     """
     with saving.plan_of_inner_model(model):
-        return _to_pretrained(model, self_contained=self_contained, state_dict=state_dict)
+        return _to_pretrained(model, self_contained, state_dict, None)
 
 
 def _to_pretrained(
-    model: nn.Module, *, self_contained: bool, state_dict: Mapping[str, Tensor] | None
+    model: nn.Module, self_contained: bool, state_dict: Mapping[str, Tensor] | None, dense: PreTrainedModel | None
 ) -> PreTrainedModel:
+    """What :func:`to_pretrained` does, with the dense model if it is known that the model's config builds it."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Only transformers models can be saved as one; found {type(model).__name__}. Save it with lit_prune.save_pruned."
@@ -203,9 +209,10 @@ def _to_pretrained(
             f"The weights of this {type(model).__name__} are shards, which are no weights of a folder. Gather them, and save"
             " them with lit_prune.save_pruned(model, directory, state_dict=whole_weights) on one rank; see docs/fsdp.md."
         )
-    dense = _dense(model)
+    if dense is None:
+        dense = _dense(model)
+        _check_stated(model, dense, plan)
     base, dense_config = type(dense), _dense_config(model)
-    _check_stated(model, dense, plan)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense, hidden=plan.hidden)
     _check_held(model, group_sets)

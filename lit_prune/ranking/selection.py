@@ -176,7 +176,7 @@ class Limits:
         return np.array(asked, dtype=np.int64)
 
     def _keep_blocks(self, table: GroupTable, floor: np.ndarray, original: Mapping[tuple[str, str], int]) -> None:
-        """Let so many blocks of every list stay as the floors say, those of the highest scores."""
+        """Let so many blocks of every list stay as the floors say, those of the highest scores, and one that counts tokens."""
         stacks: dict[str, list[int]] = {}
         for position, (name, kind) in enumerate(table.keys):
             if kind == BLOCK:
@@ -184,6 +184,9 @@ class Limits:
         for stack, members in stacks.items():
             whole = original.get((stack, BLOCK), len(members))
             least = max(1, self.min_groups, math.ceil(self.min_fraction * whole - 1e-9))
+            counting = [p for p in members if table.counts_tokens is not None and table.counts_tokens[p]]
+            if counting and not floor[counting].any():
+                floor[max(counting, key=lambda p: table.score[table.offsets[p]])] = 1
             candidates = [p for p in members if not floor[p]]
             candidates.sort(key=lambda p: table.score[table.offsets[p]])
             floor[candidates[max(len(members) - least, 0) :]] = 1

@@ -55,6 +55,8 @@ class GroupTable:
         price: What the removal of each group saves, weighted over the limits of a budget, float array of shape ``(rows,)``;
             scores are importance / price then. ``None`` if the budget is one of parameters. Not written to files.
         plan_trade_offs: Computes :attr:`trade_offs`, which takes several more selections. Not written to files.
+        counts_tokens: Of every set whether it is a block that counts the tokens of the cache where others do not, bool array of
+            shape ``(sets,)``, see :class:`~lit_prune.groups.GroupSet`; of none if ``None``. Not written to files.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -69,6 +71,7 @@ class GroupTable:
     members: tuple[tuple[str, ...], ...] | None = None
     price: np.ndarray | None = None
     plan_trade_offs: Callable[[], Mapping[str, Sequence[Mapping[str, float]]]] | None = None
+    counts_tokens: np.ndarray | None = None
 
     @classmethod
     def build(cls, group_sets: Sequence[GroupSet], importance: Sequence[Tensor]) -> GroupTable:
@@ -89,6 +92,7 @@ class GroupTable:
             minimum=np.array([s.minimum for s in group_sets], dtype=np.int64),
             equal_parts=np.array([s.equal_parts for s in group_sets], dtype=np.int64),
             multiple_of=np.array([s.multiple_of for s in group_sets], dtype=np.int64),
+            counts_tokens=np.array([s.counts_tokens for s in group_sets], dtype=bool),
             members=tuple(tuple(dict.fromkeys(part.module for part in s.slices)) for s in group_sets),
         )
         if not np.isfinite(values).all():

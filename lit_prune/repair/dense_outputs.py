@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import before_layer
 from lit_prune.calibration.divergence import distillation_loss, gives_classes, output_divergence
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed, unobserved
 from lit_prune.calibration.module_checks import relative_difference, tolerance
@@ -65,7 +66,7 @@ class OutputReader:
             if self.head is not None:
                 self._masks = stack.enter_context(TokenMasks(self._model, [self.head]))
                 head = self._model.get_submodule(self.head)
-                stack.callback(head.register_forward_pre_hook(self._before_head).remove)
+                stack.callback(before_layer(head, self._before_head).remove)
                 stack.callback(head.register_forward_hook(self._after_head).remove)
             stack.callback(self._model.register_forward_hook(self._after_model, with_kwargs=True).remove)
             yield
@@ -88,10 +89,10 @@ class OutputReader:
         if not self._called:
             self.inputs, self._called = _samples((args, kwargs)), True
 
-    def _before_head(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_head(self, _: nn.Module, inputs: Tensor) -> None:
         if is_observed() and not self._reads_logits:
             assert self._masks is not None
-            self.calls.append((args[0], self._masks.of(args[0])))
+            self.calls.append((inputs, self._masks.of(inputs)))
 
     def _after_head(self, _: nn.Module, __: Any, output: Tensor) -> None:
         if is_observed() and self._made is not None:

@@ -62,15 +62,16 @@ def expert_equations(
     seen = _Seen(experts.get_parameter(output), output_dim, kept)
     mask: Tensor | None = None
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        if mask is None:
-            return None
-        return tuple(a[mask] if isinstance(a, Tensor) and len(a) == len(mask) else a for a in args)
+    def real(value: Any) -> Any:
+        return value[mask] if isinstance(value, Tensor) and mask is not None and len(value) == len(mask) else value
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(real(a) for a in args), {name: real(a) for name, a in kwargs.items()}
 
     def after(*_: Any) -> None:
         raise StopForward
 
-    handles = [experts.register_forward_pre_hook(before), experts.register_forward_hook(after)]
+    handles = [experts.register_forward_pre_hook(before, with_kwargs=True), experts.register_forward_hook(after)]
     try:
         for x, call, tokens in zip(inputs, calls, masks, strict=True):
             mask = None if tokens is None else tokens.flatten()

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import after_layer, first_tensor
 from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.repair.calls import BlockCall
@@ -110,7 +111,7 @@ class PartialRuns:
                     found[path] = read, given.clone()
                     stack.enter_context(_gives(self._block, *self._modules[path], given))
                 elif until is not None:
-                    stack.callback(projection.register_forward_hook(_noting(found, path, until)).remove)
+                    stack.callback(after_layer(projection, _noting(found, path, until)).remove)
                 if path == until and path in found:
                     return None, found
             try:
@@ -134,7 +135,7 @@ class PartialRuns:
         with contextlib.ExitStack() as stack:
             for path in {*self._consumers, *(p for paths in around.values() for p in paths)}:
                 module = self._block.get_submodule(path)
-                stack.callback(module.register_forward_hook(_noting_all(outputs, reads, path)).remove)
+                stack.callback(module.register_forward_hook(_noting_all(outputs, reads, path), with_kwargs=True).remove)
             hidden = self._inputs[0]
             whole = self._run(0, hidden, None)[0]
         found: dict[str, tuple[str, int]] = {}
@@ -162,8 +163,8 @@ class PartialRuns:
 
 
 def _noting(found: dict[str, tuple[Tensor, Tensor]], path: str, until: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        found[path] = args[0], output.clone()
+    def hook(_: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        found[path] = inputs, output.clone()
         if path == until:
             raise StopForward
 
@@ -171,10 +172,10 @@ def _noting(found: dict[str, tuple[Tensor, Tensor]], path: str, until: str) -> C
 
 
 def _noting_all(outputs: dict[str, list[Any]], reads: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         outputs.setdefault(path, []).append(output)
-        if args and isinstance(args[0], Tensor):
-            reads[path] = args[0]
+        if (inputs := first_tensor(args, kwargs)) is not None:
+            reads[path] = inputs
 
     return hook
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.features import feature_dim
+from lit_prune.architectures.layers import before_layer, first_tensor
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.module_checks import relative_difference, tolerance
 from lit_prune.calibration.random_state import random_state, random_state_kept
@@ -74,7 +75,7 @@ class Call:
         Raises:
             UnsupportedModelError: If it was called with none.
         """
-        found = next((a for a in self._given if isinstance(a, Tensor)), None)
+        found = first_tensor(self._given, {})
         if found is None:
             raise self._unsupported(f"was called with {[type(a).__name__ for a in self._given]}")
         return found.detach()
@@ -256,11 +257,11 @@ class Passes:
             yield found
             return
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if is_observed() and not found and args:
-                found.append(sample(args[0]))
+        def hook(_: nn.Module, inputs: Tensor) -> None:
+            if is_observed() and not found:
+                found.append(sample(inputs))
 
-        handle = self._model.get_submodule(self._first).register_forward_pre_hook(hook)
+        handle = before_layer(self._model.get_submodule(self._first), hook)
         try:
             yield found
         finally:

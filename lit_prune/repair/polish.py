@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.evaluation import evaluation_mode, only_trained
 from lit_prune.calibration.precision import accumulation_dtype, loss_scale
 from lit_prune.calibration.random_state import random_state_kept
 from lit_prune.distributed import shards
@@ -86,7 +86,8 @@ def polish(
 
     run = _Run(trained, data, dense, root, ranks, held_back, undo)
     try:
-        with _only_trained(model if root is None else root, trained):
+        around = model if root is None else root
+        with only_trained(around, trained), evaluation_mode(around), random_state_kept():
             return run.train(epochs, movement), undo
     except BaseException:
         undo()
@@ -111,21 +112,6 @@ def _consumers(model: nn.Module, group_sets: Sequence[GroupSet]) -> list[nn.Para
     if shards.any_sharded(found.values()) is not None:
         raise UnsupportedModelError("Sharded parameters (FSDP2) cannot be polished; use polish_epochs=0.")
     return list(found.values())
-
-
-@contextlib.contextmanager
-def _only_trained(root: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep graphs for these parameters alone, in evaluation mode, and put everything back."""
-    wanted = {id(p) for p in trained}
-    flags = [(p, p.requires_grad) for p in root.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with evaluation_mode(root), random_state_kept():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 class _Run:

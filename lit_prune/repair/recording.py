@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.layers import hidden_input
+from lit_prune.architectures.layers import after_layer, hidden_input
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.calibration.token_masks import TokenMasks, recomputing
@@ -205,12 +205,12 @@ class Recording:
                 self._keep(stream, name, outputs)
 
         def reader(path: str, routed: bool) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            def hook(_: nn.Module, inputs: Tensor, output: Tensor) -> None:
                 if name not in self._running:
                     raise UnsupportedModelError(f"{name}.{path} runs outside {name}.")
                 positions, outputs = self._running[name]
                 if self.grams is not None:
-                    self._read[name, len(stream.calls[name]) - 1, path] = _at_positions(args[0].detach(), positions)
+                    self._read[name, len(stream.calls[name]) - 1, path] = _at_positions(inputs.detach(), positions)
                 if name in self.outputs and not routed:
                     # some layers add in place to what a projection gives
                     outputs.consumers[path] = _at_positions(output.detach(), positions).clone()
@@ -220,7 +220,7 @@ class Recording:
         stack.callback(block.register_forward_pre_hook(self._guarded(start), with_kwargs=True).remove)
         stack.callback(block.register_forward_hook(self._guarded(end)).remove)
         for path, routed in self._consumers[name].items():
-            handle = block.get_submodule(path).register_forward_hook(self._guarded(reader(path, routed)))
+            handle = after_layer(block.get_submodule(path), self._guarded(reader(path, routed)))
             stack.callback(handle.remove)
 
     def _keep(self, stream: _Stream, name: str, outputs: CallOutputs) -> None:

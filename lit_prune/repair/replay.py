@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.features import is_convolution
+from lit_prune.architectures.layers import after_layer
 from lit_prune.calibration.precision import accumulation_dtype
 from lit_prune.errors import PlanError, UnsupportedModelError
 from lit_prune.groups import BLOCK, HIDDEN, GroupSet
@@ -79,15 +79,15 @@ def _trace(
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(path: str) -> Callable[..., None]:
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, inputs: Tensor, output: Tensor) -> None:
             # some blocks add in place to what a projection gives
-            found[path] = (_at_positions(args[0], x.shape[:-1]), _at_positions(output, x.shape[:-1]).clone())
+            found[path] = (_at_positions(inputs, x.shape[:-1]), _at_positions(output, x.shape[:-1]).clone())
             if path == until:
                 raise StopForward
 
         return after
 
-    handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [after_layer(block.get_submodule(path), hook(path)) for path in paths]
     try:
         with _replayed(name):
             return _states(call.run(block, x), name), found

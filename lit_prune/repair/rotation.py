@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import before_layer
 from lit_prune.architectures.norms import scale_offset, stream_norms, subtracts_mean
 from lit_prune.architectures.registry import find_group_sets, find_model
 from lit_prune.calibration.evaluation import evaluation_mode, is_observed
@@ -215,10 +216,10 @@ def _second_moments(
     total: list[Tensor] = []
     of_batch: list[Tensor] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(_: nn.Module, inputs: Tensor) -> None:
         if not is_observed():
             return
-        x = args[0].detach()
+        x = inputs.detach()
         mask = masks.of(x)
         rows = (x if mask is None else x[mask]).reshape(-1, x.shape[-1]).float()
         rows = rows * rows.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny).rsqrt()
@@ -227,7 +228,7 @@ def _second_moments(
     handles = []
     try:
         with masks:
-            handles = [model.get_submodule(n).register_forward_pre_hook(look) for n in norms]
+            handles = [before_layer(model.get_submodule(n), look) for n in norms]
             for batch in batches:
                 masks.start_batch(batch)
                 of_batch.clear()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_prune.architectures.layers import before_layer
 from lit_prune.calibration.gram import Gram, add_product
 from lit_prune.calibration.precision import accumulation_dtype, transposed_product
 from lit_prune.groups import GroupSet
@@ -30,8 +30,8 @@ class _Equations:
         self.cross = self._weight.new_zeros(len(weight), len(kept))
         self.tokens = self._weight.new_zeros(())
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).to(self._weight)
+    def __call__(self, _: nn.Module, inputs: Tensor) -> None:
+        x = inputs.reshape(-1, inputs.shape[-1]).to(self._weight)
         stays = x[:, self._kept]
         self._gram.add(stays)
         add_product(self.cross, self._weight.T, transposed_product(x, stays))
@@ -80,7 +80,7 @@ def refit_routed(
                 module = whole.get_submodule(path)
                 stays = part.index[kept[group_set.key]].flatten()
                 equations[path] = _Equations(module.get_parameter("weight"), stays)
-                stack.callback(module.register_forward_pre_hook(equations[path]).remove)
+                stack.callback(before_layer(module, equations[path]).remove)
         for x, call in zip(inputs, calls, strict=True):
             call.run(whole, x)
     refitted = []

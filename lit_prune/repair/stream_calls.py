@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_prune.architectures.layers import hidden_output
+from lit_prune.architectures.layers import after_layer, hidden_output
 from lit_prune.calibration.evaluation import is_observed
 from lit_prune.groups import Slice
 from lit_prune.repair.calls import BlockCall
@@ -56,21 +56,21 @@ def units(
     held: list[tuple[Tensor, Unit]] = []
     given: list[tuple[Tensor, str]] = []
 
-    def after(path: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def after(path: str, inputs: Tensor, output: Tensor) -> None:
         if path in norms:
             given.append((output, path))
             found.append(Unit([path], [], path, False))
         elif path in consumers:
             found.append(Unit([path], [consumers[path]], None, False))
-        elif (unit := next((u for t, u in held if same_values(t, args[0])), None)) is not None:
+        elif (unit := next((u for t, u in held if same_values(t, inputs)), None)) is not None:
             unit.paths.append(path)
             unit.parts.append(readers[path])
         else:
-            norm = next((n for t, n in given if same_values(t, args[0])), None)
+            norm = next((n for t, n in given if same_values(t, inputs)), None)
             # its scale is fitted with the layers that read it
             found[:] = [u for u in found if u.parts or u.norm != norm]
             found.append(Unit([path], [readers[path]], norm, True))
-            held.append((args[0], found[-1]))
+            held.append((inputs, found[-1]))
 
     with _watched({p: block.get_submodule(p) for p in (*norms, *readers, *consumers)}, after):
         call.run(block, x)
@@ -111,13 +111,13 @@ def read_behind(
     given: list[tuple[Tensor, str]] = []
     found: list[str] = []
 
-    def after(path: str, args: tuple[Any, ...], output: Any) -> None:
+    def after(path: str, inputs: Tensor, output: Any) -> None:
         if not path:
             end[:] = [hidden_output(output)]
         elif path in norms:
-            if end and same_values(end[0], args[0]):
+            if end and same_values(end[0], inputs):
                 given.append((output, path))
-        elif any(same_values(t, args[0]) for t, _ in given):
+        elif any(same_values(t, inputs) for t, _ in given):
             found.append(path)
 
     with _watched({"": last, **{n: model.get_submodule(n) for n in (*norms, *readers)}}, after):
@@ -139,12 +139,12 @@ def norms_and_readers(
     given: list[tuple[Tensor, str]] = []
     found: dict[str, list[str]] = {}
 
-    def after(path: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def after(path: str, inputs: Tensor, output: Tensor) -> None:
         if path in norms:
             given.append((output, path))
             found.setdefault(path, [])
             return
-        norm = next((n for t, n in given if same_memory(t, args[0])), None)
+        norm = next((n for t, n in given if same_memory(t, inputs)), None)
         if norm is not None and path not in found[norm]:
             found[norm].append(path)
 
@@ -165,16 +165,16 @@ def same_values(first: Tensor, second: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _watched(modules: Mapping[str, nn.Module], after: Callable[..., Any]) -> Iterator[None]:
-    """Call ``after`` with path, arguments and output behind every observed call of some modules."""
+    """Call ``after`` with path, input and output behind every observed call of some modules."""
 
     def hook(path: str) -> Callable[..., None]:
-        def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def look(_: nn.Module, inputs: Tensor, output: Any) -> None:
             if is_observed():
-                after(path, args, output)
+                after(path, inputs, output)
 
         return look
 
     with contextlib.ExitStack() as stack:
         for path, module in modules.items():
-            stack.callback(module.register_forward_hook(hook(path)).remove)
+            stack.callback(after_layer(module, hook(path)).remove)
         yield

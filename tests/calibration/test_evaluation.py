@@ -13,7 +13,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.evaluation import evaluation_mode, only_trained
 
 TOKENS = torch.arange(24).view(2, 12) % 60 + 3
 
@@ -96,3 +96,16 @@ def test_checkpointed_layers_drop_nothing(build, reentrant):
         {k: v for k, v in vars(o).items() if isinstance(v, (bool, float))} for o in (*model.modules(), model.config)
     ]
     assert after == before
+
+
+def test_graphs_are_built_for_some_parameters_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[0].bias.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), only_trained(model, [model[0].bias]):
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.bias"]
+        with only_trained(model):
+            assert not model(torch.ones(1, 2)).requires_grad
+        assert model(torch.ones(1, 2)).requires_grad
+        raise KeyError
+    assert [p.requires_grad for p in model.parameters()] == before

@@ -11,6 +11,7 @@ from torch.func import functional_call
 import lit_prune
 from conftest import skipping, tiny, uneven_kept, zeroed
 from lit_prune.calibration.gates import Gates
+from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.repair.input_grams import input_grams
 from lit_prune.repair.predictors import predict
@@ -139,6 +140,25 @@ def test_what_is_removed_is_what_a_refit_would_make_of_it(tokens, batches, loss_
         found = model(tokens).logits
     torch.testing.assert_close(found, refitted(tokens).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, zeroed(model, uneven_kept(group_sets))(tokens).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("nothing", [None, SKIPPED], ids=str)
+def test_batches_without_a_loss_do_not_count(nothing, batches, loss_of):
+    model = tiny()
+    layers = Gates(model, lit_prune.find_group_sets(model)).linear_layers
+    loss, skipped = loss_of(model), batches[1]
+
+    def run(batch):
+        found = loss(batch)
+        return nothing if batch is skipped else found
+
+    expected = input_grams(model, layers, [batches[0], batches[2]], loss)
+    found = input_grams(model, layers, batches, run)
+    assert found.keys() == expected.keys()
+    for name, (gram, tokens) in expected.items():
+        assert found[name][1] == tokens
+        assert torch.equal(found[name][0], gram)
+    assert input_grams(model, layers, [skipped], run) == {}
 
 
 def test_a_duplicate_that_stays_has_no_derivative():

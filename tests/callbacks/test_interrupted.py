@@ -131,6 +131,14 @@ def test_a_full_disk_does_not_end_a_run_that_copies_its_teacher(tmp_path):
         (lambda: Distillation(teacher="/nowhere/teacher.gguf"), FileNotFoundError, "No file at"),
         (lambda: Distillation(teacher="/nowhere"), Exception, "'/nowhere'"),
         (lambda: LoRARecovery(target_modules=["down_proj", "dwon_proj"]), PruningError, r"\['dwon_proj'\] are no ends"),
+        *(
+            (
+                lambda n=n: LoRARecovery(target_modules=["down_proj", n]),
+                PruningError,
+                f"{n}' .*, which peft cannot adapt",
+            )
+            for n in ("input_layernorm", "mlp", "model.norm", "layers", "act_fn")
+        ),
     ],
 )
 def test_what_recovery_cannot_do_is_refused_before_training(tmp_path, callback, error, message):

@@ -374,6 +374,20 @@ def test_peft_itself_takes_the_pruned_model(tmp_path):
     assert torch.equal(wrapped.eval()(ids).logits, model.eval()(ids).logits)
 
 
+def test_the_check_of_names_changes_nothing():
+    model = tiny("llama", num_hidden_layers=1)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    flags, random = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+    recovery = LoRARecovery(target_modules=["q_proj", "embed_tokens"])
+    for path in ("model.layers.0.self_attn.q_proj", "model.embed_tokens"):
+        recovery._check_adaptable(path, model.get_submodule(path))
+    assert [type(m) for m in model.modules()] == classes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("arguments", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}])
 def test_bad_adapters_are_refused(arguments):
     with pytest.raises(ValueError, match="found"):

@@ -117,6 +117,22 @@ def test_what_a_class_was_built_with_beside_its_config_is_not_lost(tmp_path, cls
     assert get_plan(loaded).digest() == get_plan(model).digest()
 
 
+@pytest.mark.parametrize("make", [pruned, lambda: uniform(tiny()), lambda: without_block(tiny(), 1)])
+def test_the_dense_model_is_built_once(tmp_path, monkeypatch, make):
+    model, built, init = make(), [], LlamaForCausalLM.__init__
+
+    def counted(self, config, *args, **kwargs):
+        built.append(config)
+        init(self, config, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", counted)
+    to_pretrained(model)
+    alone = len(built)
+    built.clear()
+    save_pruned(model, tmp_path / "model")
+    assert len(built) == alone
+
+
 def test_undoing_the_cut_undoes_it(tmp_path):
     model = tiny()
     undo = cut(model, PruningPlan.from_kept(find_group_sets(model), uneven_kept(find_group_sets(model))))

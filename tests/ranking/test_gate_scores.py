@@ -79,6 +79,8 @@ def test_what_others_make_up_for_leaves_one_of_each_pair():
     options = GateOptions(steps=20, refresh=1)
     importance = learn_gates(model, batches, loss, config, options, batches_per_step=4)
     table, plan = lit_prune.prune(model, batches, loss, config, importance=importance)
+    # not 0, which is what a criterion of the weights alone says
+    assert "calibration_batches" not in plan.info
     assert removed_by(table, plan) in ([0, 2], [1, 2])
     # what is left of the pair has twice the weight now
     assert sorted(model[1].weight.flatten().tolist())[-1] == pytest.approx(2.0, abs=0.2)

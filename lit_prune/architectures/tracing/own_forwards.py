@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.architectures.features import feature_dim, output_dim, spread_features
+from lit_prune.architectures.layers import first_tensor, with_first_tensor
 from lit_prune.architectures.plain_modules import class_forward, has_own_forward
 from lit_prune.architectures.tracing.difference import difference
 from lit_prune.architectures.tracing.trial import telling_values
@@ -45,15 +46,16 @@ def unlike_their_weights(model: nn.Module, run: Callable[[], Any]) -> set[str]:
 
 
 def _is_alike(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    weight = module.weight
-    if not args or not isinstance(args[0], Tensor) or not isinstance(weight, nn.Parameter):
+    weight, inputs = module.weight, first_tensor(args, kwargs)
+    if inputs is None or not isinstance(weight, nn.Parameter):
         return False
-    features = args[0].shape[feature_dim(module)]
+    features = inputs.shape[feature_dim(module)]
     mask = torch.rand(features, generator=torch.Generator().manual_seed(0)).round().to(weight.device)
     before = weight.data
     try:
-        of_inputs = spread_features(mask, args[0], feature_dim(module)).to(args[0].dtype)
-        without_features = class_forward(module)(args[0] * of_inputs, *args[1:], **kwargs)
+        of_inputs = spread_features(mask, inputs, feature_dim(module)).to(inputs.dtype)
+        masked_args, masked_kwargs = with_first_tensor(args, kwargs, inputs * of_inputs)
+        without_features = class_forward(module)(*masked_args, **masked_kwargs)
         weight.data = before * spread_features(mask, before, 1 - output_dim(module)).to(before.dtype)
         without_columns = class_forward(module)(*args, **kwargs)
     # whatever the user's forward raises, and shapes that are not those of a layer
