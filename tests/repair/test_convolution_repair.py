@@ -358,9 +358,9 @@ def test_rows_are_drawn_by_a_seed_and_no_more_than_asked_for(monkeypatch):
     seen = []
     add = module_order.Equations.add
 
-    def counted(self, inputs, outputs):
+    def counted(self, inputs, outputs, influence):
         seen.append(len(inputs))
-        add(self, inputs, outputs)
+        add(self, inputs, outputs, influence)
 
     monkeypatch.setattr(module_order.Equations, "add", counted)
     some = [passes_of(model, sets, plan, batches, seed=seed)[0]["read.weight"] for seed in (0, 0, 1)]
