@@ -31,8 +31,10 @@ def influence(wanted: Tensor, mask: Tensor | None, batch_dim: int = 0) -> Tensor
         counted = lengths.masked_fill(~mask, torch.nan)
     if not lengths.numel():
         return lengths[..., None]
-    counted = counted.movedim(batch_dim, 0)
-    median = counted.flatten(1).nanmedian(dim=1).values.reshape(-1, *[1] * (lengths.dim() - 1))
+    # nanmedian is neither for Apple's devices nor, on CUDA, for deterministic runs
+    ordered = counted.movedim(batch_dim, 0).flatten(1).sort(dim=1).values
+    middle = ((~ordered.isnan()).sum(dim=1, keepdim=True) - 1).clamp_min(0) // 2
+    median = ordered.gather(1, middle).reshape(-1, *[1] * (lengths.dim() - 1))
     limit = _LONGEST * median.movedim(0, batch_dim)
     # a sequence that is all padding has no median
     scale = torch.where(

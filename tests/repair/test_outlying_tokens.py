@@ -83,6 +83,23 @@ def test_a_call_without_tokens_has_no_influence(shape):
     assert influence(torch.zeros(shape), None).shape == (*shape[:-1], 1)
 
 
+@pytest.mark.parametrize("mask", [None, torch.arange(8).ge(3).repeat(4, 1)])
+def test_influence_is_computed_in_runs_that_are_deterministic(mask):
+    """On the device ``meta``, which refuses what CUDA refuses then."""
+    wanted = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    wanted[:, 5] *= 100
+    lengths = wanted.norm(dim=-1)
+    counted = lengths if mask is None else lengths[mask].view(4, -1)
+    expected = (3 * counted.median(dim=1, keepdim=True).values / lengths).clamp_max(1)
+    torch.testing.assert_close(influence(wanted, mask)[..., 0], expected)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        influence(wanted.to("meta"), None if mask is None else mask.to("meta"))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Feedforward(torch.nn.Module):
     """A feed-forward layer of no known architecture, on token vectors of shape ``(batch, tokens, 16)``."""
 
