@@ -381,11 +381,34 @@ def test_the_check_of_names_changes_nothing():
     flags, random = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
     recovery = LoRARecovery(target_modules=["q_proj", "embed_tokens"])
     for path in ("model.layers.0.self_attn.q_proj", "model.embed_tokens"):
-        recovery._check_adaptable(path, model.get_submodule(path))
+        recovery._check_adaptable(model, path)
     assert [type(m) for m in model.modules()] == classes
     assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("layers.0.self_attn", "reads past any adapters"),
+        ("layers.0.self_attn.out_proj", "reads past any adapters"),
+        ("convolution", "cannot merge"),
+        ("layers.0.norm1", "cannot adapt"),
+        ("layers", "cannot adapt"),
+    ],
+)
+def test_names_whose_adapters_would_be_lost_are_refused_and_left_as_they_were(path, reason):
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 1)
+    model.convolution = torch.nn.Conv2d(8, 8, 3, groups=2)
+    before, weights = repr(model), list(model.state_dict())
+    recovery = LoRARecovery(target_modules=[path.rpartition(".")[2]])
+    with pytest.raises(PruningError, match=f"name '{path}' .*{reason}"):
+        recovery._check_adaptable(model, path)
+    assert repr(model) == before
+    assert list(model.state_dict()) == weights
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("arguments", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}])
