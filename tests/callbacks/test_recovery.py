@@ -21,6 +21,7 @@ from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, ge
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, Stage
 from lit_prune.callbacks.distillation import distillation_loss, hidden_state_loss
 from lit_prune.errors import UnsupportedCallbackError
+from lit_prune.io.lightning_checkpoint import merge_adapters
 
 
 class Recording(torch.optim.SGD):
@@ -409,6 +410,37 @@ def test_names_whose_adapters_would_be_lost_are_refused_and_left_as_they_were(pa
     assert repr(model) == before
     assert list(model.state_dict()) == weights
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Kinds(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.line = torch.nn.Embedding(10, 6), torch.nn.Conv1d(6, 8, 3, padding=1)
+        self.plane, self.point = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 2, 1)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, ids):
+        x = self.line(self.words(ids).transpose(1, 2))
+        return self.head(self.point(self.plane(x[:, None])).mean(1).transpose(1, 2))
+
+
+@pytest.mark.parametrize("names", [["head"], ["words"], ["line"], ["plane"], ["point"], ["words", "line", "head"]])
+def test_adapters_of_any_kind_of_layer_merge_in_a_checkpoint(names):
+    torch.manual_seed(0)
+    model = Kinds()
+    dense = copy.deepcopy(model)
+    recovery = LoRARecovery(r=2, target_modules=names)
+    recovery._state.begin(model)
+    recovery._inject(model)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    ids = torch.randint(0, 10, (2, 7))
+    expected = model(ids)
+    checkpoint = {"state_dict": model.state_dict(), "callbacks": {recovery.state_key: recovery.state_dict()}}
+    merge_adapters(dense, checkpoint)
+    dense.load_state_dict(checkpoint["state_dict"])
+    torch.testing.assert_close(dense(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arguments", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}])
