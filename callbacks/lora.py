@@ -152,7 +152,7 @@ class LoRARecovery(Callback):
                 )
             for path in paths:
                 if any(path == n or path.endswith(f".{n}") for n in self.target_modules):
-                    self._check_adaptable(path, model.get_submodule(path))
+                    self._check_adaptable(model, path)
 
     def on_pruning_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, pruning: StructuredPruning) -> None:
         """Add the adapters after the last cut."""
@@ -177,19 +177,29 @@ class LoRARecovery(Callback):
         if state.get("phase") == ADAPTERS and not _adapted(pl_module):
             self._inject(pruning.model(pl_module))
 
-    def _check_adaptable(self, path: str, module: nn.Module) -> None:
-        """Refuse a module that peft has no adapter for, by giving it one outside its model."""
+    def _check_adaptable(self, model: nn.Module, path: str) -> None:
+        """Refuse a module whose adapter would not be run or merged, and one that peft has none for: it is given one outside its
+        model."""
+        module = model.get_submodule(path)
+        if _reads_projections(model, path):
+            raise self._unadaptable(path, module, "whose weights nn.MultiheadAttention reads past any adapters")
+        if getattr(module, "groups", 1) > 1:
+            raise self._unadaptable(path, module, "whose adapters peft cannot merge: it has groups of channels")
         flags = [(p, p.requires_grad) for p in module.parameters()]
         holder = nn.ModuleDict({"layer": module})
         try:
             self._add_adapters(holder, ["layer"])
         except Exception as error:
-            raise PruningError(
-                f"LoRARecovery's target_modules {self.target_modules} name {path!r} ({type(module).__name__}), which peft"
-                f" cannot adapt: {str(error).partition('. ')[0]}. Expected names of linear layers, convolutions or embeddings."
-            ) from error
+            why = f"which peft cannot adapt: {str(error).partition('. ')[0]}"
+            raise self._unadaptable(path, module, why) from error
         finally:
             _put_back(holder, flags)
+
+    def _unadaptable(self, path: str, module: nn.Module, why: str) -> PruningError:
+        return PruningError(
+            f"LoRARecovery's target_modules {self.target_modules} name {path!r} ({type(module).__name__}), {why}. Expected names"
+            " of linear layers, convolutions or embeddings."
+        )
 
     def _add_adapters(self, model: nn.Module, targets: Sequence[str]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -272,11 +282,17 @@ class LoRARecovery(Callback):
 
 
 def _adaptable(model: nn.Module, name: str, r: int) -> bool:
-    """Whether adapters can take the place of a module and are run there: attention by PyTorch reads its projection's weight."""
-    module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(module, _LAYERS) or isinstance(owner, nn.MultiheadAttention):
+    """Whether adapters can take the place of a module and are run there."""
+    module = model.get_submodule(name)
+    if not isinstance(module, _LAYERS) or _reads_projections(model, name):
         return False
     return r % getattr(module, "groups", 1) == 0
+
+
+def _reads_projections(model: nn.Module, name: str) -> bool:
+    """Whether a module is attention by PyTorch, or in it: that reads the weight of its projection, and does not call it."""
+    places = (name, name.rpartition(".")[0])
+    return any(isinstance(model.get_submodule(place), nn.MultiheadAttention) for place in places)
 
 
 def _put_back(model: nn.Module, flags: Sequence[tuple[nn.Parameter, bool]]) -> None:

@@ -230,12 +230,22 @@ def merge_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         if owner.endswith(".base_layer"):
             owner = owner.removesuffix(".base_layer")
             if parameter == "weight":
-                delta = weights[f"{owner}.lora_B.default.weight"] @ weights[f"{owner}.lora_A.default.weight"]
+                delta = _adapter_product(weights, owner)
                 transposed = any(owner.endswith(t) for t in states[0]["transposed"])
                 value = value + states[0]["scaling"] * (delta.T if transposed else delta)
             name = f"{owner}.{parameter}"
         merged[name] = value
     checkpoint["state_dict"] = merged
+
+
+def _adapter_product(weights: Mapping[str, Tensor], layer: str) -> Tensor:
+    """The product of the two matrices of a layer's adapter: of a linear layer, a convolution or an embedding."""
+    embedded = weights.get(f"{layer}.lora_embedding_A.default")
+    if embedded is not None:
+        return (weights[f"{layer}.lora_embedding_B.default"] @ embedded).T
+    first, second = weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]
+    # the kernel of a convolution is in the first, the second is one of a single place
+    return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:])
 
 
 def plan_digest(model: nn.Module) -> str | None:

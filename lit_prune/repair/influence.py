@@ -11,7 +11,7 @@ from lit_prune.calibration.precision import accumulation_dtype
 _LONGEST = 3.0
 
 
-def influence(wanted: Tensor, mask: Tensor | None) -> Tensor:
+def influence(wanted: Tensor, mask: Tensor | None, batch_dim: int = 0) -> Tensor:
     """What to multiply tokens by, so that none counts for more than one a few times as long as the median of its sequence.
 
     A few tokens (the first of a sequence, separators) hold values that are tens of times those of the others and that the next
@@ -20,16 +20,22 @@ def influence(wanted: Tensor, mask: Tensor | None) -> Tensor:
     Args:
         wanted: What a layer should give, shape ``(sequences, ..., features)``.
         mask: True for tokens that count, shape ``(sequences, ...)``; all do if it is ``None`` or of another shape.
+        batch_dim: The dimension that sequences lie along, where that is not the first.
 
     Returns:
-        Shape ``(sequences, ..., 1)``, in float32 or wider.
+        The shape of ``wanted`` with one feature, in float32 or wider.
     """
     lengths = wanted.to(accumulation_dtype(wanted.dtype)).norm(dim=-1)
     counted = lengths
     if mask is not None and mask.shape == lengths.shape:
         counted = lengths.masked_fill(~mask, torch.nan)
-    median = counted.flatten(1).nanmedian(dim=1).values
-    limit = _LONGEST * median.reshape(-1, *[1] * (lengths.dim() - 1))
+    if not lengths.numel():
+        return lengths[..., None]
+    # nanmedian is neither for Apple's devices nor, on CUDA, for deterministic runs
+    ordered = counted.movedim(batch_dim, 0).flatten(1).sort(dim=1).values
+    middle = ((~ordered.isnan()).sum(dim=1, keepdim=True) - 1).clamp_min(0) // 2
+    median = ordered.gather(1, middle).reshape(-1, *[1] * (lengths.dim() - 1))
+    limit = _LONGEST * median.movedim(0, batch_dim)
     # a sequence that is all padding has no median
     scale = torch.where(
         (lengths > limit) & (limit > 0), limit / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0

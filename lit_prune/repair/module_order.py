@@ -68,7 +68,7 @@ class _Layer:
         calls: How often it was called in all batches.
         source: What identifies the tensor that its first call read; later, the number of the first layer that read it.
         sample: Some values of what its first call gave.
-        targets: By batch and call, what it gave in the dense model, and how much each row counts.
+        targets: By batch and call, how many rows it gave in the dense model, those it is fitted to, and how much each counts.
     """
 
     name: str
@@ -81,7 +81,7 @@ class _Layer:
     calls: int = 0
     source: Any = None
     sample: Tensor | None = None
-    targets: list[list[tuple[Tensor, Tensor | None]]] = field(default_factory=list)
+    targets: list[list[tuple[int, Tensor, Tensor | None]]] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -289,14 +289,15 @@ def _collect_targets(layers: Sequence[_Layer], passes: Passes, seed: int) -> Non
     """Note what layers give in the dense model, on the rows that they are fitted to."""
     by_name = {layer.name: layer for layer in layers}
 
-    def take(call: Call) -> tuple[Tensor, Tensor | None]:
+    def take(call: Call) -> tuple[int, Tensor, Tensor | None]:
         layer = by_name[call.name]
         if layer.sample is not None:
             _check_same(layer, sample(call.output), call.output.dtype)
         rows = layer.chosen(call, seed)
-        return output_rows(call.module, call.output, rows)[:, layer.outputs], call.influence(rows)
+        wanted = output_rows(call.module, call.output, rows)[:, layer.outputs]
+        return count_rows(call.module, call.output), wanted, call.influence(rows)
 
-    def use(taken: Mapping[str, Sequence[tuple[Tensor, Tensor | None]]]) -> None:
+    def use(taken: Mapping[str, Sequence[tuple[int, Tensor, Tensor | None]]]) -> None:
         for layer in layers:
             layer.targets.append(list(taken.get(layer.name, ())))
 
@@ -359,23 +360,22 @@ def _equations(stage: Sequence[_Layer], passes: Passes, pruned: _Pruned, seed: i
     """The normal equations of layers, from what they read in the pruned model and give in the dense one."""
     by_name = {layer.name: layer for layer in stage}
     equations = {layer.name: Equations(layer.width, len(layer.outputs), layer.module) for layer in stage}
-    number = 0
 
-    def take(call: Call) -> Tensor:
+    def take(call: Call) -> tuple[int, Tensor]:
         layer = by_name[call.name]
         kept = None if len(layer.inputs) == call.inputs.shape[feature_dim(call.module)] else layer.inputs
-        return input_rows(call.module, call.inputs, call.output.shape, layer.chosen(call, seed), kept)
+        given = input_rows(call.module, call.inputs, call.output.shape, layer.chosen(call, seed), kept)
+        return count_rows(call.module, call.output), given
 
-    def use(taken: Mapping[str, Sequence[Tensor]]) -> None:
-        nonlocal number
+    def use(taken: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
         for layer in stage:
-            wanted, given = layer.targets[number], taken.get(layer.name, ())
+            wanted, given = layer.targets.pop(0), taken.get(layer.name, ())
             # a layer that other rows reach than in the dense model (an expert) says nothing
-            if len(given) != len(wanted) or any(len(a) != len(b) for a, (b, _) in zip(given, wanted, strict=True)):
+            if [count for count, _ in given] != [count for count, _, _ in wanted]:
                 equations[layer.name].give_up()
-            for a, (b, scale) in zip(given, wanted, strict=False):
+                continue
+            for (_, a), (_, b, scale) in zip(given, wanted, strict=True):
                 equations[layer.name].add(a, b, scale)
-        number += 1
 
     passes.run(by_name, take, use, within=pruned.running(), compare=not pruned.elsewhere)
     return [(layer, equations[layer.name]) for layer in stage]

@@ -13,9 +13,14 @@ from lit_prune.repair.influence import influence
 
 
 class NormalEquations:
-    """Products of inputs with each other, and of what is wanted with the inputs, in float32 or wider."""
+    """Products of inputs with each other, and of what is wanted with the inputs, in float32 or wider.
 
-    def __init__(self) -> None:
+    Args:
+        batch_dim: The dimension that the sequences of a call lie along.
+    """
+
+    def __init__(self, batch_dim: int = 0) -> None:
+        self._batch_dim = batch_dim
         self._gram: Gram | None = None
         self._cross = torch.empty(0, dtype=torch.float32)
         self._tokens = torch.empty(0, dtype=torch.float64)
@@ -36,7 +41,7 @@ class NormalEquations:
             self._cross = torch.zeros(b.shape[1], a.shape[1], device=a.device, dtype=wide)
             self._tokens = torch.zeros((), dtype=torch.float64, device=a.device)
         if wanted.dim() > 2:
-            scale = influence(wanted, mask).reshape(-1, 1)
+            scale = influence(wanted, mask, self._batch_dim).reshape(-1, 1)
             a, b = a * scale.to(a.dtype), b * scale
         self._gram.add(a)
         add_product(self._cross, b, a)

@@ -103,7 +103,7 @@ class Call:
         """
         if feature_dim(self.module) != -1 or self.output.dim() < 3:
             return None
-        return influence(self.output, self.mask(self.output)).reshape(-1, 1)[rows]
+        return influence(self.output, self.mask(self.output), self._masks.batch_dim).reshape(-1, 1)[rows]
 
     def _unsupported(self, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.name} ({type(self.module).__name__}) {found}; expected a tensor.")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune._renamed import renamed_arguments
+from lit_prune.architectures.arguments import positions_first
 from lit_prune.calibration.evaluation import evaluation_mode
 from lit_prune.distributed import shards
 from lit_prune.groups import GroupSet, Slice
@@ -339,7 +340,7 @@ def _normal_equations(
 
     It should give what it gives in the dense stream and, in a block that adds up, the residual stream's error before it.
     """
-    equations = NormalEquations()
+    equations = NormalEquations(batch_dim=int(bool(positions_first(smaller))))
     bias = getattr(smaller.get_submodule(path), "bias", None)
     for number, (x_pruned, mask) in enumerate(zip(pruned, stream.masks, strict=True)):
         given = runs.until(number, path)

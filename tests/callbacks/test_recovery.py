@@ -21,6 +21,7 @@ from lit_prune import PruningError, PruningPlan, apply_plan, find_group_sets, ge
 from lit_prune.callbacks import Distillation, LearningRateRewarmup, LoRARecovery, Stage
 from lit_prune.callbacks.distillation import distillation_loss, hidden_state_loss
 from lit_prune.errors import UnsupportedCallbackError
+from lit_prune.io.lightning_checkpoint import merge_adapters
 
 
 class Recording(torch.optim.SGD):
@@ -381,11 +382,65 @@ def test_the_check_of_names_changes_nothing():
     flags, random = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
     recovery = LoRARecovery(target_modules=["q_proj", "embed_tokens"])
     for path in ("model.layers.0.self_attn.q_proj", "model.embed_tokens"):
-        recovery._check_adaptable(path, model.get_submodule(path))
+        recovery._check_adaptable(model, path)
     assert [type(m) for m in model.modules()] == classes
     assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("layers.0.self_attn", "reads past any adapters"),
+        ("layers.0.self_attn.out_proj", "reads past any adapters"),
+        ("convolution", "cannot merge"),
+        ("layers.0.norm1", "cannot adapt"),
+        ("layers", "cannot adapt"),
+    ],
+)
+def test_names_whose_adapters_would_be_lost_are_refused_and_left_as_they_were(path, reason):
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 1)
+    model.convolution = torch.nn.Conv2d(8, 8, 3, groups=2)
+    before, weights = repr(model), list(model.state_dict())
+    recovery = LoRARecovery(target_modules=[path.rpartition(".")[2]])
+    with pytest.raises(PruningError, match=f"name '{path}' .*{reason}"):
+        recovery._check_adaptable(model, path)
+    assert repr(model) == before
+    assert list(model.state_dict()) == weights
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Kinds(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.line = torch.nn.Embedding(10, 6), torch.nn.Conv1d(6, 8, 3, padding=1)
+        self.plane, self.point = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 2, 1)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, ids):
+        x = self.line(self.words(ids).transpose(1, 2))
+        return self.head(self.point(self.plane(x[:, None])).mean(1).transpose(1, 2))
+
+
+@pytest.mark.parametrize("names", [["head"], ["words"], ["line"], ["plane"], ["point"], ["words", "line", "head"]])
+def test_adapters_of_any_kind_of_layer_merge_in_a_checkpoint(names):
+    torch.manual_seed(0)
+    model = Kinds()
+    dense = copy.deepcopy(model)
+    recovery = LoRARecovery(r=2, target_modules=names)
+    recovery._state.begin(model)
+    recovery._inject(model)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    ids = torch.randint(0, 10, (2, 7))
+    expected = model(ids)
+    checkpoint = {"state_dict": model.state_dict(), "callbacks": {recovery.state_key: recovery.state_dict()}}
+    merge_adapters(dense, checkpoint)
+    dense.load_state_dict(checkpoint["state_dict"])
+    torch.testing.assert_close(dense(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arguments", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}])

@@ -454,6 +454,41 @@ def test_padding_does_not_count_in_module_order():
         torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-3, atol=1e-4)
 
 
+class Experts(nn.Module):
+    """Two experts of no known architecture behind a layer whose repair moves tokens from one to the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.router = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 2)
+        self.up = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).reshape(-1, 8)
+        best = self.router(x).argmax(-1)
+        for number in range(2):
+            rows = (best == number).nonzero().flatten()
+            x = x.index_add(0, rows, self.down[number](self.up[number](x[rows]).relu()))
+        return x
+
+
+@pytest.mark.parametrize("most", [None, 24])
+def test_experts_that_other_tokens_reach_keep_their_weights(monkeypatch, most):
+    """Also where so many tokens reach them that as many are drawn of both."""
+    if most is not None:
+        monkeypatch.setattr(module_order, "FEWEST_ROWS", most)
+        monkeypatch.setattr(module_order, "ROWS_PER_INPUT", 1)
+    torch.manual_seed(0)
+    model = Experts()
+    batches = [torch.randn(4, 32, 8) for _ in range(3)]
+    trace(model, batches, lambda b: model(b).square().mean())
+    sets = find_group_sets(model)
+    plan = plan_of(sets, [range(s.size // 2) for s in sets])
+    found = refit_in_order(model, sets, plan, functools.partial(contextlib.nullcontext, (batches, model)))
+    assert "second.weight" in found
+    assert not any(name.startswith(("up.", "down.")) for name in found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folded_bias_is_what_the_mean_of_the_removed_channels_gives(kind):
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 
 from lit_prune import PruningConfig, prune
 from lit_prune.repair.equations import Equations
+from lit_prune.repair.influence import influence
 from lit_prune.repair.normal_equations import NormalEquations
 from lit_prune.repair.regression import ridge
 
@@ -65,6 +66,40 @@ def test_rows_of_a_traced_layer_count_by_their_influence(with_bias):
         torch.testing.assert_close(shift, expected[:, 8], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 4, 2, 6), (1, 8, 6)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sequences_may_lie_along_another_dimension(shape, padded):
+    wanted = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    wanted[:, 0] *= 100
+    mask = torch.ones(shape[:-1], dtype=torch.bool)
+    mask[-1, -1] = not padded
+    found = influence(wanted.transpose(0, 1), mask.transpose(0, 1), 1)
+    assert torch.equal(found.transpose(0, 1), influence(wanted, mask))
+    assert (found[0] < 0.5).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 6), (2, 0, 6), (0, 0, 6), (2, 0, 3, 6)])
+def test_a_call_without_tokens_has_no_influence(shape):
+    assert influence(torch.zeros(shape), None).shape == (*shape[:-1], 1)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(8).ge(3).repeat(4, 1)])
+def test_influence_is_computed_in_runs_that_are_deterministic(mask):
+    """On the device ``meta``, which refuses what CUDA refuses then."""
+    wanted = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    wanted[:, 5] *= 100
+    lengths = wanted.norm(dim=-1)
+    counted = lengths if mask is None else lengths[mask].view(4, -1)
+    expected = (3 * counted.median(dim=1, keepdim=True).values / lengths).clamp_max(1)
+    torch.testing.assert_close(influence(wanted, mask)[..., 0], expected)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        influence(wanted.to("meta"), None if mask is None else mask.to("meta"))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Feedforward(torch.nn.Module):
     """A feed-forward layer of no known architecture, on token vectors of shape ``(batch, tokens, 16)``."""
 
@@ -97,3 +132,62 @@ def test_a_traced_model_keeps_what_it_does_with_common_tokens(times):
         with torch.no_grad():
             errors[repair] = (torch.cat([pruned(x)[:, 1:] for x in batches]) - dense).norm()
     assert errors["least_squares"] < 0.7 * errors[None]
+
+
+class Attention(torch.nn.Module):
+    """Attention and a feed-forward layer on token vectors of shape ``(batch, tokens, 16)``, inside of either layout."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.up, self.down = torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        x = self.down(torch.relu(self.up(x + 0 * self.attention(x, x, x, need_weights=False)[0])))
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_tokens_count_alike_whichever_layout_a_traced_model_has(samples):
+    batches = [torch.randn(samples, 64, 16, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    for x in batches:
+        x[:, 0] *= 300
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = Attention(batch_first)
+        prune(
+            model,
+            batches,
+            lambda x, model=model: model(x)[:, 1:].square().mean(),
+            PruningConfig(pruning_ratio=0.3, importance="magnitude", repair="least_squares", iterations=1),
+        )
+        found.append(model(torch.cat(batches)[:, 1:]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_tokens_count_alike_whichever_layout_an_encoder_of_torch_has(samples):
+    batches = [torch.randn(samples, 32, 16, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    for x in batches:
+        x[:, 0] = 8 * torch.eye(16)[0]
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, batch_first=batch_first, norm_first=True)
+        model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+        with torch.no_grad():
+            # one feature alone is large, where the first token is
+            model.layers[0].linear1.weight[0] = 100 * torch.eye(16)[0]
+            model.layers[0].linear1.bias[0] = -300.0
+            model.layers[0].linear2.weight[:, 0] *= 10
+
+        def run(x, model=model, batch_first=batch_first):
+            return model(x) if batch_first else model(x.transpose(0, 1)).transpose(0, 1)
+
+        config = PruningConfig(pruning_ratio=0.2, importance="magnitude", repair="least_squares", iterations=1)
+        prune(model, batches, lambda x, run=run: run(x).square().mean(), config)
+        found.append(run(torch.cat(batches)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
