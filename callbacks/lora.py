@@ -189,7 +189,7 @@ class LoRARecovery(Callback):
         holder = nn.ModuleDict({"layer": module})
         try:
             self._add_adapters(holder, ["layer"])
-        except Exception as error:
+        except (NotImplementedError, TypeError, ValueError) as error:
             why = f"which peft cannot adapt: {str(error).partition('. ')[0]}"
             raise self._unadaptable(path, module, why) from error
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,20 +13,32 @@ from torch.utils.hooks import RemovableHandle
 from lit_prune.errors import UnsupportedModelError
 
 
-def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor that a module is called with, by position or by keyword; ``None`` if there is none."""
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+def first_tensor(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module is called with, in the order of its ``forward``; ``None`` if there is none."""
+    place = _first_place(module, args, kwargs)
+    return None if place is None else args[place] if isinstance(place, int) else kwargs[place]
 
 
 def with_first_tensor(
-    args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another tensor in place of the first."""
-    place = next((number for number, a in enumerate(args) if isinstance(a, Tensor)), None)
-    if place is not None:
+    place = _first_place(module, args, kwargs)
+    if isinstance(place, int):
         return (*args[:place], tensor, *args[place + 1 :]), dict(kwargs)
-    name = next(name for name, a in kwargs.items() if isinstance(a, Tensor))
-    return tuple(args), {**kwargs, name: tensor}
+    return tuple(args), {**kwargs, place: tensor} if place is not None else dict(kwargs)
+
+
+def _first_place(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Position or keyword of the first tensor."""
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return place
+    names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    if len(names) < 2:
+        return names[0] if names else None
+    order = [name for name in inspect.signature(module.forward).parameters if name in names]
+    return order[0] if order else names[0]
 
 
 def before_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor], Tensor | None]) -> RemovableHandle:
@@ -41,7 +54,7 @@ def before_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor], Tensor | 
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         changed = hook(module, _input(module, args, kwargs))
-        return None if changed is None else with_first_tensor(args, kwargs, changed)
+        return None if changed is None else with_first_tensor(module, args, kwargs, changed)
 
     return layer.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -64,7 +77,7 @@ def after_layer(layer: nn.Module, hook: Callable[[nn.Module, Tensor, Any], None]
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    found = first_tensor(args, kwargs)
+    found = first_tensor(module, args, kwargs)
     if found is None:
         raise UnsupportedModelError(
             f"A {type(module).__name__} was called with {[type(a).__name__ for a in args]} and {sorted(kwargs)}; expected a"

@@ -198,8 +198,8 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = first_tensor(args, kwargs)
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = first_tensor(module, args, kwargs)
         if not self.called and first is not None:
             # a copy: the hooks behind may change it in place
             self._given = first.detach().clone()
@@ -208,7 +208,7 @@ class _Watch:
         if self.called:
             return
         self.called = True
-        first = first_tensor(args, kwargs)
+        first = first_tensor(module, args, kwargs)
         if first is None or shards.any_sharded(module.parameters()) is not None:
             return
         what = f"{self._path} ({type(module).__name__})"
@@ -273,7 +273,7 @@ def _product(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
         # its call may say how large the output is to be
         transposed: Any = next(c for c in TRANSPOSED if isinstance(module, c))
         return transposed.forward(module, *args, **kwargs)
-    x = first_tensor(args, kwargs)
+    x = first_tensor(module, args, kwargs)
     assert x is not None
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(module.weight.dtype)

@@ -53,7 +53,7 @@ class Equations:
             influence: What to multiply each row by, shape ``(rows, 1)``; ones if ``None``.
         """
         step = max(1, piece_size(inputs.device) // max(1, inputs.shape[1]))
-        scales = torch.ones(len(inputs), 1, device=inputs.device) if influence is None else influence
+        scales = inputs.new_ones(len(inputs), 1) if influence is None else influence
         for a, b, scale in zip(inputs.split(step), outputs.split(step), scales.split(step), strict=True):
             precision = accumulation_dtype(a.dtype)
             scale = scale.to(precision)

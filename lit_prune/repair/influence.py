@@ -31,7 +31,7 @@ def influence(wanted: Tensor, mask: Tensor | None, batch_dim: int = 0) -> Tensor
         counted = lengths.masked_fill(~mask, torch.nan)
     if not lengths.numel():
         return lengths[..., None]
-    # nanmedian is neither for Apple's devices nor, on CUDA, for deterministic runs
+    # nanmedian is not for deterministic runs on CUDA
     ordered = counted.movedim(batch_dim, 0).flatten(1).sort(dim=1).values
     middle = ((~ordered.isnan()).sum(dim=1, keepdim=True) - 1).clamp_min(0) // 2
     median = ordered.gather(1, middle).reshape(-1, *[1] * (lengths.dim() - 1))

@@ -172,9 +172,9 @@ def _noting(found: dict[str, tuple[Tensor, Tensor]], path: str, until: str) -> C
 
 
 def _noting_all(outputs: dict[str, list[Any]], reads: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         outputs.setdefault(path, []).append(output)
-        if (inputs := first_tensor(args, kwargs)) is not None:
+        if (inputs := first_tensor(module, args, kwargs)) is not None:
             reads[path] = inputs
 
     return hook

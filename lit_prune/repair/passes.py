@@ -75,7 +75,7 @@ class Call:
         Raises:
             UnsupportedModelError: If it was called with none.
         """
-        found = first_tensor(self._given, {})
+        found = next((a for a in self._given if isinstance(a, Tensor)), None)
         if found is None:
             raise self._unsupported(f"was called with {[type(a).__name__ for a in self._given]}")
         return found.detach()
@@ -190,7 +190,9 @@ class Passes:
         first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            module, given, is_product = products.of_call(name, watched[name], (*args, *kwargs.values()), output)
+            first = first_tensor(watched[name], args, kwargs)
+            read = (*args, *kwargs.values()) if first is None else (first,)
+            module, given, is_product = products.of_call(name, watched[name], read, output)
             return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:

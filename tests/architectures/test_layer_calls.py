@@ -103,6 +103,15 @@ def test_layers_with_a_forward_of_their_own_are_found_alike():
     assert found[0] == found[1] and found[0][0][2] == 1
 
 
+@pytest.mark.parametrize("order", [("scale", "input"), ("input", "scale")])
+def test_the_input_is_the_first_tensor_of_the_forward_in_whatever_order_keywords_come(order):
+    layer, given = Scaled(3, 3), {"input": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+    seen = []
+    before_layer(layer, lambda _, x: seen.append(x))
+    layer(**{name: given[name] for name in order})
+    assert seen[0] is given["input"]
+
+
 def test_a_hook_gets_the_input_and_may_replace_it():
     layer, x = nn.Linear(3, 3), torch.ones(2, 3)
     seen = []

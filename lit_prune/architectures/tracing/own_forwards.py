@@ -46,7 +46,7 @@ def unlike_their_weights(model: nn.Module, run: Callable[[], Any]) -> set[str]:
 
 
 def _is_alike(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    weight, inputs = module.weight, first_tensor(args, kwargs)
+    weight, inputs = module.weight, first_tensor(module, args, kwargs)
     if inputs is None or not isinstance(weight, nn.Parameter):
         return False
     features = inputs.shape[feature_dim(module)]
@@ -54,7 +54,7 @@ def _is_alike(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     before = weight.data
     try:
         of_inputs = spread_features(mask, inputs, feature_dim(module)).to(inputs.dtype)
-        masked_args, masked_kwargs = with_first_tensor(args, kwargs, inputs * of_inputs)
+        masked_args, masked_kwargs = with_first_tensor(module, args, kwargs, inputs * of_inputs)
         without_features = class_forward(module)(*masked_args, **masked_kwargs)
         weight.data = before * spread_features(mask, before, 1 - output_dim(module)).to(before.dtype)
         without_columns = class_forward(module)(*args, **kwargs)
