@@ -189,7 +189,10 @@ class LoRARecovery(Callback):
         holder = nn.ModuleDict({"layer": module})
         try:
             self._add_adapters(holder, ["layer"])
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        # peft ends with whatever its look at the layer runs into
+        except Exception as error:
             why = f"which peft cannot adapt: {str(error).partition('. ')[0]}"
             raise self._unadaptable(path, module, why) from error
         finally:
