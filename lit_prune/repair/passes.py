@@ -190,9 +190,7 @@ class Passes:
         first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            first = first_tensor(watched[name], args, kwargs)
-            read = (*args, *kwargs.values()) if first is None else (first,)
-            module, given, is_product = products.of_call(name, watched[name], read, output)
+            module, given, is_product = products.of_call(name, watched[name], _read(watched[name], args, kwargs), output)
             return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -282,6 +280,12 @@ class Passes:
                 " differs), so that layers cannot be refitted one after the other. Give batches in a fixed order and without"
                 f" random numbers of their own. {WAY_OUT}"
             )
+
+
+def _read(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """The tensor that a module was called with; all that it was called with if that is none."""
+    first = first_tensor(module, args, kwargs)
+    return (*args, *kwargs.values()) if first is None else (first,)
 
 
 @contextlib.contextmanager
