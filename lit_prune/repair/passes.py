@@ -190,7 +190,9 @@ class Passes:
         first = not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            module, given, is_product = products.of_call(name, watched[name], _read(watched[name], args, kwargs), output)
+            module, given, is_product = products.of_call(
+                name, watched[name], _read(watched[name], args, kwargs), output
+            )
             return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
