@@ -186,13 +186,11 @@ class Passes:
         taken: dict[str, list[T]] = {}
         watched = {name: self._model.get_submodule(name) for name in dict.fromkeys(names)}
         masks, products = TokenMasks(self._model, watched), Products(watched)
-        count, runs = 0, 0
-        first = not self._known
+        count, runs, first = 0, 0, not self._known
 
         def call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any = None) -> Call:
-            module, given, is_product = products.of_call(
-                name, watched[name], _read(watched[name], args, kwargs), output
-            )
+            read = _read(watched[name], args, kwargs)
+            module, given, is_product = products.of_call(name, watched[name], read, output)
             return Call(name, module, runs, count, len(taken.get(name, ())), given, output, masks, is_product)
 
         def after(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
