@@ -181,10 +181,8 @@ class LoRARecovery(Callback):
         """Refuse a module whose adapter would not be run or merged, and one that peft has none for: it is given one outside its
         model."""
         module = model.get_submodule(path)
-        if _reads_projections(model, path):
-            raise self._unadaptable(path, module, "whose weights nn.MultiheadAttention reads past any adapters")
-        if getattr(module, "groups", 1) > 1:
-            raise self._unadaptable(path, module, "whose adapters peft cannot merge: it has groups of channels")
+        if (why := _why_lost(model, path)) is not None:
+            raise self._unadaptable(path, module, why)
         flags = [(p, p.requires_grad) for p in module.parameters()]
         holder = nn.ModuleDict({"layer": module})
         try:
@@ -233,7 +231,7 @@ class LoRARecovery(Callback):
             PruningError: If there are none.
         """
         names = {s.module for g in find_group_sets(model) for s in g.slices if s.input_dim is not None}
-        targets = sorted(name for name in names if _adaptable(model, name, self.r))
+        targets = sorted(name for name in names if _adaptable(model, name))
         if not targets:
             raise PruningError(
                 f"LoRARecovery adapts linear layers and convolutions that are pruned; found none in {type(model).__name__},"
@@ -284,18 +282,19 @@ class LoRARecovery(Callback):
         )
 
 
-def _adaptable(model: nn.Module, name: str, r: int) -> bool:
-    """Whether adapters can take the place of a module and are run there."""
-    module = model.get_submodule(name)
-    if not isinstance(module, _LAYERS) or _reads_projections(model, name):
-        return False
-    return r % getattr(module, "groups", 1) == 0
+def _adaptable(model: nn.Module, name: str) -> bool:
+    """Whether adapters can take the place of a module, are run there and merged."""
+    return isinstance(model.get_submodule(name), _LAYERS) and _why_lost(model, name) is None
 
 
-def _reads_projections(model: nn.Module, name: str) -> bool:
-    """Whether a module is attention by PyTorch, or in it: that reads the weight of its projection, and does not call it."""
+def _why_lost(model: nn.Module, name: str) -> str | None:
+    """Why an adapter of a module would not be run, or not be merged; ``None`` if it would."""
     places = (name, name.rpartition(".")[0])
-    return any(isinstance(model.get_submodule(place), nn.MultiheadAttention) for place in places)
+    if any(isinstance(model.get_submodule(place), nn.MultiheadAttention) for place in places):
+        return "whose weights nn.MultiheadAttention reads past any adapters"
+    if getattr(model.get_submodule(name), "groups", 1) > 1:
+        return "whose adapters peft cannot merge: it has groups of channels"
+    return None
 
 
 def _put_back(model: nn.Module, flags: Sequence[tuple[nn.Parameter, bool]]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -200,9 +201,8 @@ class PruningPlan:
         Raises:
             PlanError: If the later plan does not fit what this one leaves.
         """
-        back = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
         first = {e.key: e for e in self.entries}
-        second = {e.key: e for e in (_renumbered(e, back) for e in later.entries)}
+        second = {e.key: e for e in (_renumbered(e, self._original_blocks) for e in later.entries)}
         entries = []
         for key in (*first, *(k for k in second if k not in first)):
             if key not in second or key not in first:
@@ -217,7 +217,7 @@ class PruningPlan:
             kept = np.asarray(before.kept, dtype=np.int64)[list(after.kept)]
             entries.append(replace(before, kept=tuple(kept.tolist())))
         entries.sort(key=lambda e: (e.layer, e.name))
-        biases = tuple(sorted({*self.biases, *(_moved(b, 0, back)[0] for b in later.biases)}))
+        biases = tuple(sorted({*self.biases, *(self.original_name(b) for b in later.biases)}))
         info = {**self.info, **later.info}
         for name, owner in ((BEFORE, self.info), (AFTER, later.info)):
             info.pop(name, None)
@@ -232,14 +232,17 @@ class PruningPlan:
 
     def original(self, group_set: GroupSet) -> GroupSet:
         """A group set of the model that this plan results in, by the names and layer that everything had before."""
-        moved = {e.name: dict(enumerate(e.kept)) for e in self.blocks}
-        name, layer = _moved(group_set.name, group_set.layer, moved)
+        name, layer = _moved(group_set.name, group_set.layer, self._original_blocks)
         slices = tuple(replace(s, parameter=self.original_name(s.parameter)) for s in group_set.slices)
         return replace(group_set, name=name, layer=layer, block=self.original_name(group_set.block), slices=slices)
 
     def original_name(self, name: str) -> str:
         """The name that a module or parameter of the model this plan results in had before."""
-        return _moved(name, 0, {e.name: dict(enumerate(e.kept)) for e in self.blocks})[0]
+        return _moved(name, 0, self._original_blocks)[0]
+
+    @cached_property
+    def _original_blocks(self) -> dict[str, dict[int, int]]:
+        return {e.name: dict(enumerate(e.kept)) for e in self.blocks}
 
     def entries_after(self) -> dict[tuple[str, str], PlanEntry]:
         """The group-set entries by name and kind that the sets have in the pruned model."""

@@ -53,16 +53,16 @@ class Equations:
             influence: What to multiply each row by, shape ``(rows, 1)``; ones if ``None``.
         """
         step = max(1, piece_size(inputs.device) // max(1, inputs.shape[1]))
-        scales = inputs.new_ones(len(inputs), 1) if influence is None else influence
-        for a, b, scale in zip(inputs.split(step), outputs.split(step), scales.split(step), strict=True):
-            precision = accumulation_dtype(a.dtype)
-            scale = scale.to(precision)
-            a, b = a * scale, b * scale
+        precision = accumulation_dtype(inputs.dtype)
+        for first in range(0, len(inputs), step):
+            piece = slice(first, first + step)
+            scale = None if influence is None else influence[piece].to(precision)
+            a, b = (_scaled(x[piece].to(precision), scale) for x in (inputs, outputs))
             self._gram.add(a)
             add_product(self.cross, b, a)
-            self.input_sum += (a * scale).sum(dim=0)
-            self.output_sum += (b * scale).sum(dim=0)
-            self.counted += scale.square().sum()
+            self.input_sum += _scaled(a, scale).sum(dim=0)
+            self.output_sum += _scaled(b, scale).sum(dim=0)
+            self.counted += len(a) if scale is None else scale.square().sum()
             self.rows += len(a)
 
     def add_up(self, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
@@ -99,3 +99,7 @@ class Equations:
         solved = ridge(gram, cross, weight, _relative(damping, gram, self.rows), sizes=sizes)
         shift = (self.output_sum - solved.to(self.input_sum) @ self.input_sum) / self.counted
         return solved, shift.to(bias.dtype)
+
+
+def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
+    return rows if scale is None else rows * scale

@@ -164,7 +164,6 @@ def refit_in_order(
             _collect_targets([layer for s in waiting for layer in s], passes, seed)
         waiting.pop(0)
         for layer, equations in _equations(stage, passes, pruned, seed):
-            layer.targets.clear()
             equations.add_up(all_reduce)
             if int(equations.rows):
                 _refit(layer, equations, DAMPING if damping is None else damping, pruned.values, found)
@@ -301,8 +300,6 @@ def _collect_targets(layers: Sequence[_Layer], passes: Passes, seed: int) -> Non
         for layer in layers:
             layer.targets.append(list(taken.get(layer.name, ())))
 
-    for layer in layers:
-        layer.targets.clear()
     passes.run(by_name, take, use)
 
 
