@@ -313,9 +313,11 @@ def test_an_error_restores_everything_too(error, place):
 
     def state(m):
         data = m.data[0]
+        # equal sets may print in different orders
+        nested = {**m.nested, "names": sorted(m.nested["names"], key=str)}
         plain = [
             (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
-            (m.outputs, m.nested, m.meter.total, m.meter.history, m.steps, m.inner_state.calls, m.order.rounds),
+            (m.outputs, nested, m.meter.total, m.meter.history, m.steps, m.inner_state.calls, m.order.rounds),
             (data.reads, data.cache.tolist(), m.noise.get_state().tolist(), data.torch_generator.get_state().tolist()),
             (data.numpy_generator.bit_generator.state, data.python_generator.getstate(), sorted(vars(m))),
             ([p.requires_grad for p in m.parameters()], [x.training for x in m.modules()], m.metric.metric_state),
