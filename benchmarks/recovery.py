@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_prune._files import write_text
-from lit_prune.callbacks import CubicSchedule, Distillation, LoRARecovery, Stage, StructuredPruning
+from lit_prune.callbacks import CubicSchedule, Distillation, LearnedGates, LoRARecovery, Stage, StructuredPruning
 from lit_prune.groups import count_parameters
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.training import CausalLMModule
 
 CONTROL = "dense"
+LEARNED = "gates learned in the first half of the steps"
 LENGTH = 128
 # what differs from the defaults, given the ratio and the number of steps; gradual ones end after half of the steps
 STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
@@ -38,6 +39,12 @@ STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
     "one cut before training, quality=best": lambda ratio, steps: {
         "pruning_ratio": ratio,
         "step": 0,
+        "quality": "best",
+    },
+    "one cut after half of the steps": lambda ratio, steps: {"pruning_ratio": ratio, "step": steps // 2},
+    "one cut after half of the steps, quality=best": lambda ratio, steps: {
+        "pruning_ratio": ratio,
+        "step": steps // 2,
         "quality": "best",
     },
     "two stages": lambda ratio, steps: {"schedule": [Stage(ratio / 2, step=0), Stage(ratio, step=steps // 2)]},
@@ -53,6 +60,7 @@ STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
         "iterations": 1,
         "compensation": False,
     },
+    LEARNED: lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
 }
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "full": (5e-5, ()),
@@ -159,6 +167,8 @@ def one(
             **STARTS[start](options.ratio, steps),
         )
         callbacks += [pruning, *(HELPERS[h]() for h in helpers)]
+        if start == LEARNED:
+            callbacks.append(LearnedGates(steps=steps // 2))
     trainer = pl.Trainer(
         accelerator="cpu",
         precision=options.precision,
