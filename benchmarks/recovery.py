@@ -33,34 +33,26 @@ from lit_prune.training import CausalLMModule
 CONTROL = "dense"
 LEARNED = "gates learned in the first half of the steps"
 LENGTH = 128
+
+
+def _one_cut(place: float, **options: Any) -> Callable[[float, int], dict[str, Any]]:
+    """One cut after a part of the steps."""
+    return lambda ratio, steps: {"pruning_ratio": ratio, "step": int(place * steps), **options}
+
+
 # what differs from the defaults, given the ratio and the number of steps; gradual ones end after half of the steps
 STARTS: dict[str, Callable[[float, int], dict[str, Any]]] = {
-    "one cut before training": lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
-    "one cut before training, quality=best": lambda ratio, steps: {
-        "pruning_ratio": ratio,
-        "step": 0,
-        "quality": "best",
-    },
-    "one cut after half of the steps": lambda ratio, steps: {"pruning_ratio": ratio, "step": steps // 2},
-    "one cut after half of the steps, quality=best": lambda ratio, steps: {
-        "pruning_ratio": ratio,
-        "step": steps // 2,
-        "quality": "best",
-    },
+    "one cut before training": _one_cut(0),
+    "one cut before training, quality=best": _one_cut(0, quality="best"),
+    "one cut after half of the steps": _one_cut(0.5),
+    "one cut after half of the steps, quality=best": _one_cut(0.5, quality="best"),
     "two stages": lambda ratio, steps: {"schedule": [Stage(ratio / 2, step=0), Stage(ratio, step=steps // 2)]},
     "cubic, four stages": lambda ratio, steps: {
         "pruning_ratio": ratio,
         "schedule": CubicSchedule(start=0, end=steps // 2, stages=4, unit="step"),
     },
-    "taylor without repair": lambda ratio, steps: {
-        "pruning_ratio": ratio,
-        "step": 0,
-        "importance": "taylor",
-        "repair": None,
-        "iterations": 1,
-        "compensation": False,
-    },
-    LEARNED: lambda ratio, steps: {"pruning_ratio": ratio, "step": 0},
+    "taylor without repair": _one_cut(0, importance="taylor", repair=None, iterations=1, compensation=False),
+    LEARNED: _one_cut(0),
 }
 METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "full": (5e-5, ()),
