@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import vision_packages
 from any_module_models import Row, rows
+from results import write_json
 
-from lit_prune._files import write_text
 from lit_prune.errors import first_line
 
 RATIOS = (0.2, 0.5)
@@ -80,7 +80,7 @@ def parent(zoo: dict[str, Row], options: argparse.Namespace) -> None:
             found = run(row, measure, options)
             results = read(options.output)
             results.setdefault(key, {})[column] = found
-            write_text(options.output, json.dumps(results, indent=1) + "\n")
+            write_json(options.output, results)
             print(key, column, json.dumps(found), flush=True)
 
 

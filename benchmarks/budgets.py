@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from intervals import perplexity, shown_perplexity_ratio, shown_speedup
 from quality_data import LENGTH, losses, reported
+from results import write_json
 from torch import Tensor
 
 from lit_prune import (
@@ -41,7 +42,6 @@ from lit_prune import (
     repair,
     unexplained_shares,
 )
-from lit_prune._files import write_text
 from lit_prune.budgets.goals import Goals
 from lit_prune.budgets.latency import measure_table, time_plans
 from lit_prune.budgets.latency_model import LatencyModel
@@ -220,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
     bench = Bench(options)
 
     def save() -> None:
-        write_text(output, json.dumps(results, indent=1) + "\n")
+        write_json(output, results)
 
     if "dense" not in results:
         names = ("model", "sequences", "length", "windows")

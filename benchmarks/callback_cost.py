@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import logging
 import statistics
 import time
@@ -23,12 +22,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from results import write_json
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_prune._files import write_text
 from lit_prune.callbacks import StructuredPruning
 from lit_prune.groups import count_parameters
 
@@ -144,7 +143,7 @@ def main() -> None:
             f"{min(ratios):.3f} to {max(ratios):.3f}",
             f"{min(noise):.3f} to {max(noise):.3f}",
         )
-    write_text(options.output, json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result)
     Console().print(table)
 
 

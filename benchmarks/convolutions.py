@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from residual_network import ResidualNetwork
+from results import write_json
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -115,7 +115,7 @@ def measure(seeds: int, epochs: int, output: Path) -> None:
                 entry["accuracy"].append(accuracy(model, test_images, test_labels))
                 entry["parameters"].append(count_parameters(model))
                 print(seed, ratio, name, round(entry["accuracy"][-1], 2), flush=True)
-        write_text(output, json.dumps(results, indent=1) + "\n")
+        write_json(output, results)
         write_text(output.with_suffix(".md"), table(results))
 
 

@@ -34,6 +34,7 @@ from cost_planning import planning, report_planning
 from cost_pruning import WHOLE, pruning, pruning_memory, report_pruning, report_pruning_memory
 from cost_speed import RATIOS, depth, report_depth, report_speed, speed
 from cost_widths import report_widths, widths
+from results import write_json
 
 from lit_prune._files import write_text
 
@@ -98,7 +99,7 @@ def main() -> None:
                 left.append(f"{section} | {key}")
                 continue
             rows[key] = {**row, "row_seconds": time.perf_counter() - start, "date": time.strftime("%Y-%m-%d")}
-            write_text(options.output, json.dumps(results, indent=1) + "\n")
+            write_json(options.output, results)
             print(f"{section} | {key}: {rows[key]['row_seconds']:.0f} s", flush=True)
     text = report(results)
     write_text(options.output.with_suffix(".md"), text)

@@ -10,7 +10,6 @@ goes on in a straight line. What FSDP2 holds of its own, and what a process has 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ import torch
 import yaml
 from allocations import Allocations
 from common import SHAPES, llama_config, markdown
+from results import write_json
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lit_prune import PruningPlan, find_group_sets
-from lit_prune._files import write_text
 from lit_prune.calibration.collect import collect_statistics
 from lit_prune.groups import count_parameters
 from lit_prune.ranking.registry import get_criterion
@@ -198,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     result = budget(**recipe())
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.output, json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result)
     print(table(result))
 
 

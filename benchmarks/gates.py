@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from intervals import perplexity, shown_perplexity_ratio
-from quality import Results
 from quality_data import LENGTH, PARTS, PRECISIONS, Text, computing, losses
+from results import Results
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from results import write_json
 from rich.console import Console
 from rich.table import Table
 
-from lit_prune._files import write_text
 from lit_prune.io.sources import load_model, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -108,7 +107,7 @@ def main() -> None:
         )
     Console().print(table)
     if options.output is not None:
-        write_text(options.output, json.dumps(rows, indent=1) + "\n")
+        write_json(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from common import SHAPES, Peak, bare, llama_config, loss_of, machine, markdown, synchronize  # noqa: E402
 from cost_speed import decode, prefill  # noqa: E402
+from results import write_json  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -165,7 +166,7 @@ def main() -> None:
             continue
         results.setdefault("sizes", {})[size] = json.loads(done.stdout.splitlines()[-1])
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.output, json.dumps(results, indent=1) + "\n")
+        write_json(options.output, results)
     if results.get("sizes"):
         text = report(results)
         write_text(options.output.with_suffix(".md"), text)

@@ -28,6 +28,7 @@ from common import llama_config
 from intervals import perplexity, shown_perplexity_ratio, shown_speedup
 from peers_slicegpt import slicegpt
 from quality_data import LENGTH, losses, reported
+from results import write_json
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -42,7 +43,6 @@ from lit_prune import (
     repair,
     rotate_hidden,
 )
-from lit_prune._files import write_text
 from lit_prune.budgets.trials import ratio_of_pairs
 from lit_prune.groups import HIDDEN, count_parameters
 from lit_prune.io.sources import load_model
@@ -254,7 +254,7 @@ def main(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
-        write_text(output, json.dumps(results, indent=1) + "\n")
+        write_json(output, results)
 
     if options.time:
         results["prefill"] = timed(options)

@@ -12,8 +12,6 @@ again, and several processes may share it. The table and the picture are written
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,8 +21,8 @@ from typing import Any
 import torch
 from quality_data import PARTS, PRECISIONS, Text, losses
 from quality_report import report
+from results import Results
 
-from lit_prune._files import write_text
 from lit_prune.groups import count_parameters
 from lit_prune.io.sources import load_model, load_tokenizer
 
@@ -56,29 +54,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
-
-
-class Results:
-    """A JSON file that several processes add to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {"protocol": {}, "dense": {}, "looks": [], "runs": {}}
-        return json.loads(self.path.read_text()) if self.path.exists() else empty
-
-    def add(self, field: str, key: str | None, value: Any) -> None:
-        """Set ``field[key]``, or append to the list ``field``."""
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            results = self.read()
-            if key is None:
-                results[field].append(value)
-            else:
-                results[field][key] = value
-            write_text(self.path, json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from intervals import mean_over_runs, perplexity, perplexity_ratio
-from quality import Results
 from quality_data import PARTS, PRECISIONS, Text, losses
+from results import Results
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -95,7 +95,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, results: Results) -> None:
     text = Text(options.text.read_text(), load_tokenizer(options.model), options.windows)
     parts = text.measured(options.part)
-    for name in ("model", "ratio", "calibration", "batch_size", "precision"):
+    for name in ("model", "ratio", "calibration", "batch_size"):
         results.add("protocol", name, getattr(options, name))
     results.add("protocol", "text", options.text.name)
     for tokens in options.tokens:
@@ -105,13 +105,14 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             train = (sequences * (1 + tokens // LENGTH // len(sequences)))[: tokens // LENGTH]
             cases = [(CONTROL, "full"), *((start, method) for start in options.starts for method in options.methods)]
             for start, method in cases:
-                key = f"{options.part} | {start} | {method} | {tokens} | {seed}"
+                key = f"{options.part} | {start} | {method} | {tokens} | {seed} | {options.precision}"
                 if key in results.read()["runs"]:
                     continue
                 run = one(
                     options, start, method, seed, train, text.calibration(options.calibration, LENGTH, seed), parts
                 )
-                about = {"start": start, "method": method, "tokens": tokens, "seed": seed, "part": options.part}
+                about = {name: getattr(options, name) for name in ("part", "precision")}
+                about |= {"start": start, "method": method, "tokens": tokens, "seed": seed}
                 results.add("runs", key, about | run)
                 print(key, {d: f"{perplexity(v):.2f}" for d, v in run["losses"].items()}, flush=True)
 
@@ -188,7 +189,7 @@ def report(results: dict[str, Any], output: Path) -> None:
         f"SmolLM2-135M-Instruct, {protocol.get('ratio', 0):.0%} of all parameters removed with"
         f" {protocol.get('calibration')} calibration sequences of {LENGTH} tokens from the first third of"
         f" {protocol.get('text')}, then trained on that third. Cells: perplexity over that of the **dense model trained in full"
-        " on the same tokens**, its 95% interval over windows, and the number of seeds.",
+        " on the same tokens** (and in the same precision), its 95% interval over windows, and the number of seeds.",
     ]
     for part, domains in PARTS.items():
         for domain in domains:
@@ -202,23 +203,26 @@ def report(results: dict[str, Any], output: Path) -> None:
 def _table(runs: list[dict[str, Any]], domain: str) -> list[str]:
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" + "|---:" * len(METHODS) + "|"]
 
-    def found(start: str, method: str, seeds: set[int]) -> list[float]:
-        chosen = [r for r in runs if (r["start"], r["method"]) == (start, method) and r["seed"] in seeds]
-        return mean_over_runs([r["losses"][domain] for r in chosen]) if chosen else []
+    def found(start: str, method: str) -> dict[tuple[int, str], list[float]]:
+        chosen = [r for r in runs if (r["start"], r["method"]) == (start, method)]
+        return {(r["seed"], r["precision"]): r["losses"][domain] for r in chosen}
 
+    controls = found(CONTROL, "full")
     for start in dict.fromkeys(run["start"] for run in runs):
         cells = []
         for method in METHODS:
-            seeds = {r["seed"] for r in runs if (r["start"], r["method"]) == (start, method)}
-            seeds &= {r["seed"] for r in runs if (r["start"], r["method"]) == (CONTROL, "full")}
-            values, control = found(start, method, seeds), found(CONTROL, "full", seeds)
+            # a run is compared with the control of its own order of tokens and precision
+            values = {pair: found_losses for pair, found_losses in found(start, method).items() if pair in controls}
             if not values:
                 cells.append("")
-            elif start == CONTROL:
-                cells.append(f"perplexity {perplexity(values):.2f} ({len(seeds)})")
+                continue
+            mean, count = mean_over_runs(list(values.values())), len({seed for seed, _ in values})
+            if start == CONTROL:
+                cells.append(f"perplexity {perplexity(mean):.2f} ({count})")
             else:
-                middle, low, high = perplexity_ratio(values, control)
-                cells.append(f"{middle:.3f}x, {low:.3f} to {high:.3f} ({len(seeds)})")
+                control = mean_over_runs([controls[pair] for pair in values])
+                middle, low, high = perplexity_ratio(mean, control)
+                cells.append(f"{middle:.3f}x, {low:.3f} to {high:.3f} ({count})")
         lines.append(f"| {start} | " + " | ".join(cells) + " |")
     return lines
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from intervals import mean_over_runs, paired_interval
+from results import write_json
 from sentence_data import (
     Batch,
     Passages,
@@ -134,7 +135,7 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 if done or (options.rows and row not in options.rows):
                     continue
                 results["runs"].append(found | run_of(pruning, parts, dense))
-                write_text(options.output, json.dumps(results, indent=1) + "\n")
+                write_json(options.output, results)
                 print(row, ratio, seed, results["runs"][-1]["parameters"], flush=True)
 
 

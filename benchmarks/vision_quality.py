@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_json
 from torch import Tensor, nn
 from torch.nn import functional
 from vision_quality_models import RECIPES, Images, Recipe, accuracy, fine_tuned, fit, flops, load
@@ -139,7 +140,7 @@ def pruned(dense: nn.Module, images: Images, ratio: float, options: dict[str, An
 
 def write(results: dict[str, Any], output: Path) -> None:
     """Write the results."""
-    write_text(output, json.dumps(results, indent=1) + "\n")
+    write_json(output, results)
 
 
 def main() -> None:
