@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from intervals import mean_over_runs, paired_interval
-from results import write_json
+from results import Results
 from sentence_data import (
     Batch,
     Passages,
@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a text file of paragraphs; without it only the table is written")
     parser.add_argument("--output", type=Path, default=Path("outputs/sentence_quality.json"), help="JSON; added to")
     parser.add_argument("--part", choices=list(DOMAINS), default="reporting")
-    parser.add_argument("--seeds", type=int, default=3, help="choices of calibration passages")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="choices of calibration passages")
     parser.add_argument("--passages", type=int, default=256, help="calibration passages")
     parser.add_argument("--rows", nargs="*", help="only these rows")
     return parser.parse_args()
@@ -101,15 +101,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    results: dict[str, Any] = {"protocol": {}, "dense": {}, "runs": []}
-    if options.output.exists():
-        results = json.loads(options.output.read_text())
+    results = Results(options.output)
     if options.text:
         measure(options, results)
-    write_text(options.output.with_suffix(".md"), table(results))
+    write_text(options.output.with_suffix(".md"), table(results.read()))
 
 
-def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
+def measure(options: argparse.Namespace, results: Results) -> None:
     model, tokenizer = load_encoder()
     passages = passages_of(options.text.read_text())
     third = len(passages) // 3
@@ -117,26 +115,29 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
     measured = {"wikitext": passages[begin : begin + third], "python": python_passages(third)}
     parts = {name: batches_of(measured[name], tokenizer, 32) for name in DOMAINS[options.part]}
     dense = {name: embeddings(model, batches) for name, batches in parts.items()}
-    results["dense"] |= {f"{options.part}/{name}": reciprocal_ranks(found) for name, found in dense.items()}
-    results["protocol"] |= {
+    for name, found in dense.items():
+        results.add("dense", f"{options.part}/{name}", reciprocal_ranks(found))
+    protocol = {
         "text": options.text.name,
         "calibration passages": options.passages,
         **{f"{options.part}/{name}": len(measured[name]) for name in parts},
         "version": __version__,
     }
-    for seed in range(options.seeds):
+    for key, value in protocol.items():
+        results.add("protocol", key, value)
+    for seed in options.seeds:
         chosen = torch.randperm(third, generator=torch.Generator().manual_seed(seed))[: options.passages].tolist()
         calibration = Passages([passages.queries[i] for i in chosen], [passages.targets[i] for i in chosen])
         setting = Setting(model, batches_of(calibration, tokenizer, 16), parts)
         for ratio in RATIOS:
             for row, pruning in setting.prunings(int((1 - ratio) * count_parameters(model)), ratio).items():
-                found = {"row": row, "ratio": ratio, "seed": seed, "part": options.part}
-                done = any(found.items() <= run.items() for run in results["runs"])
-                if done or (options.rows and row not in options.rows):
+                key = f"{options.part} | {row} | {ratio} | {seed}"
+                if key in results.read()["runs"] or (options.rows and row not in options.rows):
                     continue
-                results["runs"].append(found | run_of(pruning, parts, dense))
-                write_json(options.output, results)
-                print(row, ratio, seed, results["runs"][-1]["parameters"], flush=True)
+                about = {"row": row, "ratio": ratio, "seed": seed, "part": options.part}
+                run = run_of(pruning, parts, dense)
+                results.add("runs", key, about | run)
+                print(key, run["parameters"], flush=True)
 
 
 def run_of(pruning: Callable[[], nn.Module], parts: dict[str, list[Batch]], dense: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def table(results: dict[str, Any]) -> str:
         f"Protocol: `{json.dumps(results['protocol'])}`.",
     ]
     for part, domains in DOMAINS.items():
-        runs = [run for run in results["runs"] if run["part"] == part]
+        runs = [run for run in results["runs"].values() if run["part"] == part]
         for domain in domains if runs else ():
             dense = results["dense"][f"{part}/{domain}"]
             lines += ["", f"## {part.capitalize()} part, {domain} (dense rank {sum(dense) / len(dense):.3f})", ""]
