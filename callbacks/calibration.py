@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -29,6 +28,7 @@ from lit_prune.callbacks.lightning_internals import (
 from lit_prune.callbacks.manual_optimization import nothing, replaced
 from lit_prune.callbacks.packages import is_a
 from lit_prune.callbacks.snapshot import Snapshot
+from lit_prune.callbacks.stand_ins import InertCallback, SilentLogger
 from lit_prune.callbacks.training_step import TrainingStep, gradient_scale, named_loaders
 from lit_prune.callbacks.write_guard import WriteGuard
 from lit_prune.distributed import shards
@@ -193,8 +193,9 @@ def untouched(trainer: pl.Trainer, dataloader: Iterable[Any] | None = None) -> I
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     should_stop = trainer.should_stop
     try:
-        trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        shown = trainer.progress_bar_callback
+        trainer.callbacks = [c if c is shown else InertCallback(c) for c in callbacks]  # type: ignore[attr-defined]
+        trainer.loggers = [SilentLogger(logger) for logger in loggers]
         with metrics_kept(trainer), random_state_kept():
             yield snapshot
     finally:

@@ -13,6 +13,31 @@ from typing import Any
 
 from lit_prune.errors import PruningError
 
+# bytes of a name, on every common file system
+LONGEST_NAME = 255
+# what tempfile puts behind a prefix
+_RANDOM = 8
+
+
+def check_names(path: str | os.PathLike[str]) -> None:
+    """Raise an error if a name in a path is longer than file systems allow.
+
+    Raises:
+        PruningError: With the name.
+    """
+    for name in Path(path).parts:
+        if (found := len(os.fsencode(name))) > LONGEST_NAME:
+            raise PruningError(
+                f"{path} cannot be written: {name[:20]!r}... has {found} bytes; expected names of {LONGEST_NAME} at most."
+            )
+
+
+def beginning(name: str, most: int) -> str:
+    """The beginning of a name that has so many bytes at most."""
+    while len(os.fsencode(name)) > most:
+        name = name[:-1]
+    return name
+
 
 def check_writable(path: str | os.PathLike[str], *, file: bool = False) -> None:
     """Raise an error unless a folder, or a file, can be written at ``path``; leaves nothing behind.
@@ -24,8 +49,10 @@ def check_writable(path: str | os.PathLike[str], *, file: bool = False) -> None:
         file: Whether it is a file, and not a folder to write files into.
 
     Raises:
-        PruningError: If there is something else at ``path``, a folder on the way is a file, or the disk refuses.
+        PruningError: If there is something else at ``path``, a folder on the way is a file, a name is too long, or the disk
+            refuses.
     """
+    check_names(path)
     target = Path(path).absolute()
     if os.path.lexists(target) and target.is_dir() == file:
         raise PruningError(
@@ -79,7 +106,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     # a link stays, and the file that it leads to is replaced
     path = Path(os.path.realpath(path))
     with _folder(path.parent):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        room = LONGEST_NAME - _RANDOM - len(os.fsencode(f"..{path.suffix}"))
+        prefix = f".{beginning(path.name, room)}."
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
         os.close(handle)
         try:
             yield temporary

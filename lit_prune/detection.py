@@ -13,6 +13,7 @@ from lit_prune.architectures.registry import has_groups
 from lit_prune.architectures.tracing import TracedGroups, trace_groups
 from lit_prune.arguments import BATCHES
 from lit_prune.calibration.evaluation import evaluation_mode
+from lit_prune.calibration.module_state import module_state_kept
 from lit_prune.calibration.statistics import SKIPPED
 from lit_prune.distributed import shards
 from lit_prune.distributed.ranks import Ranks, together
@@ -177,7 +178,8 @@ def _run_of_one_batch(
     whole = model if root is None else root
 
     def run(batch: Any) -> Any:
-        with suspended_hooks(whole):
+        # a counter, a queue or a hidden state that is carried along would make every run another one
+        with suspended_hooks(whole), module_state_kept(whole):
             return loss_fn(batch)
 
     seen = 0

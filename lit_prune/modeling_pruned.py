@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -49,6 +50,8 @@ LAYERS = "per_layer_config"
 DENSE_LAYERS = "dense_layers"
 # what an inner model that an Auto class builds is told of its layers
 SET_ASIDE = "layers_set_aside"
+# digits of ASCII only: ``int`` reads those of other scripts and underscores, too
+RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 # more groups than any place of a model has; indices are expanded in memory
 MOST_GROUPS = 1_000_000
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,7 +155,7 @@ def from_ranges(text: str, size: int) -> list[int]:
             before this is known.
     """
     try:
-        parts = [(int(first), int(last or first)) for first, _, last in (p.partition("-") for p in text.split())]
+        parts = [_range(part) for part in text.split()]
     except (AttributeError, ValueError) as error:
         raise PrunedPlanError(f"Expected indices like '0-2 5' of the kept groups; found {_short(text)}.") from error
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_GROUPS:
@@ -162,6 +165,13 @@ def from_ranges(text: str, size: int) -> list[int]:
     if not rising or (ends and not 0 <= ends[0] <= ends[-1] < size):
         raise PrunedPlanError(f"Expected ascending indices of groups within 0..{size - 1}; found {_short(text)}.")
     return [index for first, last in parts for index in range(first, last + 1)]
+
+
+def _range(text: str) -> tuple[int, int]:
+    match = RANGE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a number or two with a hyphen between; found {_short(text)}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _short(value: Any) -> str:
@@ -358,6 +368,11 @@ def _set_attribute(model: nn.Module, path: str, value: int) -> None:
         return
     module: Any = model.get_submodule(owner)
     module.config = overridden(module.config, name, value)
+
+
+def is_pruned_config(config: Any) -> bool:
+    """Whether a config is a :class:`PrunedConfig`: of this module, or of the code that lies beside a model's weights."""
+    return any(cls.__name__ == PrunedConfig.__name__ for cls in type(config).__mro__)
 
 
 def named_configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

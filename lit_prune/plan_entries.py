@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,7 @@ def _moved(name: str, layer: int, moved: Mapping[str, Mapping[int, int]]) -> tup
     for stack, indices in moved.items():
         if name.startswith(f"{stack}."):
             index, _, rest = name.removeprefix(f"{stack}.").partition(".")
-            if not index.isdigit() or int(index) not in indices:
+            if not re.fullmatch("[0-9]+", index) or int(index) not in indices:
                 raise PlanError(
                     f"The plans do not compose: {name!r} is in none of the {len(indices)} blocks of {stack!r}."
                 )

@@ -16,9 +16,10 @@ from test_pruning import fit, pruning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune import GroupTable, Limits, PruningConfig, PruningPlan, find_group_sets, get_plan, load_pruned, prune
-from lit_prune.cli import main
+from lit_prune.cli import comparing, main
 from lit_prune.io.sources import load_tokenizer
 from lit_prune.io.text import load_texts, pack
+from lit_prune.session import Session
 
 
 @pytest.fixture
@@ -115,6 +116,47 @@ def test_one_shot_a_given_plan_report_and_compare(model, text, tmp_path, capsys)
         assert compared[str(name)]["perplexity"] == pytest.approx(metrics[stage]["perplexity"])
         assert compared[str(name)]["tokens_per_second"] > 0
     assert "perplexity" in capsys.readouterr().out
+
+
+# of 32 positions 16 are for what is generated
+@pytest.mark.parametrize(
+    ("positions", "options", "prompt", "said"),
+    [
+        ((32, 64), [], 16, ""),
+        ((64, 32), ["--speed_tokens=16"], 16, ""),
+        (
+            (64, 32),
+            ["--speed_tokens=17"],
+            None,
+            "take 33 positions, and second has 32. Set --speed_tokens to 16 or less",
+        ),
+        ((16, 32), [], None, "first has 16. Set --speed_tokens to 0, which measures no speed"),
+        ((16, 32), ["--speed_tokens=0"], None, ""),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_speed_is_measured_within_the_positions(
+    model_type, positions, options, prompt, said, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder, most in zip(("first", "second"), positions, strict=True):
+        write_model(tmp_path / folder, model_type, max_position_embeddings=most)
+    prompts, measured = [], []
+    costs, metrics = comparing.generation_costs, Session.metrics
+
+    def counted(models, ids, **others):
+        prompts.append(ids.shape[1])
+        return costs(models, ids, **others, repeats=1)
+
+    monkeypatch.setattr(comparing, "generation_costs", counted)
+    monkeypatch.setattr(Session, "metrics", lambda session: measured.append(session) or metrics(session))
+    arguments = ["compare", "first", "second", *text, "--calibration.block_size=8", *options]
+    if said:
+        assert said in " ".join(refused(capsys, *arguments).split()) and not measured
+    else:
+        run(*arguments)
+        assert len(measured) == 2
+    assert prompts == ([] if prompt is None else [prompt])
 
 
 def test_whole_blocks_leave_by_a_plan_and_by_another(model, text, tmp_path):

@@ -54,7 +54,7 @@ def parser_of(name: str) -> ArgumentParser:
     parser.add_argument(DEBUG, action="store_true", help=DEBUG_HELP)
     if name == "compare":
         parser.add_argument(
-            "models", nargs="+", type=str, help="Two or more models; the last is compared with the first."
+            "models", nargs="+", type=str, help="Two or more different models; the last is compared with the first."
         )
     for option, kind in _LISTS.get(name, {}).items():
         parser.add_argument(f"--{option}", nargs="+", type=kind, help=_described(function, option))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.errors import PlanError, PruningError
 from lit_prune.io.lightning_checkpoint import merge_adapters, saved_prunings
+from lit_prune.io.ties import separate
 from lit_prune.plan import get_plan
 from lit_prune.surgery.apply import cut
 
@@ -72,7 +73,9 @@ def convert_checkpoint(
                 f"{checkpoint}: {fitting[0] + key!r} has shape {tuple(weights[fitting[0] + key].shape)}; the plan in it leaves"
                 f" {tuple(tensor.shape)} of the model given. Give the model that the run began with."
             )
-    model.load_state_dict({key: weights[fitting[0] + key] for key in wanted})
+    values = {key: weights[fitting[0] + key] for key in wanted}
+    separate(model, values)
+    model.load_state_dict(values)
     return model.eval()
 
 

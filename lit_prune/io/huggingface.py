@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lit_prune._renamed import renamed_arguments
 from lit_prune.architectures import find_group_sets
 from lit_prune.distributed.shards import any_sharded
 from lit_prune.errors import ArgumentValueError, PruningError, UnsupportedModelError
-from lit_prune.groups import HIDDEN, Attribute, GroupSet, check_weights
+from lit_prune.groups import HIDDEN, GroupSet, check_weights
 from lit_prune.io.conversion import convert_checkpoint as convert_checkpoint
 from lit_prune.io.litgpt_config import gpt_class
 from lit_prune.io.litgpt_folder import save_litgpt
@@ -31,8 +30,11 @@ from lit_prune.io.model_card import model_card, write_card
 from lit_prune.io.module_folder import check_saveable, write_module
 from lit_prune.io.output_folder import check_replaceable, replacing_folder
 from lit_prune.io.per_layer import add_layers, restore_layers, stock_with_layers
+from lit_prune.io.pruning_entry import pruning_entry
 from lit_prune.io.stock import rescaled_embeddings, stock_config, unstated_parts
-from lit_prune.modeling_pruned import PrunedConfig, to_ranges
+from lit_prune.io.ties import built_as_tied, copy_ties, untied_names
+from lit_prune.io.wrappers import unwrapped
+from lit_prune.modeling_pruned import PrunedConfig
 from lit_prune.plan import DEPTH_ATTRIBUTE, PruningPlan, get_plan, set_plan
 from lit_prune.surgery import saving
 from lit_prune.surgery.depth import depth_fields
@@ -66,7 +68,7 @@ def save_pruned(
     too; see :func:`load_pruned`.
 
     Args:
-        model: A model that was cut, by :func:`lit_prune.prune` for instance.
+        model: A model that was cut, by :func:`lit_prune.prune` for instance; also compiled, or in a wrapper of torch.nn.parallel.
         directory: Where to write. An existing folder is replaced if it holds nothing but what lit_prune wrote, and refused
             otherwise.
         tokenizer: A tokenizer to save beside the model; for a ``litgpt.GPT`` also the LitGPT folder that holds it.
@@ -84,8 +86,9 @@ def save_pruned(
         ArgumentValueError: If ``self_contained`` is asked for a model that is no transformers model.
         PruningError: If the model was not pruned, or ``directory`` holds something else, is or contains the working
             directory, or cannot be written; before any work. Also if writing fails; then what was there is unchanged.
-        UnsupportedModelError: If its weights are quantised, or its state is not all tensors.
+        UnsupportedModelError: If its weights are quantised, its state is not all tensors, or it carries adapters of peft.
     """
+    model, state_dict = unwrapped(model, state_dict)
     if gpt_class(model) is not None:
         if self_contained:
             raise ArgumentValueError(
@@ -183,6 +186,7 @@ def to_pretrained(
         PruningError: If the model was not pruned.
         UnsupportedModelError: If it is not a transformers model, its weights are quantised, or they are shards of weights.
     """
+    model, state_dict = unwrapped(model, state_dict)
     with saving.plan_of_inner_model(model):
         return _to_pretrained(model, self_contained, state_dict, None)
 
@@ -213,12 +217,13 @@ def _to_pretrained(
         dense = _dense(model)
         _check_stated(model, dense, plan)
     base, dense_config = type(dense), _dense_config(model)
+    copy_ties(dense.config, dense_config)
     # those of the dense model: a layer that lost everything has none left
     group_sets = find_group_sets(dense, hidden=plan.hidden)
     _check_held(model, group_sets)
     depth, width, changed = _changed_fields(dense, plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    pruning = {"version": modeling_pruned.VERSION, **_pruning_entry(group_sets, plan)}
+    pruning = {"version": modeling_pruned.VERSION, **pruning_entry(group_sets, plan)}
     stock = stock_config(model, base, dense_config, plan, shapes, changed)
     if stock is not None:
         config, replaced = stock
@@ -240,6 +245,7 @@ def _to_pretrained(
         whole = build(cls, config)
     if plan.hidden:
         weights.update(rescaled_embeddings(model, whole, weights))
+    weights.update({name: weights[name].clone() for name in untied_names(whole, weights)})
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
     if model.can_generate():
@@ -335,9 +341,12 @@ def _dense_class(cls: type) -> type[PreTrainedModel]:
 
 
 def _dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as its config builds it before any cut, on the meta device."""
+    """The model as its config builds it before any cut, on the meta device; what is one parameter in the model is one there."""
+    config, plan = _dense_config(model), get_plan(model)
+    named = model.named_parameters(remove_duplicate=False)
+    held = {name if plan is None else plan.original_name(name): parameter for name, parameter in named}
     with torch.device("meta"):
-        return build(_dense_class(type(model)), _dense_config(model))
+        return built_as_tied(lambda: build(_dense_class(type(model)), config), config, held)
 
 
 def _dense_config(model: nn.Module) -> PreTrainedConfig:
@@ -352,45 +361,8 @@ def _dense_config(model: nn.Module) -> PreTrainedConfig:
     for key in ("dense", "dense_width"):
         fields.update(pruning.get(key, {}))
     fields.pop("model_type", None)
-    if isinstance(config, PrunedConfig):
+    if modeling_pruned.is_pruned_config(config):
         own = pruning.get(modeling_pruned.DENSE_LAYERS, {})
         for path, _ in modeling_pruned.named_configs(config):
             restore_layers(fields, path, own.get(path))
     return CONFIG_MAPPING[model_type].from_dict(fields)
-
-
-def _pruning_entry(group_sets: list[GroupSet], plan: PruningPlan) -> dict[str, Any]:
-    by_key = {s.key: s for s in group_sets}
-    groups = []
-    for entry in plan.entries:
-        group_set = by_key.get(entry.key)
-        places: dict[str, dict[int, int]] = {}
-        for part in () if group_set is None else group_set.slices:
-            along = places.setdefault(part.parameter, {})
-            along[part.dim] = along.get(part.dim, 0) + part.index.shape[1]
-        parameters = {
-            name: next([d, w] for d, w in along.items()) if len(along) == 1 else [[d, w] for d, w in along.items()]
-            for name, along in places.items()
-        }
-        attributes = () if group_set is None else group_set.attributes
-        groups.append(
-            {
-                "name": entry.name,
-                "kind": entry.kind,
-                "layer": entry.layer,
-                "size": entry.size,
-                "kept": to_ranges(entry.kept),
-                "parameters": parameters,
-                "attributes": {f"{a.module}.{a.name}": _attribute_rule(a) for a in attributes},
-            }
-        )
-    info = json.loads(json.dumps(dict(plan.info)))
-    turned = {"rotated": True} if plan.rotated else {}
-    return {"digest": plan.digest(), "groups": groups, "biases": list(plan.biases), "info": info, **turned}
-
-
-def _attribute_rule(attribute: Attribute) -> int | list[int]:
-    """How ``config.json`` says what an attribute becomes; see :func:`lit_prune.modeling_pruned.attribute_value`."""
-    if attribute.fixed == 0 and attribute.divisor == 1:
-        return attribute.per_group
-    return [attribute.per_group, attribute.fixed, attribute.divisor]

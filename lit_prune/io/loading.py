@@ -23,7 +23,7 @@ from lit_prune.errors import ArgumentValueError, PlanError, PruningError, Unsupp
 from lit_prune.io import auto_config, hub
 from lit_prune.io.litgpt_folder import is_litgpt_folder, load_litgpt
 from lit_prune.io.manifest import MANIFEST, verify_weights
-from lit_prune.io.module_folder import is_module_folder, load_module
+from lit_prune.io.module_folder import floating_dtype, is_module_folder, load_module
 from lit_prune.io.output_folder import leftover
 from lit_prune.modeling_pruned import (
     HUB_OPTIONS,
@@ -87,14 +87,14 @@ def load_pruned(
         dtype: Data type of the weights; that of the files if ``"auto"``.
         verify: Compare the SHA-256 of the weights with what was noted when they were saved, before they are read.
         options: What ``from_pretrained`` of transformers takes: ``device_map``, ``attn_implementation``, ``token``... For other
-            models, only what says where files come from: ``revision``, ``cache_dir``, ``token``...
+            models, only what says where files come from: ``revision``, ``cache_dir``, ``subfolder``, ``token``...
 
     Returns:
         The pruned model, in eval mode. :func:`lit_prune.get_plan` gives its plan.
 
     Raises:
         ArgumentTypeError: If ``directory`` is no path.
-        ArgumentValueError: If ``model`` is missing, or given for a transformers or LitGPT model.
+        ArgumentValueError: If ``model`` is missing, or given for a transformers or LitGPT model, or ``dtype`` is unknown.
         FileNotFoundError: If the folder or a file is missing.
         PlanError: If the plan was changed, or does not fit the weights or ``model``.
         PruningError: If files are damaged, weights are missing, unknown, not floating or not finite, the model was not
@@ -105,7 +105,8 @@ def load_pruned(
 
         model = lit_prune.load_pruned("outputs/pruned", model=MyNet)
     """
-    folder = PATH.check("directory", directory)
+    folder = PATH.check("directory", directory) / (options.get("subfolder") or "")
+    dtype = _dtype(dtype, options)
     if is_litgpt_folder(folder):
         if found := sorted(options) + ["model"] * (model is not None):
             raise ArgumentValueError(
@@ -151,8 +152,21 @@ def load_pruned(
         raise UnsupportedModelError(str(error)) from error
     except OSError as error:
         raise FileNotFoundError(str(error)) from error
-    _check_plan(directory, loaded)
+    _check_plan(directory, loaded[0] if options.get("output_loading_info") else loaded)
     return loaded
+
+
+def _dtype(dtype: Any, options: dict[str, Any]) -> Any:
+    """The data type asked for, which transformers also calls ``torch_dtype``; that is taken out of the options.
+
+    Raises:
+        ArgumentValueError: If both are given, or a name is not that of a floating type.
+    """
+    older = options.pop("torch_dtype", None)
+    if older is not None and dtype != "auto":
+        raise ArgumentValueError(f"dtype and torch_dtype are two names of one argument; found {dtype!r} and {older!r}.")
+    found = dtype if older is None else older
+    return floating_dtype(found) if isinstance(found, str) else found
 
 
 def _check_options(directory: str | os.PathLike[str], options: Collection[str]) -> None:

@@ -45,7 +45,7 @@ def model_card(
     assert plan is not None
     config: Any = model.config
     auto_class = "AutoModelForCausalLM" if model.can_generate() else "AutoModel"
-    stock = not isinstance(config, modeling_pruned.PrunedConfig)
+    stock = not modeling_pruned.is_pruned_config(config)
     before, after = plan.info.get("parameters_before"), count_parameters(model)
     lines = ["---", "library_name: transformers", "tags: [pruned, structured-pruning, lit_prune]"]
     if model.can_generate():

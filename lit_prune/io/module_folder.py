@@ -20,6 +20,7 @@ from lit_prune.arguments import shown
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.group_data import tensors_of
 from lit_prune.io.manifest import MANIFEST, verify_weights
+from lit_prune.io.ties import separate
 from lit_prune.modeling_pruned import weight_files, weight_headers
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.surgery.apply import cut
@@ -179,7 +180,7 @@ def load_module(
         PruningError: If files are damaged, or weights are missing, unknown or not finite.
     """
     fields = _checked_fields(file)
-    dtype = _dtype(dtype)
+    dtype = floating_dtype(dtype)
     dense = _built(model, directory, fields)
     plan = PruningPlan.load(str(cached_file(directory, PLAN, **hub)))
     if plan.digest() != fields["plan"]:
@@ -202,7 +203,12 @@ def load_module(
     return dense.eval()
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+def floating_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A data type by itself or its name; ``"auto"`` as it is.
+
+    Raises:
+        ArgumentValueError: If it is not a floating type.
+    """
     found = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ArgumentValueError(f"dtype must be a floating type of torch, its name, or 'auto'; found {shown(dtype)}.")
@@ -307,6 +313,7 @@ def _fill(
         for name, tensor in tensors_of(module).items():
             if name in state and tensor.is_floating_point():
                 tensor.data = tensor.data.to(state[name].dtype if dtype == "auto" else dtype)
+    separate(module, state)
     module.load_state_dict(state, strict=True)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lit_prune._files import check_writable, read_json
+from lit_prune._files import LONGEST_NAME, beginning, check_names, check_writable, read_json
 from lit_prune.errors import PruningError
 from lit_prune.io.manifest import MANIFEST, entries, read_manifest, write_manifest
 
@@ -25,6 +26,9 @@ _WRITTEN_BEFORE = re.compile(
     | pruning/((plan|report)\.json | report\.html | group_table\.csv | (kept|importance|scores|timeline)\.png)""",
     re.VERBOSE,
 )
+# what is random in the name of a folder beside the one that is written, in bytes and then in characters
+_RANDOM = 4
+_LONGEST = LONGEST_NAME - len("..new-") - 2 * _RANDOM
 
 
 def check_replaceable(directory: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]] = ()) -> None:
@@ -41,6 +45,7 @@ def check_replaceable(directory: str | os.PathLike[str], sources: Iterable[str |
             directory or the home directory, is a source, inside one or around one, is a mount point that is not empty,
             or cannot be written.
     """
+    check_names(directory)
     folder = resolved(directory)
     _check_place(folder, directory)
     for source in sources:
@@ -85,9 +90,8 @@ def replacing_folder(
     in_place = _in_place(folder)
     parent = folder if in_place else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".lit_prune-new-" if in_place else f".{folder.name}.new-"))
+    temporary = _made(parent, ".lit_prune-new-" if in_place else _prefix(folder, "new"))
     try:
-        temporary.chmod(0o755)
         yield temporary
         write_manifest(temporary)
         _to_disk(temporary)
@@ -118,7 +122,7 @@ def leftover(directory: str | os.PathLike[str]) -> Path | None:
     folder = resolved(directory)
     if os.path.lexists(folder) or not folder.parent.is_dir():
         return None
-    found = [p for p in _moved_aside(folder) if p.is_dir() and any(p.iterdir())]
+    found = [p for p in _beside(folder, "old") if p.is_dir() and any(p.iterdir())]
     return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
 
@@ -208,9 +212,34 @@ def _in_place(folder: Path) -> bool:
     return not any(folder.iterdir()) and not os.access(folder.parent, os.W_OK)
 
 
-def _moved_aside(folder: Path) -> list[Path]:
-    prefix = f".{folder.name}.old-"
-    return [p for p in folder.parent.iterdir() if p.name.startswith(prefix)] if folder.parent.is_dir() else []
+def _prefix(folder: Path, what: str) -> str:
+    """What the name of a folder ``"new"`` or ``"old"`` beside another one begins with."""
+    name = folder.name
+    if len(os.fsencode(name)) > _LONGEST:
+        # names that begin alike are told apart
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = f"{beginning(name, _LONGEST - len(digest) - 1)}-{digest}"
+    return f".{name}.{what}-"
+
+
+def _made(parent: Path, prefix: str) -> Path:
+    """A new folder with the permissions that any new one gets there, by umask, setgid bit and access lists.
+
+    ``tempfile`` makes folders for the user alone, and a later ``chmod`` would have to know all of these.
+    """
+    while True:
+        place = parent / f"{prefix}{secrets.token_hex(_RANDOM)}"
+        with suppress(FileExistsError):
+            place.mkdir()
+            return place
+
+
+def _beside(folder: Path, what: str) -> list[Path]:
+    if not folder.parent.is_dir():
+        return []
+    prefix = _prefix(folder, what)
+    # a dot behind it is in the name of another folder, "model.old-1" beside "model"
+    return [p for p in folder.parent.iterdir() if p.name.startswith(prefix) and "." not in p.name.removeprefix(prefix)]
 
 
 def _restore(folder: Path) -> None:
@@ -222,20 +251,19 @@ def _restore(folder: Path) -> None:
             f"{folder} was missing: a process was killed while it replaced the folder. It was put back from {old.name}.",
             stacklevel=4,
         )
-    for place in _moved_aside(folder):
+    for place in _beside(folder, "old"):
         # the new folder took its place, so this one was to be deleted; nothing but what was checked then is
         if _unknown(place, entries(place)) == []:
             _delete(place)
         else:
             with suppress(OSError):
                 place.rmdir()
-    if folder.parent.is_dir():
-        for place in folder.parent.glob(f".{folder.name}.new-*"):
-            warnings.warn(
-                f"{place} is what a process that was killed, or is still running, has written of {folder}. Delete it if none"
-                " is running.",
-                stacklevel=4,
-            )
+    for place in _beside(folder, "new"):
+        warnings.warn(
+            f"{place} is what a process that was killed, or is still running, has written of {folder}. Delete it if none"
+            " is running.",
+            stacklevel=4,
+        )
 
 
 def _swap(folder: Path, new: Path) -> None:
@@ -244,7 +272,7 @@ def _swap(folder: Path, new: Path) -> None:
         with _explained(folder):
             os.rename(new, folder)
         return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old-"))
+    old = _made(folder.parent, _prefix(folder, "old"))
     try:
         with _explained(folder):
             # takes the place of the empty folder

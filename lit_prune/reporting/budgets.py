@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
 from typing import Any
 
 from lit_prune.budgets.amounts import format_amount
-from lit_prune.budgets.budget import units_of
+from lit_prune.budgets.budget import UNITS, units_of
 from lit_prune.plan import PruningPlan
 
 _HEADING = ["budget", "asked", "limit", "predicted", "measured", "dense", "dense / now"]
+_NUMBERS = ("dense", "target", "predicted")
 
 
 def budgets_of(plan: PruningPlan | None) -> list[dict[str, Any]]:
-    """The limits that a plan was made for, see :meth:`lit_prune.budgets.goals.Goals.rows`; none without a budget."""
-    return [] if plan is None else list(plan.info.get("budgets", ()))
+    """The limits that a plan was made for, see :meth:`lit_prune.budgets.goals.Goals.rows`; none without a budget.
+
+    A plan may be edited by hand, and nothing depends on what it says of its limits: what is no such row is passed over.
+    """
+    found = () if plan is None else plan.info.get("budgets", ())
+    return [limit for limit in found if _is_limit(limit)] if isinstance(found, (list, tuple)) else []
+
+
+def _is_limit(limit: Any) -> bool:
+    if not isinstance(limit, dict) or not all(isinstance(limit.get(key), str) for key in ("name", "asked")):
+        return False
+    numbers = [limit.get(key) for key in _NUMBERS]
+    if limit.get("measured") is not None:
+        numbers.append(limit["measured"])
+    return limit["name"].partition(".")[0] in UNITS and all(map(_is_amount, numbers))
+
+
+def _is_amount(value: Any) -> bool:
+    # an integer of any length is read from JSON
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def budget_rows(plan: PruningPlan | None) -> list[list[str]]:
@@ -35,6 +56,6 @@ def budget_numbers(plan: PruningPlan | None) -> dict[str, float]:
     return {
         f"pruning/budget/{limit['name']}/{key}": float(limit[key])
         for limit in budgets_of(plan)
-        for key in ("dense", "target", "predicted", "measured")
-        if key in limit
+        for key in (*_NUMBERS, "measured")
+        if limit.get(key) is not None
     }

@@ -291,6 +291,27 @@ def test_a_plan_that_is_damaged(tmp_path, change, said):
         PruningPlan.load(tmp_path / "plan.json")
 
 
+# "10-" was read as "10", and what int() reads besides ASCII digits as numbers
+@pytest.mark.parametrize(
+    "text",
+    ["1-", "-1", "0-", "-", "0 1-", "0--1", "0-1-2", "0-1_0", "1_0", "+1", "\uff10-\uff11", "\u0661", "0,1", "0x1"],
+)
+def test_ranges_that_are_not_numbers_in_full(tmp_path, text):
+    put(tmp_path, "plan.json", plan_file(tmp_path, lambda d: d["group_sets"][0].update(kept=text)))
+    with pytest.raises(PlanError, match="Expected indices like '0-2 5'"):
+        PruningPlan.load(tmp_path / "plan.json")
+    with pytest.raises(PrunedModelError, match="Expected indices like '0-2 5'"):
+        from_ranges(text, 100)
+
+
+@pytest.mark.parametrize("index", ["\uff10", "\u00b2", "0_0", "+0", " 0"])
+def test_blocks_are_named_by_ascii_digits(index):
+    depth = PruningPlan((PlanEntry("layers", "block", 0, 3, (0, 1)),))
+    later = PruningPlan((PlanEntry(f"layers.{index}.mlp", "mlp", 0, 4, (0,)),))
+    with pytest.raises(PlanError, match="is in none of the 2 blocks"):
+        depth.compose(later)
+
+
 def test_a_plan_that_is_no_file(tmp_path):
     with pytest.raises(PlanError, match="cannot be read: Is a directory"):
         PruningPlan.load(tmp_path)

@@ -21,6 +21,7 @@ from test_export import pruned
 from lit_prune import PruningError, load_pruned, save_pruned
 from lit_prune._files import check_writable, replacing, replacing_files
 from lit_prune.cli import main
+from lit_prune.io import output_folder
 from lit_prune.io.manifest import MANIFEST
 from lit_prune.io.output_folder import check_replaceable, is_mount_point, leftover, replacing_folder
 
@@ -290,6 +291,95 @@ def test_an_interrupt_while_the_folders_change_places_changes_nothing(model, mon
         write(model, "new")
     assert whole(model, "old")
     assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+@contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077])
+@pytest.mark.parametrize("setgid", [0, stat.S_ISGID])
+def test_a_folder_has_the_permissions_of_any_other(tmp_path, mask, setgid):
+    with umask(mask):
+        parent = tmp_path / "parent"
+        parent.mkdir()
+        parent.chmod(0o755 | setgid)
+        (parent / "stock").mkdir()
+        for content in ("old", "new"):
+            write(parent / "model", content)
+            assert whole(parent / "model", content)
+            assert (parent / "model").stat().st_mode == (parent / "stock").stat().st_mode
+
+
+# what is special in a pattern, and what leaves no room for a longer name beside it: bytes, not characters, are counted
+NAMES = ["**", "[ab]", "[", "a?*", "a\\b", "n" * 241, "n" * 242, "n" * 255, "é" * 127, "n" + "雪" * 84, "n." * 127]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_any_name_that_a_folder_can_have(tmp_path, name):
+    folder = tmp_path / name
+    for content in ("old", "new"):
+        write(folder, content)
+        assert whole(folder, content) and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_what_is_left_is_found_whatever_the_name(tmp_path, name):
+    folder, other = tmp_path / name, tmp_path / f"{name[:-1]}o"
+    write(folder, "old")
+
+    def killed():
+        # between the two moves
+        with replacing_folder(folder) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+            os.rename(folder, output_folder._made(tmp_path, output_folder._prefix(folder, "old")))
+            os._exit(0)
+
+    child = os.fork()
+    if not child:
+        killed()
+    os.waitpid(child, 0)
+    assert leftover(other) is None
+    assert whole(leftover(folder), "old")
+    with pytest.warns(UserWarning, match="killed") as warned:
+        write(folder, "new")
+    said = [str(w.message) for w in warned]
+    assert len(said) == 2 and "It was put back from" in said[0] and "has written of" in said[1]
+    assert whole(folder, "new") and len(os.listdir(tmp_path)) == 2
+
+
+def test_what_is_left_of_a_folder_with_a_longer_name_is_not_taken(tmp_path):
+    write(tmp_path / "model.old-1", "other")
+    os.rename(tmp_path / "model.old-1", tmp_path / ".model.old-1.old-12345678")
+    write(tmp_path / ".model.new-1.new-12345678", "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert leftover(tmp_path / "model") is None
+        write(tmp_path / "model", "new")
+    assert whole(tmp_path / "model", "new")
+    assert whole(leftover(tmp_path / "model.old-1"), "other")
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "é" * 128, "n" * 300 + "/model"])
+def test_names_that_are_too_long_are_refused_before_any_work(tmp_path, name):
+    for check in (check_replaceable, check_writable, lambda path: check_writable(path, file=True)):
+        with pytest.raises(PruningError, match=r"has (256|300) bytes; expected names of 255 at most"):
+            check(tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "n" * 250 + ".gguf", "é" * 125 + ".gguf", "n." + "x" * 230])
+def test_a_file_has_any_name_that_it_can_have(tmp_path, name):
+    with replacing(tmp_path / name) as temporary:
+        assert temporary.endswith(Path(name).suffix)
+        Path(temporary).write_text("new")
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("moved", ["old", "new"])

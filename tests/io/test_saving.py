@@ -6,7 +6,10 @@ import copy
 import gc
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -32,6 +35,7 @@ from lit_prune import (
     load_pruned,
     save_pruned,
 )
+from lit_prune.errors import ArgumentValueError
 from lit_prune.io.huggingface import to_pretrained
 from lit_prune.surgery.apply import cut
 
@@ -209,3 +213,45 @@ def test_the_trainer_of_transformers_saves_and_resumes(tmp_path, tokens):
     assert torch.equal(saved(tokens).logits, model(tokens).logits)
     resumed = train(4, resume=str(tmp_path / "run" / "checkpoint-2"))
     torch.testing.assert_close(resumed(tokens).logits, model(tokens).logits)
+
+
+FIRST = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = torch.arange(12)[None]
+before = model(tokens).logits
+import lit_prune
+lit_prune.save_pruned(model, sys.argv[2])
+assert torch.equal(lit_prune.load_pruned(sys.argv[2])(tokens).logits, before)
+groups = lit_prune.find_group_sets(model)
+lit_prune.apply_plan(model, lit_prune.PruningPlan.from_kept(groups, [[0] for _ in groups]))
+lit_prune.save_pruned(model, sys.argv[3], self_contained=True)
+assert torch.equal(lit_prune.load_pruned(sys.argv[3])(tokens).logits, model(tokens).logits)
+"""
+
+
+@pytest.mark.parametrize("make", [pruned, lambda: pruned("gpt2")], ids=["llama", "gpt2"])
+def test_what_was_loaded_by_its_own_code_is_saved_and_cut_again(tmp_path, make):
+    save_pruned(make(), tmp_path / "model", self_contained=True)
+    folders = [str(tmp_path / name) for name in ("model", "again", "smaller")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code")}
+    done = subprocess.run([sys.executable, "-c", FIRST, *folders], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_of_from_pretrained(tmp_path, tokens):
+    model = pruned()
+    save_pruned(model, tmp_path / "parent" / "model")
+    loaded = load_pruned(tmp_path / "parent", subfolder="model")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    folder = tmp_path / "parent" / "model"
+    for options in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}):
+        assert load_pruned(folder, **options).dtype == torch.bfloat16
+    loaded, info = load_pruned(folder, output_loading_info=True)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits) and not info["missing_keys"]
+    with pytest.raises(ArgumentValueError, match="two names of one argument"):
+        load_pruned(folder, dtype="float32", torch_dtype="bfloat16")
+    for name in ("blah", "int8"):
+        with pytest.raises(ArgumentValueError, match="dtype must be a floating type"):
+            load_pruned(folder, dtype=name)

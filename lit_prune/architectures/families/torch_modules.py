@@ -43,7 +43,9 @@ class WithFewerHeads(KeptHeads):
         elif not batched:
             inputs = tuple(x.unsqueeze(0) for x in inputs)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        weights = module.in_proj_weight.chunk(3)
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        if module.in_proj_weight is not None:
+            weights = module.in_proj_weight.chunk(3)
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
@@ -108,6 +110,12 @@ def fewer_heads(module: nn.Module, kept: Tensor) -> Callable[[], None]:
         back()
 
     return undo
+
+
+def other_inputs(module: nn.Module, kept: Tensor) -> Callable[[], None]:
+    """The adaptation of ``nn.MultiheadAttention`` to inputs of another width than all its heads: it keeps the heads it has."""
+    attention: Any = module
+    return fewer_heads(module, torch.arange(attention.num_heads))
 
 
 def no_nested_tensors(module: nn.Module, kept: Tensor) -> Callable[[], None]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.architectures.tracing.difference import difference
+from lit_prune.architectures.tracing.difference import difference, no_longer_finite
 from lit_prune.architectures.tracing.integers import Proposal, proposals, with_proposal
 from lit_prune.architectures.tracing.mode import plain_kernels
 from lit_prune.architectures.tracing.sets import FoundSet
 from lit_prune.architectures.tracing.trial import loud_weights, masked, telling_values, without
 from lit_prune.errors import first_line
-from lit_prune.groups import GroupSet
+from lit_prune.groups import Attribute, GroupSet
 from lit_prune.torch_internals import tree_leaves
 
 _AFTER_A_FAILURE = 3
+# what is left of one number may by chance be what another should be; two draws of other fractions tell them apart
+_DRAWS = 2
 
 
 class Check:
@@ -36,18 +39,66 @@ class Check:
         self._also = also
         self._choices: dict[Any, Any] = {}
         self._failed: set[Any] = set()
+        self._untouched: list[Tensor] = []
+        self._passed: list[GroupSet] | None = None
+        self._masked: tuple[tuple[tuple[str, str], ...], list[list[Tensor]]] = (), []
         self.failures: dict[tuple[str, str], str] = {}
 
     def passing(self, found: Sequence[FoundSet]) -> list[GroupSet]:
         """The sets that pass, with the attributes and adaptations that they need."""
         # heads, their features, and whatever else a module gives another shape
         shaped = [f.group_set for f in found if f.is_heads or set(f.modules) - {s.module for s in f.group_set.slices}]
-        with telling_values(self._model), loud_weights(self._model, shaped):
+        if not found:
+            return []
+        with self._finite_values(shaped):
             accepted = self._accepted(list(found))
             # sets that pass alone may still not pass together
             while accepted and (problem := self.problem([s for s, _ in accepted])) is not None:
                 accepted = self._thinned(accepted, problem)
-        return [s for s, _ in accepted]
+            return self._without_idle_integers(accepted)
+
+    @contextlib.contextmanager
+    def _finite_values(self, shaped: Sequence[GroupSet]) -> Iterator[None]:
+        """The model with values that tell most, of those with which its outputs are finite where they are with its own.
+
+        Any two models agree where both give no numbers.
+        """
+        self._untouched = self._outputs()
+        telling, loud = (lambda: telling_values(self._model)), (lambda: loud_weights(self._model, shaped))
+        for changes in ((telling, loud), (telling,), (loud,), ()):
+            with contextlib.ExitStack() as stack:
+                for change in changes:
+                    stack.enter_context(change())
+                if changes and no_longer_finite(self._untouched, self._outputs()):
+                    continue
+                self._masked, self._passed = ((), []), None
+                yield
+                return
+
+    def _without_idle_integers(self, accepted: Sequence[tuple[GroupSet, FoundSet]]) -> list[GroupSet]:
+        """The sets without the integers that they pass without: those merely equal a number of groups or of features.
+
+        Sets of the same role lose an integer together, so that models of many layers take no longer.
+        """
+        roles: dict[Any, dict[Any, set[tuple[int, Attribute]]]] = {}
+        for number, (group_set, found) in enumerate(accepted):
+            role = roles.setdefault(_pattern(self._model, found), {})
+            for attribute in group_set.attributes:
+                if attribute not in found.sizes:
+                    key = type(self._model.get_submodule(attribute.module)), attribute.name
+                    role.setdefault(key, set()).add((number, attribute))
+        sets = [s for s, _ in accepted]
+        for role in roles.values():
+            parts = list(role.values())
+            # all first: two of which only the ratio counts can go together alone
+            for idle in [{use for part in parts for use in part}, *parts] if len(parts) > 1 else parts:
+                fewer = [
+                    replace(s, attributes=tuple(a for a in s.attributes if (number, a) not in idle))
+                    for number, s in enumerate(sets)
+                ]
+                if any(len(f.attributes) < len(s.attributes) for f, s in zip(fewer, sets, strict=True)):
+                    sets = fewer if self.problem(fewer) is None else sets
+        return sets
 
     def _accepted(self, found: list[FoundSet]) -> list[tuple[GroupSet, FoundSet]]:
         """Check all at once; where that fails, one of each pattern by itself, then all again, then halves."""
@@ -118,19 +169,36 @@ class Check:
 
     def problem(self, sets: Sequence[GroupSet]) -> str | None:
         """How the cut model differs from the masked one if a part of every set is removed; ``None`` if not at all."""
-        removed = _random_parts(sets)
-        with masked(self._model, sets, removed):
-            expected = self._outputs()
-        try:
-            with without(self._model, sets, removed):
-                found = self._outputs()
-                if self._also is not None:
-                    with _same_state(self._model):
-                        self._also()
-        # whatever the user's forward raises with other sizes
-        except Exception as error:
-            return f"the cut model does not run ({first_line(error)})"
-        return difference(expected, found)
+        if self._passed == list(sets):
+            return None
+        for draw in range(_DRAWS):
+            removed = _random_parts(sets, draw)
+            expected = self._expected(sets, removed, draw)
+            if no_longer_finite(self._untouched, expected):
+                return "the masked model gives values that are not finite, so that nothing can be compared"
+            try:
+                with without(self._model, sets, removed):
+                    found = self._outputs()
+                    if self._also is not None:
+                        with _same_state(self._model):
+                            self._also()
+            # whatever the user's forward raises with other sizes
+            except Exception as error:
+                return f"the cut model does not run ({first_line(error)})"
+            if (differs := difference(expected, found)) is not None:
+                return differs
+        self._passed = list(sets)
+        return None
+
+    def _expected(self, sets: Sequence[GroupSet], removed: Sequence[Tensor], draw: int) -> list[Tensor]:
+        """What the masked model gives, which no integer changes: that of the sets that were last asked for is kept."""
+        keys = tuple(s.key for s in sets)
+        if self._masked[0] != keys:
+            self._masked = keys, []
+        if len(self._masked[1]) == draw:
+            with masked(self._model, sets, removed):
+                self._masked[1].append(self._outputs())
+        return self._masked[1][draw]
 
     def _outputs(self) -> list[Tensor]:
         """All floating-point tensors that the run and the model return."""
@@ -169,14 +237,17 @@ def _same_state(model: nn.Module) -> Iterator[None]:
             buffer.data.copy_(values)
 
 
-def _random_parts(sets: Sequence[GroupSet]) -> list[Tensor]:
-    """Some groups of every set, about half, and of each set another fraction.
+def _random_parts(sets: Sequence[GroupSet], draw: int = 0) -> list[Tensor]:
+    """Some groups of every set, about half, and of each set another fraction, in every draw another one.
 
     A forward that takes the width of one set for that of another would get through if both lost the same fraction.
     """
-    generator = torch.Generator().manual_seed(len(sets))
+    generator = torch.Generator().manual_seed(len(sets) + draw)
     # multiples of the golden ratio, from which neighbours are far apart
-    fractions = [0.25 + 0.5 * (number * (5**0.5 - 1) / 2 % 1) for number in range(len(sets))]
+    fractions = [0.25 + 0.5 * ((number * (5**0.5 - 1) / 2 + draw / _DRAWS) % 1) for number in range(len(sets))]
+    if draw:
+        # what a set loses more than another in one draw, it loses less in the next
+        fractions.reverse()
     return [
         torch.randperm(s.size, generator=generator)[: max(1, round(s.size * fraction))].sort().values
         for s, fraction in zip(sets, fractions, strict=True)

@@ -33,3 +33,17 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | Non
     if worst > 1:
         return f"masked and cut outputs differ by {worst:.3g} times the tolerance"
     return None
+
+
+def no_longer_finite(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether some outputs are not finite that were.
+
+    Args:
+        before: Outputs of a model.
+        after: Its outputs with other values.
+    """
+    for a, b in zip(before, after, strict=False):
+        finite = a.isfinite() if a.shape == b.shape else a.isfinite().all()
+        if bool((finite & ~b.isfinite()).any()):
+            return True
+    return False

@@ -8,19 +8,21 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors
+from lit_prune.architectures.families.torch_modules import fewer_heads, no_nested_tensors, other_inputs
 from lit_prune.architectures.fitting_shapes import fitting_channels, fitting_shapes
 from lit_prune.architectures.tracing.sets import FoundSet, elements_of, is_standard, numbers_of
 from lit_prune.groups import Adaptation, Attribute, GroupSet
 
 ADAPTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
     "fewer_heads": fewer_heads,
+    "other_inputs": other_inputs,
     "no_nested_tensors": no_nested_tensors,
     "fitting_shapes": fitting_shapes,
     "fitting_channels": fitting_channels,
 }
 """The adaptations that traced group sets may have, by the names that stand for them in files."""
 
+_QUERY_WEIGHTS = ("in_proj_weight", "q_proj_weight")
 _ALL_SUBSETS_UP_TO = 4
 _LIKELIEST = 4
 
@@ -63,10 +65,15 @@ def with_proposal(model: nn.Module, found: FoundSet, proposal: Proposal) -> Grou
 def _adaptations_of(model: nn.Module, found: GroupSet) -> tuple[Adaptation, ...]:
     """What modules of PyTorch need besides smaller parameters to run with fewer of these groups."""
     adaptations: dict[tuple[str, str], Adaptation] = {}
-    for name in dict.fromkeys(s.module for s in found.slices if s.parameter.endswith("in_proj_weight")):
-        if not isinstance(model.get_submodule(name), nn.MultiheadAttention):
+    queries = [s for s in found.slices if s.parameter.endswith(_QUERY_WEIGHTS)]
+    for name in dict.fromkeys(s.module for s in queries):
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.MultiheadAttention):
             continue
-        adaptations["fewer_heads", name] = Adaptation(name, fewer_heads)
+        # of the channels that it reads, the indices are none of heads
+        of_heads = found.size == module.num_heads and any(s.dim == 0 for s in queries if s.module == name)
+        apply = fewer_heads if of_heads else other_inputs
+        adaptations[apply.__name__, name] = Adaptation(name, apply)
         parent = name
         while parent:
             parent = parent.rpartition(".")[0]

@@ -177,8 +177,13 @@ def telling_values(model: nn.Module) -> Iterator[None]:
             if not (bool((flat == flat[0]).all()) or float(flat.abs().max()) < 1e-3):
                 continue
             values = torch.rand(tensor.shape, generator=generator) + 0.5
-            if tensor.dim() > 1:
-                values = (values - 1) * 2 * (tensor.numel() / len(tensor)) ** -0.5
+            constant = float(flat[0]) if bool((flat == flat[0]).all()) else 0.0
+            usual = (tensor.numel() / len(tensor)) ** -0.5 if tensor.dim() > 1 else 1.0
+            if constant:
+                # of the same sign: it may be a variance, or go into a logarithm
+                values *= constant if abs(constant) >= 1e-3 else usual if constant > 0 else -usual
+            elif tensor.dim() > 1:
+                values = (values - 1) * 2 * usual
             elif "bias" in name or "mean" in name:
                 values = (values - 1) * 0.2
             keep(tensor).copy_(values)
