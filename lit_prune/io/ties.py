@@ -59,7 +59,8 @@ def copy_ties(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
 def untied_names(model: nn.Module, held: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that are one with another in ``held``, and parameters of their own in a model."""
     built = dict(model.named_parameters(remove_duplicate=False))
-    found, first = [], {}
+    found: list[str] = []
+    first: dict[Any, str] = {}
     for name, tensor in held.items():
         if name in built and tensor.numel():
             other = first.setdefault(_place(tensor), name)

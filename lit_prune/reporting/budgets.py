@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from numbers import Real
 from typing import Any
 
 from lit_prune.budgets.amounts import format_amount
@@ -34,7 +33,7 @@ def _is_limit(limit: Any) -> bool:
 
 def _is_amount(value: Any) -> bool:
     # an integer of any length is read from JSON
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def budget_rows(plan: PruningPlan | None) -> list[list[str]]:
