@@ -128,7 +128,7 @@ def prune_weight_averages(trainer: pl.Trainer, plan: PruningPlan, path: str | No
 def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Start the averages again from the module's present weights."""
     for average, module in averages(trainer):
-        # by name: state_dict and load_state_dict may be the user's own, and leave parts out
+        # not through state_dict and load_state_dict, which may be the user's own and leave parts out
         for held, present in ((module.parameters(), pl_module.parameters()), (module.buffers(), pl_module.buffers())):
             for average_value, value in zip(held, present, strict=True):
                 average_value.data.copy_(value.data)

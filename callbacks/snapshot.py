@@ -9,7 +9,7 @@ import sys
 import types
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lit_prune.calibration.module_state import refill
 from lit_prune.distributed import shards
 
 # larger containers are kept without a look at what is in them, and those beyond the second bound only by their length
@@ -168,7 +169,7 @@ class Snapshot:
             self._take_fingerprint(name, lambda: len(container))
             return
         items = list(container.items()) if isinstance(container, dict) else list(container)
-        self._restore.append(lambda: _refill(container, items))
+        self._restore.append(lambda: refill(container, items))
         self._look_inside(name, container)
 
     def _look_inside(self, name: str, container: Any) -> None:
@@ -203,7 +204,7 @@ class Snapshot:
     def _take_object(self, name: str, value: Any) -> None:
         attributes = vars(value) if hasattr(value, "__dict__") else {}
         before = list(attributes.items())
-        self._restore.append(lambda: _refill(attributes, before))
+        self._restore.append(lambda: refill(attributes, before))
         slots = [s for s in _slots(type(value)) if hasattr(value, s)]
         for slot in slots:
             self._restore.append(functools.partial(setattr, value, slot, getattr(value, slot)))
@@ -226,33 +227,6 @@ def _slots(kind: type) -> list[str]:
     declared = [vars(c)["__slots__"] for c in kind.__mro__ if "__slots__" in vars(c)]
     names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
-def _refill(container: Any, items: list[Any]) -> None:
-    """Give a container its old items back, if it has others now."""
-    if isinstance(container, dict):
-        now = list(container.items())
-        if len(now) == len(items) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, items, strict=True)):
-            return
-        # past what a subclass makes of it
-        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        kind.clear(container)
-        for key, value in items:
-            kind.__setitem__(container, key, value)
-        return
-    now = list(container)
-    if len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True)):
-        return
-    if isinstance(container, list):
-        list.__setitem__(container, slice(None), items)
-    elif isinstance(container, bytearray):
-        container[:] = bytes(items)
-    elif isinstance(container, set):
-        set.clear(container)
-        set.update(container, items)
-    else:
-        deque.clear(container)
-        deque.extend(container, items)
 
 
 def _parameter(parameter: nn.Parameter) -> Callable[[], None]:

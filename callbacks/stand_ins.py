@@ -11,7 +11,22 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 
 
-class SilentLogger(DummyLogger):
+class _StandIn:
+    """Passes for an instance of another object's class: by it the trainer chooses folders, and finds checkpoint callbacks."""
+
+    _original: Any
+
+    @property
+    def __class__(self) -> Any:
+        """The other object's."""
+        return type(self._original)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("The class of a stand-in is that of what it stands for.")
+
+
+class SilentLogger(_StandIn, DummyLogger):
     """Logs nothing, and says where another logger writes.
 
     Args:
@@ -20,44 +35,35 @@ class SilentLogger(DummyLogger):
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
-        self._logger = logger
-
-    @property
-    def __class__(self) -> Any:
-        """The class of the other logger, by which the trainer chooses its folder."""
-        return type(self._logger)
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError("The class of a stand-in is that of what it stands for.")
+        self._original = logger
 
     @property
     def name(self) -> Any:
         """The other logger's."""
-        return self._logger.name
+        return self._original.name
 
     @property
     def version(self) -> Any:
         """The other logger's."""
-        return self._logger.version
+        return self._original.version
 
     @property
     def save_dir(self) -> Any:
         """The other logger's."""
-        return self._logger.save_dir
+        return self._original.save_dir
 
     @property
     def root_dir(self) -> Any:
         """The other logger's, if it has one."""
-        return getattr(self._logger, "root_dir", None)
+        return getattr(self._original, "root_dir", None)
 
     @property
     def log_dir(self) -> Any:
         """The other logger's, if it has one."""
-        return getattr(self._logger, "log_dir", None)
+        return getattr(self._original, "log_dir", None)
 
 
-class InertCallback(pl.Callback):
+class InertCallback(_StandIn, pl.Callback):
     """Has the attributes of a callback, and hooks that do nothing.
 
     Args:
@@ -65,19 +71,10 @@ class InertCallback(pl.Callback):
     """
 
     def __init__(self, callback: pl.Callback) -> None:
-        self._callback = callback
-
-    @property
-    def __class__(self) -> Any:
-        """The class of the callback, by which the trainer finds its checkpoint callbacks."""
-        return type(self._callback)
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError("The class of a stand-in is that of what it stands for.")
+        self._original = callback
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_callback":
+        if name == "_original":
             # a copy, before it has its attributes
             raise AttributeError(name)
-        return getattr(self._callback, name)
+        return getattr(self._original, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,17 +65,37 @@ def _tensor(tensor: Tensor) -> Callable[[], None]:
 
 
 def _container(container: Any) -> Callable[[], None]:
-    items = container.copy()
-    return lambda: _refill(container, items)
+    items = list(container.items()) if isinstance(container, dict) else list(container)
+    return lambda: refill(container, items)
 
 
-def _refill(container: Any, items: Any) -> None:
-    """Give a container its items back; one that has them still is not touched, as someone may be going through it."""
-    if list(map(id, _parts(container))) == list(map(id, _parts(items))):
+def refill(container: Any, items: list[Any]) -> None:
+    """Give a container its old items back, if it has others now: someone may be going through it.
+
+    Args:
+        container: A dictionary, list, set, deque or bytearray, or one of a class derived from these.
+        items: Its old items; pairs of key and value for a dictionary.
+    """
+    if isinstance(container, dict):
+        now = list(container.items())
+        if len(now) == len(items) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, items, strict=True)):
+            return
+        # past what a subclass makes of it
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind.clear(container)
+        for key, value in items:
+            kind.__setitem__(container, key, value)
         return
-    container.clear()
-    container.update(items) if isinstance(container, (dict, set)) else container.extend(items)
-
-
-def _parts(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+    now = list(container)
+    if len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True)):
+        return
+    if isinstance(container, list):
+        list.__setitem__(container, slice(None), items)
+    elif isinstance(container, bytearray):
+        container[:] = bytes(items)
+    elif isinstance(container, set):
+        set.clear(container)
+        set.update(container, items)
+    else:
+        deque.clear(container)
+        deque.extend(container, items)

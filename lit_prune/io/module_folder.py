@@ -20,7 +20,7 @@ from lit_prune.arguments import shown
 from lit_prune.errors import ArgumentTypeError, ArgumentValueError, PlanError, PruningError, UnsupportedModelError
 from lit_prune.group_data import tensors_of
 from lit_prune.io.manifest import MANIFEST, verify_weights
-from lit_prune.io.ties import separate
+from lit_prune.io.ties import memory_of, separate
 from lit_prune.modeling_pruned import weight_files, weight_headers
 from lit_prune.plan import PruningPlan, get_plan
 from lit_prune.surgery.apply import cut
@@ -135,7 +135,7 @@ def distinct_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     ties: dict[str, str] = {}
     places: dict[Any, str] = {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        place = memory_of(tensor)
         if tensor.numel() and place in places:
             ties[name] = places[place]
             continue

@@ -114,11 +114,16 @@ def _tied(named: Iterable[tuple[str, nn.Parameter]]) -> list[list[str]]:
     return [names for names in found.values() if len(names) > 1]
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Where and how the values of a tensor lie, by which two that are one are known."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 def _place(tensor: Tensor) -> Any:
     """What tensors that are one have in common: they are one object, or have one memory."""
     if isinstance(tensor, nn.Parameter) or is_sharded(tensor) or tensor.is_meta:
         return id(tensor)
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+    return memory_of(tensor)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
